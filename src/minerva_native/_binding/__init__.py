@@ -1,0 +1,20 @@
+"""The raw layer: `lib` holds libllama's C functions and constants, `ffi` makes and reads C data (see cffi)."""
+
+from typing import Any
+
+from minerva_native.errors import BuildError
+
+try:
+    from ._build_info import BUILD_INFO
+    from ._llama import ffi, lib
+except ImportError as error:
+    raise BuildError(f"the compiled binding cannot be loaded ({error}): install the package again") from error
+
+from . import log
+
+__all__ = ["BUILD_INFO", "ffi", "lib", "log", "text"]
+
+
+def text(pointer: Any) -> str:
+    """Copy a NUL-terminated C string; bytes that are not UTF-8 become U+FFFD."""
+    return ffi.string(pointer).decode(errors="replace")

@@ -1,0 +1,345 @@
+"""Build-time generator: the C API of the llama.cpp at hand becomes a cffi module and a type stub.
+
+The C preprocessor expands `llama.h`; what comes from upstream's own headers is parsed, and its declarations are handed
+to cffi in API mode, where the C compiler supplies every struct layout, enumerator and constant. No declaration of
+upstream's is written here, so moving the pin moves the binding.
+"""
+
+import argparse
+import keyword
+import re
+import subprocess
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import cffi
+from pycparser import c_ast, c_generator, c_parser
+
+HEADERS = ("ggml.h", "ggml-backend.h", "ggml-cpu.h", "ggml-opt.h", "gguf.h", "llama.h")
+
+# Of ggml.h only what the engine needs: types and their sizes, logging, versions, clocks, CPU thread pools.
+# Every function of the other headers is bound.
+GGML_FUNCTIONS = re.compile(
+    r"ggml_(log|time|cycles|type|threadpool|is_quantized|blck_size|row_size|quantize|ftype|version|commit|status"
+    r"|abort|set_abort|fp16|fp32|bf16|nbytes|nelements|get_name|get_no_alloc|init|free|get_first_tensor|get_next_tensor"
+    r"|get_tensor|tensor_overhead)\w*"
+)
+
+# Declared by the pinned headers and defined nowhere in its source: binding it would leave the module unloadable.
+UNDEFINED = {"ggml_threadpool_get_n_threads"}
+
+# The standard types that upstream's headers use; cffi knows them all.
+PRELUDE_NAMES = (
+    *(f"{sign}int{bits}_t" for sign in ("", "u") for bits in (8, 16, 32, 64)),
+    *("size_t", "ptrdiff_t", "intptr_t", "uintptr_t", "FILE", "va_list"),
+)
+PRELUDE = "".join(f"typedef int {name};\n" for name in PRELUDE_NAMES)
+
+# Ours: the functions that C calls back into Python through, and the C halves that Python must not be on the path of.
+CALLBACK_CDEF = """
+extern "Python" void minerva_on_log(int level, const char * text);
+extern "Python" bool minerva_on_progress(float progress, void * handle);
+extern "Python" bool minerva_on_poll(void * handle);
+typedef struct {
+    volatile int cancelled;
+    int64_t poll_interval_us;
+    int64_t next_poll_us;
+    void * handle;
+} minerva_abort_state;
+void minerva_log(enum ggml_log_level level, const char * text, void * data);
+bool minerva_abort(void * state);
+void minerva_mute(void);
+"""
+
+CALLBACK_SOURCE = """
+static void minerva_on_log(int level, const char * text);
+static bool minerva_on_poll(void * handle);
+
+typedef struct {
+    volatile int cancelled;
+    int64_t poll_interval_us;
+    int64_t next_poll_us;
+    void * handle;
+} minerva_abort_state;
+
+static volatile int minerva_muted = 0;
+
+static void minerva_log(enum ggml_log_level level, const char * text, void * data) {
+    (void) data;
+    if (!minerva_muted) {
+        minerva_on_log((int) level, text);
+    }
+}
+
+// libllama asks this at every node of the compute graph: Python is consulted a few times a second, no more.
+static bool minerva_abort(void * data) {
+    minerva_abort_state * state = (minerva_abort_state *) data;
+    if (state->cancelled) {
+        return true;
+    }
+    int64_t now = llama_time_us();
+    if (now < state->next_poll_us) {
+        return false;
+    }
+    state->next_poll_us = now + state->poll_interval_us;
+    return minerva_on_poll(state->handle);
+}
+
+// The interpreter is going away: a log line from a library thread must not enter it.
+static void minerva_mute(void) {
+    minerva_muted = 1;
+}
+"""
+
+STUB_HEAD = '''"""Generated at build time from the C headers: what the compiled binding holds."""
+
+from collections.abc import Callable
+from typing import Any, Final, TypeAlias
+
+CData: TypeAlias = Any
+
+class FFI:
+    NULL: Final[CData]
+    error: type[Exception]
+    def new(self, cdecl: str, init: object = ...) -> CData: ...
+    def cast(self, cdecl: str, value: object) -> CData: ...
+    def string(self, cdata: CData, maxlen: int = ...) -> bytes: ...
+    def unpack(self, cdata: CData, length: int) -> Any: ...
+    def buffer(self, cdata: CData, size: int = ...) -> Any: ...
+    def from_buffer(self, cdecl: str, buffer: object, require_writable: bool = ...) -> CData: ...
+    def memmove(self, dest: object, src: object, n: int) -> None: ...
+    def new_handle(self, value: object) -> CData: ...
+    def from_handle(self, handle: CData) -> Any: ...
+    def gc(self, cdata: CData, destructor: Callable[[CData], object] | None, size: int = ...) -> CData: ...
+    def release(self, cdata: CData) -> None: ...
+    def addressof(self, cdata: CData, *fields: str | int) -> CData: ...
+    def typeof(self, cdecl: object) -> Any: ...
+    def sizeof(self, cdecl: object) -> int: ...
+    def offsetof(self, cdecl: object, *fields: str | int) -> int: ...
+    def list_types(self) -> tuple[list[str], list[str], list[str]]: ...
+    def def_extern(
+        self, name: str = ..., error: object = ..., onerror: Callable[..., object] | None = ...
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]: ...
+
+ffi: FFI
+
+class Lib:'''
+
+
+class Api(NamedTuple):
+    """What upstream's headers declare, in their order."""
+
+    types: list[str]
+    functions: list[c_ast.Decl]
+    constants: list[str]
+
+
+def preprocess(compiler: str, include_dirs: list[Path], *options: str) -> str:
+    """Expand the headers with the C preprocessor and return the lines that are upstream's, not the system's."""
+    source = "".join(f"#include <{name}>\n" for name in HEADERS)
+    command = [compiler, "-E", *options, *(f"-I{path}" for path in include_dirs), "-x", "c", "-"]
+    text = subprocess.run(command, input=source, stdout=subprocess.PIPE, text=True, check=True).stdout
+    kept, upstream = [], False
+    for line in text.splitlines():
+        marker = re.match(r'#\s*(?:line\s+)?\d+\s+"([^"]*)"', line)
+        if marker:
+            upstream = Path(marker[1]).parent in include_dirs
+        elif upstream:
+            kept.append(line)
+    return "\n".join(kept)
+
+
+def statements(text: str) -> Iterator[str]:
+    """Split C text into its top-level declarations and function definitions."""
+    depth, start = 0, 0
+    for match in re.finditer(r'[{};]|"(?:\\.|[^"\\])*"', text):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        body_ends = match[0] == "}" and re.match(r"\s*static\b[^{=;]*\)\s*\{", text[start:])
+        if depth == 0 and (match[0] == ";" or body_ends):
+            yield text[start : match.end()].strip()
+            start = match.end()
+
+
+def read_api(text: str, macros: str) -> Api:
+    """Parse upstream's declarations, less what is deprecated, static, or not a value of the C API."""
+    attribute = re.compile(r'__attribute__\s*\(\((?:[^()"]|"(?:\\.|[^"\\])*"|\([^()]*\))*\)\)')
+    kept = [
+        re.sub(r"\b(__extension__|_Noreturn|__?restrict|restrict)\b", "", attribute.sub("", statement))
+        for statement in statements(text)
+        if not re.search(r"\bdeprecated\b|^(static|_Static_assert)\b", statement)
+    ]
+    nodes = c_parser.CParser().parse(PRELUDE + "\n".join(kept)).ext[len(PRELUDE_NAMES) :]
+    types: list[str] = []
+    functions: list[c_ast.Decl] = []
+    constants: list[str] = []
+    for node in nodes:
+        if isinstance(node, c_ast.Decl) and isinstance(node.type, c_ast.FuncDecl):
+            if is_wanted(node.name):
+                functions.append(node)
+        else:
+            declaration = TypeWriter().visit(node) + ";"
+            if declaration not in types:
+                types.append(declaration)
+            constants += EnumeratorNames().collect(node)
+    return Api(types, functions, [*constants, *integer_macros(macros)])
+
+
+def integer_macros(text: str) -> list[str]:
+    """Return the names of the macros whose value is an integer, by way of other macros or not."""
+    value = r"\(?\s*(-?\w+)\s*\)?"
+    macros = dict(re.findall(rf"^#define\s+((?:LLAMA|GGML|GGUF)_\w+)[ \t]+{value}[ \t]*$", text, re.M))
+
+    def is_integer(word: str) -> bool:
+        if word in macros:
+            return is_integer(macros[word])
+        return bool(re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)[uUlL]*", word))
+
+    return [name for name in macros if is_integer(name)]
+
+
+def is_wanted(name: str) -> bool:
+    """Say whether a function belongs to the binding."""
+    whole = name.startswith(("llama_", "gguf_", "ggml_backend_", "ggml_opt_", "ggml_cpu_"))
+    return (whole or bool(GGML_FUNCTIONS.fullmatch(name))) and name not in UNDEFINED
+
+
+class EnumeratorNames(c_ast.NodeVisitor):
+    """Collects the names that enumerations define."""
+
+    def collect(self, node: c_ast.Node) -> list[str]:
+        """Return the enumerators below `node`."""
+        self.names: list[str] = []
+        self.visit(node)
+        return self.names
+
+    def visit_Enumerator(self, node: c_ast.Enumerator) -> None:
+        """Take one name."""
+        self.names.append(node.name)
+
+
+class TypeWriter(c_generator.CGenerator):
+    """Writes a declaration so that the C compiler, not this file, decides values, bounds and layouts."""
+
+    depth = 0
+
+    def visit_Enum(self, node: c_ast.Enum) -> str:
+        """Leave every enumerator's value to the compiler."""
+        name = f"enum {node.name or ''}"
+        if node.values is None:
+            return name
+        return f"{name} {{ {', '.join(item.name for item in node.values.enumerators)}, ... }}"
+
+    def visit_Struct(self, node: c_ast.Struct) -> str:
+        """Leave the layout to the compiler."""
+        return self.visit_members("struct", node)
+
+    def visit_Union(self, node: c_ast.Union) -> str:
+        """Leave the layout to the compiler."""
+        return self.visit_members("union", node)
+
+    def visit_members(self, kind: str, node: c_ast.Struct | c_ast.Union) -> str:
+        """Write a struct or union; one without a name inside another must be complete for cffi."""
+        if node.decls is None:
+            return f"{kind} {node.name}"
+        self.depth += 1
+        members = "".join(f"{self.visit(member)};\n" for member in node.decls)
+        self.depth -= 1
+        open_end = "" if self.depth and not node.name else "...;"
+        return f"{kind} {node.name or ''} {{\n{members}{open_end} }}"
+
+    def visit_BinaryOp(self, node: c_ast.BinaryOp) -> str:
+        """An array bound that is an expression: the compiler knows it."""
+        return "..."
+
+
+def write_cdef(api: Api) -> str:
+    """Render the declarations for `ffi.cdef`."""
+    writer = TypeWriter()
+    functions = [re.sub(r"^extern ", "", writer.visit(function)) + ";" for function in api.functions]
+    enumerators = set(re.findall(r"\b[A-Z][A-Z0-9_]+\b", " ".join(api.types)))
+    macros = [f"#define {name} ..." for name in api.constants if name not in enumerators]
+    return "\n".join([*api.types, *functions, *macros])
+
+
+def write_stub(api: Api) -> str:
+    """Render the type stub: `lib` with every function and constant, `ffi` as far as typing can follow it."""
+    functions = [stub_function(function) for function in api.functions]
+    constants = [f"    {name}: Final[int]" for name in dict.fromkeys(api.constants)]
+    callbacks = [f"    {name}: CData" for name in re.findall(r"^\w+ (minerva_\w+)\(", CALLBACK_CDEF, re.M)]
+    return "\n".join([STUB_HEAD, *constants, *functions, *callbacks, "", "lib: Lib", ""])
+
+
+def stub_function(function: c_ast.Decl) -> str:
+    """Render one function as a method whose arguments can only be given by position, as cffi has it."""
+    arguments = ["self"]
+    variadic = False
+    for number, parameter in enumerate(function.type.args.params if function.type.args else ()):
+        if isinstance(parameter, c_ast.EllipsisParam):
+            variadic = True
+        elif not (isinstance(parameter, c_ast.Typename) and names_of(parameter.type) == ["void"]):
+            name = getattr(parameter, "name", None) or f"arg{number}"
+            name += "_" if keyword.iskeyword(name) else ""
+            arguments.append(f"{name}: {python_type(parameter.type, argument=True)}")
+    arguments += ["/", "*args: CData"] if variadic else ["/"]
+    return f"    def {function.name}({', '.join(arguments)}) -> {python_type(function.type.type, argument=False)}: ..."
+
+
+def names_of(node: c_ast.Node) -> list[str]:
+    """Return the type names of a plain declaration, or nothing for pointers, structs and arrays."""
+    if isinstance(node, c_ast.TypeDecl):
+        if isinstance(node.type, c_ast.IdentifierType):
+            return list(node.type.names)
+        return ["enum"] if isinstance(node.type, c_ast.Enum) else []
+    return []
+
+
+def python_type(node: c_ast.Node, argument: bool) -> str:
+    """Map a C type to what cffi takes or gives."""
+    names = names_of(node)
+    if names == ["void"]:
+        return "None"
+    if names == ["_Bool"]:
+        return "bool"
+    if names and {"float", "double"} & set(names):
+        return "float"
+    integer = re.compile(
+        r"u?int\d*_t|size_t|int|unsigned|long|short|char|enum|llama_(pos|token|seq_id|state_seq_flags)"
+    )
+    if names and all(integer.fullmatch(name) for name in names):
+        return "int"
+    if argument and isinstance(node, c_ast.PtrDecl) and names_of(node.type) == ["char"]:
+        return "bytes | CData"
+    return "CData"
+
+
+def write_module(path: Path, api: Api) -> None:
+    """Write the C source of the extension module."""
+    includes = "".join(f"#include <{name}>\n" for name in HEADERS)
+    ffi = cffi.FFI()
+    ffi.cdef(write_cdef(api) + CALLBACK_CDEF)
+    ffi.set_source("minerva_native._binding._llama", includes + CALLBACK_SOURCE)
+    ffi.emit_c_code(str(path))
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    """Keep the time stamp of a file that is right already, so that nothing is compiled again for it."""
+    if not path.is_file() or path.read_text() != text:
+        path.write_text(text)
+
+
+def main(arguments: Iterable[str] | None = None) -> None:
+    """Run as the build's script."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cc", required=True, help="the C compiler")
+    parser.add_argument("--include", type=Path, action="append", required=True, help="a folder of upstream headers")
+    parser.add_argument("--module", type=Path, required=True, help="the C file to write")
+    parser.add_argument("--stub", type=Path, required=True, help="the type stub to write")
+    options = parser.parse_args(None if arguments is None else list(arguments))
+    api = read_api(preprocess(options.cc, options.include), preprocess(options.cc, options.include, "-dD"))
+    write_module(options.module, api)
+    write_if_changed(options.stub, write_stub(api))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Ownership of C objects: freed once, after everything that was made from them, whoever lets go first."""
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .errors import ClosedError
+
+if TYPE_CHECKING:
+    from ._binding._llama import CData
+
+# One lock for all counts: they change seldom. Re-entrant, because a garbage collection may close another handle.
+_lock = threading.RLock()
+
+
+class Handle:
+    """A C pointer with its destructor.
+
+    `close` forbids further use; the object is freed when, besides, nobody is inside a `with handle` block and every
+    child handle is gone: neither a call in another thread nor a context of a closed model ever sees freed memory.
+    """
+
+    __slots__ = ("_free", "_name", "_parent", "_users", "closed", "pointer")
+
+    def __init__(self, name: str, pointer: "CData", free: "Callable[[CData], object]", parent: "Handle | None" = None):
+        if parent is not None:
+            parent.__enter__()
+        self._name, self.pointer, self._free, self._parent = name, pointer, free, parent
+        self._users = 0
+        self.closed = False
+
+    def __enter__(self) -> Any:
+        """Borrow the pointer: it stays valid until the block ends."""
+        with _lock:
+            if self.closed:
+                raise ClosedError(f"this {self._name} is closed")
+            self._users += 1
+            return self.pointer
+
+    def __exit__(self, *exception: object) -> None:
+        """Give the pointer back."""
+        with _lock:
+            self._users -= 1
+            self._free_if_unused()
+
+    def close(self) -> None:
+        """Forbid further use, and free the object as soon as nobody uses it."""
+        with _lock:
+            if not self.closed:
+                self.closed = True
+                self._free_if_unused()
+
+    def _free_if_unused(self) -> None:
+        if self.closed and self._users == 0 and self.pointer is not None:
+            pointer, self.pointer = self.pointer, None
+            self._free(pointer)
+            if self._parent is not None:
+                self._parent.__exit__()
+
+    def __del__(self) -> None:
+        self.close()

@@ -1,0 +1,36 @@
+"""The `minerva` command: one file a subcommand, each over the public API alone."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from minerva_native import MinervaError, __version__
+
+from . import devices, generate, info, tokenize
+
+COMMANDS = {"generate": generate, "info": info, "devices": devices, "tokenize": tokenize}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status: 0, 1 (an error), 2 (usage), 130 (Ctrl-C)."""
+    parser = argparse.ArgumentParser(prog="minerva", description="Run GGUF models in-process, over libllama.")
+    parser.add_argument("--version", action="version", version=f"minerva-native {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        summary = str(module.__doc__).partition("\n")[0]
+        module.add_arguments(subparsers.add_parser(name, help=summary, description=summary))
+    options = parser.parse_args(arguments)
+    try:
+        status = COMMANDS[options.command].run(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Whoever read our output has gone: nothing is wrong. Python would complain while it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except (MinervaError, OSError, ValueError) as error:
+        print(f"minerva: error: {error}", file=sys.stderr)
+        return 1

@@ -1,0 +1,26 @@
+"""List what can compute here."""
+
+import argparse
+import dataclasses
+import json
+
+import minerva_native as mn
+
+from .options import add_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print every device."""
+    found = mn.devices()
+    if options.json:
+        print(json.dumps({"devices": [dataclasses.asdict(device) for device in found]}))
+        return 0
+    for device in found:
+        memory = f"{device.memory_total_bytes / 1e9:.1f} GB, {device.memory_free_bytes / 1e9:.1f} GB free"
+        print(f"{device.name}: {device.description} ({device.type}, {memory})")
+    return 0

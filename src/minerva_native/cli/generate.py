@@ -1,0 +1,142 @@
+"""Continue a prompt, streaming the text."""
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+import minerva_native as mn
+
+from .options import add_json, add_model, add_text, load_model, read_text
+from .progress import prefilling
+
+DEFAULT_N_CTX = 4096
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
+    add_model(parser)
+    add_text(parser)
+    add(
+        "-n",
+        "--predict",
+        type=int,
+        default=256,
+        metavar="N",
+        help="tokens at most; -1 fills the context (256)",
+    )
+    add("-c", "--ctx-size", type=int, metavar="N", help="context in tokens (default: the model's, up to 4096)")
+    add("-b", "--batch-size", type=int, default=512, metavar="N", help="prompt tokens in one call (default 512)")
+    add("-t", "--threads", type=int, metavar="N", help="threads (default: the CPUs this process may use)")
+    add("-s", "--seed", type=int, metavar="N", help="seed of the sampler; -1 for a random one (default)")
+    add("--temp", type=float, dest="temperature", metavar="T", help="temperature; 0 is greedy (default 0.8)")
+    add("--top-k", type=int, metavar="K", help="sample from the K most likely tokens; 0 for all (default 40)")
+    add(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="sample from the likeliest tokens of probability P (default 0.95)",
+    )
+    add("--min-p", type=float, metavar="P", help="drop what is less likely than P times the likeliest (default 0.05)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be repeated")
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Generate; the exit status is 130 where Ctrl-C cut it short."""
+    started = time.perf_counter()
+    given = {name: value for name in SAMPLING if (value := getattr(options, name)) is not None}
+    if given.get("seed") == -1:
+        del given["seed"]
+    with load_model(options) as model:
+        sampler = mn.Sampler(mn.SamplingParams.from_model(model, **given))
+        prompt = read_prompt(options, model)
+        ids = model.tokenizer.encode(prompt, parse_special=options.special)
+        n_ctx = options.ctx_size if options.ctx_size is not None else min(DEFAULT_N_CTX, model.n_ctx_train)
+        with (
+            model.context(n_ctx=n_ctx, n_batch=options.batch_size, n_threads=options.threads) as context,
+            context.sequence() as sequence,
+        ):
+            clock = Clock(n_prompt=len(ids), load_seconds=time.perf_counter() - started)
+            text, finish_reason = [], "length"
+            try:
+                with prefilling() as on_progress:
+                    sequence.extend(ids, on_progress)
+                clock.prefilled()
+                limit = None if options.predict == -1 else options.predict
+                for step in mn.generate(sequence, sampler, max_tokens=limit, stop=options.stop):
+                    clock.tick()
+                    text.append(step.text)
+                    if not options.json:
+                        sys.stdout.write(step.text)
+                        sys.stdout.flush()
+                    finish_reason = step.finish_reason or finish_reason
+            except KeyboardInterrupt:
+                finish_reason = "cancelled"
+            if options.json:
+                result = {"prompt": prompt, "text": "".join(text), "finish_reason": finish_reason}
+                print(json.dumps({"model": str(model.path), **result, **clock.figures()}, ensure_ascii=False))
+            else:
+                print(flush=True)
+                print(clock.line(), file=sys.stderr)
+    return 130 if finish_reason == "cancelled" else 0
+
+
+def read_prompt(options: argparse.Namespace, model: mn.Model) -> str:
+    """Return the prompt that the options name, else the model's own; raise `ValueError` where there is none."""
+    prompt = read_text(options)
+    if not prompt and options.prompt is None and options.file is None:
+        prompt = str(model.metadata.get("minerva.prompt", ""))
+    if not prompt:
+        raise ValueError("the prompt is empty: give one with -p, -f or on standard input")
+    return prompt
+
+
+class Clock:
+    """When things happened in one generation."""
+
+    def __init__(self, n_prompt: int, load_seconds: float):
+        self.n_prompt, self.load_seconds = n_prompt, load_seconds
+        self.start = self.first = self.last = self.prefill_end = time.perf_counter()
+        self.n_tokens = 0
+
+    def prefilled(self) -> None:
+        """The prompt is evaluated."""
+        self.prefill_end = self.last = time.perf_counter()
+
+    def tick(self) -> None:
+        """A token has come."""
+        self.last = time.perf_counter()
+        if not self.n_tokens:
+            self.first = self.last
+        self.n_tokens += 1
+
+    def figures(self) -> dict[str, Any]:
+        """The rates in tokens a second, the times in seconds; null where nothing was measured."""
+        prompt, rest = self.prefill_end - self.start, self.last - self.first
+        return {
+            "n_prompt": self.n_prompt,
+            "n_gen": self.n_tokens,
+            "load_seconds": self.load_seconds,
+            "time_to_first_token_seconds": self.first - self.start if self.n_tokens else None,
+            "prompt_tokens_per_second": self.n_prompt / prompt if prompt > 0 else None,
+            "generated_tokens_per_second": (self.n_tokens - 1) / rest if self.n_tokens > 1 else None,
+        }
+
+    def line(self) -> str:
+        """The same for people."""
+        figures = self.figures()
+
+        def show(name: str, scale: float, unit: str) -> str:
+            return "-" if figures[name] is None else f"{figures[name] * scale:,.1f} {unit}"
+
+        return (
+            f"prompt: {self.n_prompt} tokens, {show('prompt_tokens_per_second', 1, 'tokens/s')} | "
+            f"generated: {self.n_tokens} tokens, {show('generated_tokens_per_second', 1, 'tokens/s')} | "
+            f"first token after {show('time_to_first_token_seconds', 1000, 'ms')} | "
+            f"load {show('load_seconds', 1000, 'ms')}"
+        )

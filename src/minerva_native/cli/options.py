@@ -1,0 +1,58 @@
+"""The options that subcommands share, under llama.cpp's names."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Literal
+
+from minerva_native import Model
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add `-m` and `-ngl`."""
+    parser.add_argument("-m", "--model", metavar="FILE", help="a GGUF file; the built-in model by default")
+    layers = "layers to put on a GPU; -1 for all, auto for all where there is one (default)"
+    parser.add_argument("-ngl", "--gpu-layers", type=gpu_layers, default="auto", metavar="N", help=layers)
+
+
+def load_model(options: argparse.Namespace, vocab_only: bool = False) -> Model:
+    """Load what `-m` names, with a progress bar on a terminal where that takes a while."""
+    if options.model is None:
+        return Model.demo()
+    from .progress import loading
+
+    with loading() as on_progress:
+        return Model.load(options.model, gpu_layers=options.gpu_layers, vocab_only=vocab_only, on_progress=on_progress)
+
+
+def gpu_layers(text: str) -> Literal["auto"] | int:
+    """Parse `-ngl`."""
+    return "auto" if text == "auto" else int(text)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add `--json`."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def add_text(parser: argparse.ArgumentParser) -> None:
+    """Add `-p`, `-f` and `--special`."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("-p", "--prompt", metavar="TEXT", help="the text (default: standard input)")
+    source.add_argument("-f", "--file", metavar="FILE", help="read the text from a file; - is standard input")
+    special = "read the names of special tokens in the text, such as <|im_start|>, as those tokens"
+    parser.add_argument("--special", action="store_true", help=special)
+
+
+def read_text(options: argparse.Namespace) -> str:
+    """Return what `-p` or `-f` names, else standard input where that is no terminal, less one final line end."""
+    if options.prompt is not None:
+        return str(options.prompt)
+    name = options.file
+    if name is None and sys.stdin.isatty():
+        return ""
+    data = sys.stdin.buffer.read() if name in (None, "-") else Path(name).read_bytes()
+    try:
+        return data.decode().removesuffix("\n")
+    except UnicodeDecodeError:
+        raise ValueError(f"{'standard input' if name in (None, '-') else name} is not UTF-8 text") from None

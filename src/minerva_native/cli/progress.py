@@ -1,0 +1,59 @@
+"""Progress bars on stderr: on a terminal only, and only once something has taken a while."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+PATIENCE_SECONDS = 0.3
+
+
+class Bar:
+    """One progress bar that appears when it is worth it."""
+
+    def __init__(self, label: str):
+        self._label = label
+        self._start = time.perf_counter()
+        self._progress: Progress | None = None
+
+    def update(self, done: float, total: float) -> None:
+        """Show how far things are."""
+        if self._progress is None:
+            if not sys.stderr.isatty() or done >= total or time.perf_counter() - self._start < PATIENCE_SECONDS:
+                return
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self._progress = Progress(console=Console(stderr=True), transient=True)
+            self._progress.start()
+            self._task = self._progress.add_task(self._label, total=total)
+        self._progress.update(self._task, completed=done)
+
+    def close(self) -> None:
+        """Take the bar off the screen."""
+        if self._progress is not None:
+            self._progress.stop()
+
+
+@contextmanager
+def loading() -> Iterator[Callable[[float], None]]:
+    """Give an `on_progress` for `Model.load`."""
+    bar = Bar("Loading the model")
+    try:
+        yield lambda fraction: bar.update(fraction, 1.0)
+    finally:
+        bar.close()
+
+
+@contextmanager
+def prefilling() -> Iterator[Callable[[int, int], None]]:
+    """Give an `on_progress` for `Sequence.extend`."""
+    bar = Bar("Evaluating the prompt")
+    try:
+        yield bar.update
+    finally:
+        bar.close()

@@ -1,0 +1,121 @@
+"""What can compute here: the backends and devices that this build of libllama finds on this machine."""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ._binding import BUILD_INFO, ffi, lib, text
+from .errors import DeviceError
+
+TYPES = {
+    lib.GGML_BACKEND_DEVICE_TYPE_CPU: "cpu",
+    lib.GGML_BACKEND_DEVICE_TYPE_GPU: "gpu",
+    lib.GGML_BACKEND_DEVICE_TYPE_IGPU: "igpu",
+    lib.GGML_BACKEND_DEVICE_TYPE_ACCEL: "accel",
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device, as libllama names it."""
+
+    name: str  # what `Model.load(devices=[...])` takes, such as "CUDA0"
+    description: str
+    type: str  # "cpu", "gpu", "igpu" (shares the machine's memory) or "accel" (works beside the CPU, such as BLAS)
+    memory_total_bytes: int
+    memory_free_bytes: int
+
+
+def initialise() -> None:
+    """Start libllama's backends, once per process. Idempotent and thread-safe."""
+    ffi.init_once(lib.llama_backend_init, "llama_backend_init")
+
+
+def devices() -> list[Device]:
+    """Return every device of this build on this machine; the CPU is one of them."""
+    return [_describe(pointer) for pointer in _pointers()]
+
+
+def build_info() -> dict[str, Any]:
+    """Return what was built: which llama.cpp (pinned commit or custom folder), compiler, options, CPU features."""
+    initialise()
+    return {**BUILD_INFO, "cpu_features": text(lib.llama_print_system_info()).strip(" |")}
+
+
+def has_gpu() -> bool:
+    """Say whether any device can take layers of a model off the CPU."""
+    initialise()
+    return bool(lib.llama_supports_gpu_offload())
+
+
+def select(names: list[str]) -> Any:
+    """Return libllama's NULL-terminated array of the named devices; raise `DeviceError` for one that is not there."""
+    known = {_describe(pointer).name: pointer for pointer in _pointers()}
+    for name in names:
+        if name not in known:
+            raise DeviceError(f"there is no device {name!r} here; this build has {', '.join(known)}")
+    # libllama computes on the CPU unasked, and takes none but offload devices in this list.
+    chosen = [known[name] for name in names if _describe(known[name]).type != "cpu"]
+    return ffi.new("ggml_backend_dev_t[]", [*chosen, ffi.NULL])
+
+
+def available_cpus() -> int:
+    """Return how many CPUs this process may use: its affinity, and its cgroup's quota rounded up."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(affinity, _cgroup_quota())))
+
+
+def physical_memory_bytes() -> int:
+    """Return the machine's memory in bytes, swap apart."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _pointers() -> list[Any]:
+    initialise()
+    return [lib.ggml_backend_dev_get(index) for index in range(lib.ggml_backend_dev_count())]
+
+
+def _describe(pointer: Any) -> Device:
+    free, total = ffi.new("size_t *"), ffi.new("size_t *")
+    lib.ggml_backend_dev_memory(pointer, free, total)
+    return Device(
+        text(lib.ggml_backend_dev_name(pointer)),
+        text(lib.ggml_backend_dev_description(pointer)),
+        TYPES.get(lib.ggml_backend_dev_type(pointer), "other"),
+        total[0],
+        free[0],
+    )
+
+
+def _cgroup_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float:
+    """Return the CPUs that the tightest enclosing cgroup grants (v2 `cpu.max`, v1 `cfs_quota_us`), or infinity."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return math.inf
+    tightest = math.inf
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        base = root if not controllers else root / controllers
+        folder = base / path.lstrip("/")
+        # Inside a container the path is the host's and may be absent below the mount: the mount itself then counts.
+        for place in [folder, *folder.parents]:
+            if not place.is_relative_to(base):
+                break
+            tightest = min(tightest, _read_quota(place))
+    return tightest
+
+
+def _read_quota(folder: Path) -> float:
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join((folder / name).read_text() for name in names).split()
+        except (OSError, ValueError):
+            continue
+        if quota != "max" and float(quota) > 0 and float(period) > 0:
+            return float(quota) / float(period)
+    return math.inf

@@ -1,0 +1,141 @@
+"""The decode loop: sample a token, give it out, evaluate it, and so on."""
+
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from threading import Event
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from .sampling import Sampler, logprob
+from .sequence import Sequence as TokenSequence
+
+FinishReason = Literal["stop", "length", "end", "cancelled"]
+
+
+class Step:
+    """One generated token.
+
+    `text` is what can be shown because of it: empty while a character or a possible stop string is incomplete.
+    `seconds` is the time from asking for this step to having it: evaluating the token before it, and sampling.
+    """
+
+    __slots__ = ("__weakref__", "_logits", "_logprob", "finish_reason", "seconds", "text", "token")
+
+    def __init__(self, token: int, logits: npt.NDArray[np.float32]):
+        self.token = token
+        self.text = ""
+        self.seconds = 0.0
+        self.finish_reason: FinishReason | None = None
+        self._logits: npt.NDArray[np.float32] | None = logits
+        self._logprob = 0.0
+
+    @property
+    def logprob(self) -> float:
+        """The token's log-probability (natural logarithm) by the model's own distribution; computed when asked for."""
+        if self._logits is not None:
+            self._logprob, self._logits = logprob(self._logits, self.token), None
+        return self._logprob
+
+    def __repr__(self) -> str:
+        return f"Step(token={self.token}, text={self.text!r}, finish_reason={self.finish_reason!r})"
+
+
+def generate(
+    sequence: TokenSequence,
+    sampler: Sampler | None = None,
+    *,
+    max_tokens: int | None = None,
+    stop: Sequence[str] = (),
+    cancel: Event | None = None,
+) -> Iterator[Step]:
+    """Continue a sequence, one token a step, until a reason to finish, which the last step names.
+
+    "end": the model chose an end-of-generation token. "stop": the text reached one of the `stop` strings, of which
+    nothing is given out. "length": `max_tokens` are made, or the context became full. "cancelled": `cancel` was set.
+    Every step's token is in `sequence.tokens`; the last one is not evaluated unless more is asked of the sequence.
+
+    The sequence may be changed between steps (rewound, extended): the next step continues from what it then is.
+    Raises `ValueError` where the sequence is empty or an argument is out of range, `ContextFullError` where not even
+    one token fits.
+    """
+    if isinstance(stop, str):
+        stop = [stop]
+    if not all(isinstance(text, str) and text for text in stop):
+        raise ValueError("stop must be strings that are not empty")
+    if max_tokens is not None and max_tokens < 0:
+        raise ValueError(f"max_tokens must be 0 or more, or None, not {max_tokens}")
+    if not len(sequence):
+        raise ValueError("the sequence is empty: extend it with a prompt first (a BOS token at the least)")
+    return _decode_loop(sequence, sampler or Sampler(), max_tokens, tuple(stop), cancel)
+
+
+def _decode_loop(
+    sequence: TokenSequence, sampler: Sampler, max_tokens: int | None, stop: tuple[str, ...], cancel: Event | None
+) -> Iterator[Step]:
+    tokenizer = sequence.context.model.tokenizer
+    tokens = sequence.tokens
+    decoder = tokenizer.stream(after=tokens[-1])
+    matcher = _StopMatcher(stop) if stop else None
+    previous = None
+    count = 0
+    while count != max_tokens:
+        before = time.perf_counter()
+        logits = sequence.logits
+        token = sampler(logits, tokens)
+        step = Step(token, logits)
+        count += 1
+        sequence.append(token)
+        if tokenizer.is_end(token):
+            step.finish_reason = "end"
+        else:
+            step.text = decoder.feed(token)
+            if matcher and matcher.feed(step):
+                step.finish_reason = "stop"
+            elif cancel is not None and cancel.is_set():
+                step.finish_reason = "cancelled"
+            elif count == max_tokens or sequence.context.is_full:
+                step.finish_reason = "length"
+        if step.finish_reason is not None and step.finish_reason != "stop":
+            rest = decoder.flush()
+            step.text += matcher.release() + rest if matcher else rest
+        step.seconds = time.perf_counter() - before
+        yield step
+        if step.finish_reason is not None:
+            return
+        # A caller who keeps steps gets their log-probabilities now, so that no more than two rows of logits live on.
+        if previous is not None and (kept := previous()) is not None:
+            _ = kept.logprob
+        previous = weakref.ref(step)
+        del step
+
+
+class _StopMatcher:
+    """Holds back the text that may turn out to begin a stop string."""
+
+    def __init__(self, stop: tuple[str, ...]):
+        self._stop = stop
+        self._held = ""
+
+    def feed(self, step: Step) -> bool:
+        """Make `step.text` what is safe to show; say whether a stop string is complete."""
+        text = self._held + step.text
+        found = [index for index in map(text.find, self._stop) if index >= 0]
+        if found:
+            step.text, self._held = text[: min(found)], ""
+            return True
+        held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        step.text, self._held = text[: len(text) - held], text[len(text) - held :]
+        return False
+
+    def release(self) -> str:
+        """Return what was held back: no stop string came of it."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return how many characters at the end of `text` begin `stop`."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)

@@ -1,0 +1,246 @@
+"""A model: the weights and the vocabulary of a GGUF file."""
+
+import math
+import operator
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+from ._binding import BUILD_INFO, ffi, lib, log, text
+from ._handle import Handle
+from .devices import has_gpu, select
+from .errors import Cancelled, DeviceError, ModelLoadError
+from .gguf import GGUF, Metadata
+from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from .context import Context
+
+DEMO = Path(__file__).parent / "demo" / "minerva-demo.gguf"
+
+
+class Model:
+    """A loaded model; make one with `Model.load` or `Model.demo`. A context manager, safe to share between threads."""
+
+    path: Path
+    tokenizer: Tokenizer
+    gpu_layers: int  # how many layers were offered to a GPU
+
+    def __init__(self, path: Path, gguf: GGUF, handle: Handle, gpu_layers: int, vocab_only: bool):
+        self.path, self._gguf, self._handle, self.vocab_only = path, gguf, handle, vocab_only
+        self._contexts: weakref.WeakSet[Context] = weakref.WeakSet()
+        self.tokenizer = Tokenizer(handle)
+        self.gpu_layers = min(gpu_layers, self.n_layer + 1) if gpu_layers >= 0 else self.n_layer + 1
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        gpu_layers: Literal["auto"] | int = "auto",
+        devices: Sequence[str] | None = None,
+        mmap: bool = True,
+        vocab_only: bool = False,
+        check: bool = True,
+        on_progress: Callable[[float], object] | None = None,
+    ) -> "Self":
+        """Load a GGUF file (`llama_model_load_from_file`).
+
+        `gpu_layers`: how many layers to put on a GPU; "auto" puts all of them there where there is one, -1 does
+        without a choice. `devices`: names from `minerva_native.devices()`; all by default, none for the CPU alone.
+        `mmap`: map the file instead of reading it. `vocab_only`: load no weights; the model then only tokenizes.
+        `check`: refuse a file whose tensors lie beyond its end. `on_progress`: called with 0.0 to 1.0 as the weights
+        come in; returning False stops the load, which then raises `Cancelled`.
+
+        Raises `ModelLoadError` (no model in that file), `DeviceError` (a GPU was asked for and there is none).
+        """
+        path = Path(path)
+        gguf = GGUF(path)
+        if check and not vocab_only:
+            gguf.check_tensors()
+        parameters = lib.llama_model_default_params()
+        layers = _resolve_gpu_layers(gpu_layers, devices)
+        chosen = select(list(devices)) if devices is not None else ffi.NULL
+        watcher = _LoadWatcher(on_progress)
+        handle = ffi.new_handle(watcher)
+        parameters.devices = chosen
+        parameters.n_gpu_layers = layers
+        parameters.load_mode = lib.LLAMA_LOAD_MODE_AUTO if mmap else lib.LLAMA_LOAD_MODE_NONE
+        parameters.vocab_only = vocab_only
+        parameters.progress_callback = lib.minerva_on_progress
+        parameters.progress_callback_user_data = handle
+        with log.captured_errors() as errors:
+            pointer = lib.llama_model_load_from_file(os.fsencode(path), parameters)
+        if watcher.exception is not None:
+            if pointer != ffi.NULL:
+                lib.llama_model_free(pointer)
+            raise watcher.exception
+        if pointer == ffi.NULL:
+            why = log.reason(errors, "libllama gives no reason")
+            raise ModelLoadError(
+                f"{path} cannot be loaded ({why}): check that the file is complete and that llama.cpp "
+                f"{BUILD_INFO['llama_cpp']} knows its architecture"
+            )
+        return cls(path, gguf, Handle("Model", pointer, lib.llama_model_free), layers, vocab_only)
+
+    @classmethod
+    def demo(cls) -> "Self":
+        """Load the small trained model inside the package (see `demo/MODEL_CARD.md`)."""
+        return cls.load(DEMO)
+
+    def context(
+        self,
+        *,
+        n_ctx: int = 4096,
+        n_seq: int = 1,
+        n_batch: int = 2048,
+        n_ubatch: int = 512,
+        n_threads: int | None = None,
+        kv_type: str = "f16",
+        flash_attention: Literal["auto", "on", "off"] | bool = "auto",
+    ) -> "Context":
+        """Make a context, which holds the KV cache and computes.
+
+        `n_ctx`: tokens that all its sequences may hold together. `n_seq`: sequences at one time. `n_batch`: tokens
+        evaluated in one call; `n_ubatch`: in one pass through the model. `n_threads`: by default the CPUs that this
+        process may use. `kv_type`: the element type of the KV cache, such as "f16" or "q8_0".
+
+        Raises `ValueError` or `TypeError` for an argument out of range, `ContextError` where libllama refuses.
+        """
+        from .context import Context
+
+        return Context(
+            self,
+            n_ctx=n_ctx,
+            n_seq=n_seq,
+            n_batch=n_batch,
+            n_ubatch=n_ubatch,
+            n_threads=n_threads,
+            kv_type=kv_type,
+            flash_attention=flash_attention,
+        )
+
+    def hyperparameter(self, name: str, *default: float) -> list[float]:
+        """Return the numbers, one or one a layer, of the file's `<architecture>.<name>` key; else `default`, or 0."""
+        value = self.metadata.get(f"{self.architecture}.{name}", 0)
+        values = value if isinstance(value, list) else [value]
+        numbers = [float(number) for number in values if isinstance(number, int | float)]
+        return numbers if any(numbers) else list(default) or [0.0]
+
+    @property
+    def metadata(self) -> Metadata:
+        """Every key of the GGUF file, as a read-only mapping."""
+        return self._gguf.metadata
+
+    @property
+    def architecture(self) -> str:
+        """The `general.architecture` of the file, such as "llama"."""
+        return str(self.metadata.get("general.architecture", ""))
+
+    @property
+    def file_type(self) -> str:
+        """The quantisation of most weights, such as "Q8_0" (`llama_ftype_name`)."""
+        with self._handle as model:
+            kind = lib.llama_model_ftype(model) if not self.vocab_only else self.metadata.get("general.file_type", 0)
+            return text(lib.llama_ftype_name(int(kind) if isinstance(kind, int) else 0))
+
+    @property
+    def n_params(self) -> int:
+        """How many weights the model has."""
+        if self.vocab_only:
+            return sum(math.prod(tensor.shape) for tensor in self._gguf.tensors)
+        return self._fact(lib.llama_model_n_params)
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of all tensors in bytes."""
+        if self.vocab_only:
+            return sum(tensor.size_bytes for tensor in self._gguf.tensors)
+        return self._fact(lib.llama_model_size)
+
+    @property
+    def n_embd(self) -> int:
+        """The width of the model."""
+        return self._fact(lib.llama_model_n_embd, "embedding_length")
+
+    @property
+    def n_layer(self) -> int:
+        """The depth of the model."""
+        return self._fact(lib.llama_model_n_layer, "block_count")
+
+    @property
+    def n_ctx_train(self) -> int:
+        """The context length in tokens that the model was trained on."""
+        return self._fact(lib.llama_model_n_ctx_train, "context_length")
+
+    def _fact(self, function: Callable[[Any], int], key: str = "") -> int:
+        """Ask libllama, or the metadata where libllama was told to read the vocabulary alone."""
+        with self._handle as model:
+            return int(max(self.hyperparameter(key))) if self.vocab_only and key else int(function(model))
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._handle.closed
+
+    def close(self) -> None:
+        """Free the model and close its contexts. Closing twice is no error."""
+        for context in list(self._contexts):
+            context.close()
+        self._handle.close()
+        self._gguf.close()
+
+    def __enter__(self) -> "Self":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{self.architecture}, {self.file_type}, {self.n_params:,} weights"
+        return f"<Model {self.path.name}: {state}>"
+
+
+class _LoadWatcher:
+    """What the progress callback of one load needs, and the exception that ended it."""
+
+    def __init__(self, on_progress: Callable[[float], object] | None):
+        self.on_progress = on_progress
+        self.exception: BaseException | None = None
+
+
+# Also without an `on_progress`: entering Python lets a pending Ctrl-C take effect during a long load.
+@ffi.def_extern(name="minerva_on_progress", error=False, onerror=log.ignore)
+def _on_progress(progress: float, handle: object) -> bool:
+    watcher: _LoadWatcher = ffi.from_handle(handle)
+    try:
+        if watcher.on_progress is None or watcher.on_progress(progress) is not False:
+            return True
+        watcher.exception = Cancelled("loading was stopped by on_progress")
+    except BaseException as error:
+        watcher.exception = error
+    return False
+
+
+def _resolve_gpu_layers(gpu_layers: Literal["auto"] | int, devices: Sequence[str] | None) -> int:
+    """Return libllama's number: 0 for the CPU alone, negative for every layer."""
+    if isinstance(devices, str):
+        raise TypeError(f"devices must be a list of names, not a str: [{devices!r}]")
+    if gpu_layers == "auto":
+        return -1 if has_gpu() and devices != [] else 0
+    if isinstance(gpu_layers, str):
+        raise ValueError(f'gpu_layers must be "auto" or a number of layers, not {gpu_layers!r}')
+    layers = operator.index(gpu_layers)
+    if not -1 <= layers < 2**31:
+        raise ValueError(f"gpu_layers must be 0 or more, or -1 for all, not {layers}")
+    if layers and not has_gpu():
+        raise DeviceError(
+            f"gpu_layers={layers} asks for a GPU, but this build finds none: install with the flags of your GPU "
+            "(see the README), or leave gpu_layers out to run on the CPU"
+        )
+    return layers

@@ -1,0 +1,215 @@
+"""Text to token ids and back, by the vocabulary that the model's file carries."""
+
+import codecs
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ._binding import ffi, lib
+from ._handle import Handle
+from .errors import TokenizerError
+
+TokenIds = Sequence[int] | npt.NDArray[np.integer[Any]]
+
+TYPES = {
+    lib.LLAMA_VOCAB_TYPE_NONE: "none",
+    lib.LLAMA_VOCAB_TYPE_SPM: "spm",
+    lib.LLAMA_VOCAB_TYPE_BPE: "bpe",
+    lib.LLAMA_VOCAB_TYPE_WPM: "wpm",
+    lib.LLAMA_VOCAB_TYPE_UGM: "ugm",
+    lib.LLAMA_VOCAB_TYPE_RWKV: "rwkv",
+    lib.LLAMA_VOCAB_TYPE_PLAMO2: "plamo2",
+}
+
+_MAX_TEXT_BYTES = 1 << 30  # libllama counts bytes and tokens in 32-bit integers
+
+
+class Tokenizer:
+    """The vocabulary of a model. Safe to use from several threads at once.
+
+    Raises `TokenizerError` where the model has no vocabulary, `ClosedError` after the model is closed.
+    """
+
+    n_vocab: int  # how many token ids there are
+    bos: int | None  # beginning of sequence
+    eos: int | None  # end of sequence
+    eot: int | None  # end of turn
+
+    def __init__(self, model: Handle):
+        self._model = model
+        with model as pointer:
+            self._vocab = vocab = lib.llama_model_get_vocab(pointer)
+            kind = lib.llama_vocab_type(vocab)
+            self.type = TYPES.get(kind, "other")
+            self.n_vocab = lib.llama_vocab_n_tokens(vocab)
+            self.bos = _optional(lib.llama_vocab_bos(vocab))
+            self.eos = _optional(lib.llama_vocab_eos(vocab))
+            self.eot = _optional(lib.llama_vocab_eot(vocab))
+            self.adds_bos = bool(lib.llama_vocab_get_add_bos(vocab))
+            self.adds_eos = bool(lib.llama_vocab_get_add_eos(vocab))
+        self._ends: dict[int, bool] = {}
+        self._controls: dict[int, bool] = {}
+        self._pieces: tuple[dict[int, bytes], dict[int, bytes]] = ({}, {})  # without and with special tokens
+        self._texts: tuple[dict[int, str | None], dict[int, str | None]] = ({}, {})
+        # Some vocabularies (SentencePiece) put a space where a text begins, which must not come back on decoding.
+        first = self.encode("a", add_special=False)[:1] if self.type != "none" else []
+        self._adds_space = any(self._piece(token, False)[:1] == b" " for token in first)
+
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        """Turn text into token ids (`llama_tokenize`).
+
+        `add_special` adds what the model expects around a text (BOS, EOS); `parse_special` reads the names of special
+        tokens in the text, such as `<|im_start|>`, as those tokens: leave it off for text that others wrote.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a str, not {type(text).__name__}")
+        self._require_vocabulary()
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as error:
+            raise TokenizerError(f"the text has a lone surrogate at index {error.start}: it is not Unicode") from None
+        if len(data) > _MAX_TEXT_BYTES:
+            raise TokenizerError(f"the text has {len(data):,} bytes; encode at most {_MAX_TEXT_BYTES:,} at a time")
+        capacity = len(data) + 8
+        with self._model:
+            while True:
+                buffer = np.empty(capacity, np.int32)
+                array = ffi.from_buffer("llama_token[]", buffer, require_writable=True)
+                count = lib.llama_tokenize(self._vocab, data, len(data), array, capacity, add_special, parse_special)
+                if count >= 0:
+                    ids: list[int] = buffer[:count].tolist()
+                    return ids
+                capacity = -count
+
+    def decode(self, ids: TokenIds, special: bool = False) -> str:
+        """Turn token ids into text; bytes that are not UTF-8 become U+FFFD. `special` also shows control tokens."""
+        return self.decode_bytes(ids, special).decode(errors="replace")
+
+    def decode_bytes(self, ids: TokenIds, special: bool = False) -> bytes:
+        """Turn token ids into the bytes that they stand for."""
+        pieces, at_start = [], self._adds_space
+        for token in self.as_array(ids).tolist():
+            piece = self._piece(token, special)
+            pieces.append(piece[1:] if at_start and piece[:1] == b" " else piece)
+            at_start = self._adds_space and self.is_control(token)
+        return b"".join(pieces)
+
+    def stream(self, special: bool = False, after: int | None = None) -> "StreamDecoder":
+        """Return a decoder that takes one token at a time.
+
+        `after` is the token that came before the first one, where the text goes on from tokens already there.
+        """
+        return StreamDecoder(self, special, after)
+
+    def is_end(self, token: int) -> bool:
+        """Say whether the token ends a generation (EOS, end of turn and their like)."""
+        end = self._ends.get(token)
+        if end is None:
+            token = self.check(token)
+            with self._model:
+                end = self._ends[token] = bool(lib.llama_vocab_is_eog(self._vocab, token))
+        return end
+
+    def is_control(self, token: int) -> bool:
+        """Say whether the token is a control token, which has no text of its own."""
+        control = self._controls.get(token)
+        if control is None:
+            token = self.check(token)
+            self._require_vocabulary()
+            with self._model:
+                control = self._controls[token] = bool(lib.llama_vocab_is_control(self._vocab, token))
+        return control
+
+    def check(self, token: int) -> int:
+        """Return a token id as an int; raise `TypeError` or `ValueError` where it is none of this vocabulary."""
+        token = operator.index(token)
+        if not 0 <= token < self.n_vocab:
+            raise ValueError(f"token id {token} is out of range: the vocabulary has ids 0 to {self.n_vocab - 1}")
+        return token
+
+    def as_array(self, ids: TokenIds) -> npt.NDArray[np.int32]:
+        """Return token ids as an int32 array; raise `TypeError` or `ValueError` where one is not of this vocabulary."""
+        if isinstance(ids, str | bytes):
+            raise TypeError(f"token ids must be integers, not {type(ids).__name__}: encode the text first")
+        array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
+        if array.ndim != 1:
+            raise ValueError(f"token ids must be one-dimensional, not of shape {array.shape}")
+        if not array.size:
+            return np.empty(0, np.int32)
+        if array.dtype.kind not in "iu":
+            for token in array.tolist():
+                self.check(token)  # names the culprit, also an integer too large for 64 bits
+            raise TypeError(f"token ids must be integers, not {array.dtype}")
+        for token in (array.min(), array.max()):
+            self.check(token)
+        return np.ascontiguousarray(array, np.int32)
+
+    def _require_vocabulary(self) -> None:
+        if self.type == "none":
+            raise TokenizerError("this model has no vocabulary: give it token ids, and read token ids back")
+
+    def _piece(self, token: int, special: bool) -> bytes:
+        """Return the bytes of a valid token id."""
+        piece = self._pieces[special].get(token)
+        if piece is None:
+            self._require_vocabulary()
+            size = 64
+            with self._model:
+                while True:
+                    buffer = ffi.new("char[]", size)
+                    count = lib.llama_token_to_piece(self._vocab, token, buffer, size, 0, special)
+                    if count >= 0:
+                        break
+                    size = -count
+            piece = self._pieces[special][token] = ffi.unpack(buffer, count) if count else b""
+        return piece
+
+    def _remember_text(self, token: int, special: bool) -> None:
+        """Note the text of a valid token id, or None where it is a part of a character."""
+        try:
+            self._texts[special][token] = self._piece(token, special).decode()
+        except UnicodeDecodeError:
+            self._texts[special][token] = None
+
+
+class StreamDecoder:
+    """Turns tokens into text one at a time, and never gives out a part of a character."""
+
+    __slots__ = ("_at_start", "_decoder", "_mid_character", "_special", "_texts", "_tokenizer")
+
+    def __init__(self, tokenizer: Tokenizer, special: bool, after: int | None):
+        self._tokenizer, self._special = tokenizer, special
+        self._at_start = tokenizer._adds_space and (after is None or tokenizer.is_control(after))
+        self._texts = tokenizer._texts[special]
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._mid_character = False
+
+    def feed(self, token: int) -> str:
+        """Return the text that the token completes; it may be empty."""
+        tokenizer = self._tokenizer
+        if not (self._mid_character or tokenizer._adds_space):
+            text = self._texts.get(token)
+            if text is not None:
+                return text
+        token = tokenizer.check(token)
+        piece = tokenizer._piece(token, self._special)
+        if self._at_start and piece[:1] == b" ":
+            piece = piece[1:]
+        self._at_start = tokenizer._adds_space and tokenizer.is_control(token)
+        if token not in self._texts:
+            tokenizer._remember_text(token, self._special)
+        text = self._decoder.decode(piece)
+        self._mid_character = bool(self._decoder.getstate()[0])
+        return text
+
+    def flush(self) -> str:
+        """Return what is left at the end: U+FFFD where the last character is incomplete, else nothing."""
+        self._mid_character = False
+        return self._decoder.decode(b"", final=True)
+
+
+def _optional(token: int) -> int | None:
+    return None if token == lib.LLAMA_TOKEN_NULL else token
