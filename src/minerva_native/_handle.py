@@ -9,9 +9,6 @@ from .errors import ClosedError
 if TYPE_CHECKING:
     from ._binding._llama import CData
 
-# One lock for all counts: they change seldom. Re-entrant, because a garbage collection may close another handle.
-_lock = threading.RLock()
-
 
 class Handle:
     """A C pointer with its destructor.
@@ -22,6 +19,10 @@ class Handle:
 
     __slots__ = ("_free", "_name", "_parent", "_users", "closed", "pointer")
 
+    # One lock for all counts: they change seldom. Re-entrant, because a garbage collection may close another handle.
+    # On the class, because a module's names are gone when the last handles are collected at exit.
+    _lock = threading.RLock()
+
     def __init__(self, name: str, pointer: "CData", free: "Callable[[CData], object]", parent: "Handle | None" = None):
         if parent is not None:
             parent.__enter__()
@@ -31,7 +32,7 @@ class Handle:
 
     def __enter__(self) -> Any:
         """Borrow the pointer: it stays valid until the block ends."""
-        with _lock:
+        with self._lock:
             if self.closed:
                 raise ClosedError(f"this {self._name} is closed")
             self._users += 1
@@ -39,13 +40,13 @@ class Handle:
 
     def __exit__(self, *exception: object) -> None:
         """Give the pointer back."""
-        with _lock:
+        with self._lock:
             self._users -= 1
             self._free_if_unused()
 
     def close(self) -> None:
         """Forbid further use, and free the object as soon as nobody uses it."""
-        with _lock:
+        with self._lock:
             if not self.closed:
                 self.closed = True
                 self._free_if_unused()

@@ -84,7 +84,7 @@ class Context:
         self.n_threads = _in_range("n_threads", n_threads, 1, lib.GGML_MAX_N_THREADS)
         if kv_type not in KV_TYPES:
             raise ValueError(f"kv_type must be one of {', '.join(KV_TYPES)}, not {kv_type!r}")
-        flash = {True: "on", False: "off"}.get(flash_attention, flash_attention)  # type: ignore[call-overload]
+        flash = {True: "on", False: "off"}[flash_attention] if isinstance(flash_attention, bool) else flash_attention
         if flash not in FLASH_ATTENTION:
             raise ValueError(f'flash_attention must be "auto", "on" or "off", not {flash_attention!r}')
         if model.vocab_only:
@@ -127,7 +127,7 @@ class Context:
         self._n_vocab = model.tokenizer.n_vocab
         self._batch = _Batch(self.n_batch)
         self._sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
-        self._unread: Sequence | None = None  # whose logits lie in libllama's buffer and nowhere else
+        self._unread: weakref.ref[Sequence] | None = None  # whose logits lie in libllama's buffer and nowhere else
         self._free_ids = list(range(self.n_seq - 1, -1, -1))
         self._n_tokens = 0  # of all sequences
         self._orphans: deque[tuple[int, int]] = deque()  # id and length of sequences collected without `close`
@@ -217,8 +217,8 @@ class Context:
         unread = self._unread
         if unread is not None:
             self._unread = None
-            if unread is not sequence:
-                unread._keep_logits()
+            if unread is not sequence._reference and (other := unread()) is not None:
+                other._keep_logits()
         batch = self._batch.struct
         batch.n_tokens = count
         before = time.perf_counter()
@@ -230,7 +230,7 @@ class Context:
         if code:
             self._raise_for(code, count)
         stats.tokens_evaluated += count
-        self._unread = sequence
+        self._unread = sequence._reference
 
     def _raise_for(self, code: int, count: int) -> None:
         """Turn libllama's return code into an exception."""
@@ -272,7 +272,7 @@ class Context:
 
     def _release(self, sequence: "Sequence") -> None:
         """Take a sequence's id and cells back."""
-        if self._unread is sequence:
+        if self._unread is sequence._reference:
             self._unread = None
         self._sequences.discard(sequence)
         self._orphans.append((sequence._id, len(sequence)))
@@ -281,7 +281,8 @@ class Context:
     def _collect_orphans(self) -> None:
         while self._orphans:
             sequence_id, length = self._orphans.popleft()
-            self._remove(sequence_id, -1)
+            if not self.closed:
+                self._remove(sequence_id, -1)
             self._n_tokens -= length
             self._free_ids.append(sequence_id)
 

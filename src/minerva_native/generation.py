@@ -1,5 +1,6 @@
 """The decode loop: sample a token, give it out, evaluate it, and so on."""
 
+import operator
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -65,7 +66,7 @@ def generate(
         stop = [stop]
     if not all(isinstance(text, str) and text for text in stop):
         raise ValueError("stop must be strings that are not empty")
-    if max_tokens is not None and max_tokens < 0:
+    if max_tokens is not None and operator.index(max_tokens) < 0:
         raise ValueError(f"max_tokens must be 0 or more, or None, not {max_tokens}")
     if not len(sequence):
         raise ValueError("the sequence is empty: extend it with a prompt first (a BOS token at the least)")

@@ -1,6 +1,7 @@
 """Reading a GGUF file's header: its metadata, its tensors, and whether the file can be what it says it is."""
 
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,15 +129,18 @@ class Metadata(Mapping[str, Value]):
 def check_file(path: Path) -> int:
     """Return the size of the file in bytes; raise `ModelLoadError` where it is plainly no GGUF file."""
     try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise ModelLoadError(f"{path} is a directory: name the .gguf file in it")
+        if not stat.S_ISREG(status.st_mode):
+            raise ModelLoadError(f"{path} is not a regular file: libllama needs to go back and forth in it")
         with path.open("rb") as file:
             head = file.read(len(MAGIC))
-            size = os.fstat(file.fileno()).st_size
     except FileNotFoundError:
         raise ModelLoadError(f"{path} does not exist: check the path") from None
-    except IsADirectoryError:
-        raise ModelLoadError(f"{path} is a directory: name the .gguf file in it") from None
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    size = status.st_size
     if not size:
         raise ModelLoadError(f"{path} is empty: was its download interrupted?")
     if head != MAGIC:

@@ -1,6 +1,7 @@
 """A sequence: a list of tokens that happens to be evaluated."""
 
 import operator
+import weakref
 from array import array
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as AbstractSequence
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import ClosedError, ContextError
+from .sampling import logprob
 from .tokenizer import TokenIds
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ class Sequence:
         self._n_cached = 0  # how many of the tokens, from the first, have their keys and values in the cache
         self._logits: npt.NDArray[np.float32] | None = None  # of the last token, once they are read
         self._closed = False
+        self._reference = weakref.ref(self)
 
     @property
     def tokens(self) -> "Tokens":
@@ -52,7 +55,7 @@ class Sequence:
         with context._lock:
             self._check_open()
             if self._logits is None:
-                if context._unread is not self or self._n_cached != len(self._tokens):
+                if context._unread is not self._reference or self._n_cached != len(self._tokens):
                     self._evaluate_pending()
                 self._keep_logits()
                 context._unread = None
@@ -131,7 +134,7 @@ class Sequence:
             if not new.size:
                 return scores
             length = len(self._tokens)
-            scores[0] = _log_softmax_at(self.logits[None], new[:1])[0] if length else np.nan
+            scores[0] = logprob(self.logits, int(new[0])) if length else np.nan
             context._check_room(len(new))
             rows = max(1, min(context.n_batch, _SCORE_BYTES // (4 * context._n_vocab)))
             try:
@@ -142,8 +145,8 @@ class Sequence:
                     context._decode(self, chunk, length + start, all_logits=True)
                     self._n_cached = len(self._tokens)
                     following = new[start + 1 : start + 1 + len(chunk)]
-                    logits = np.stack([context._read_logits(row) for row in range(len(following))] or [chunk[:0]])
-                    scores[start + 1 : start + 1 + len(following)] = _log_softmax_at(logits, following)
+                    for row, token in enumerate(following.tolist()):
+                        scores[start + 1 + row] = logprob(context._read_logits(row), token)
             except BaseException:
                 self._cut(length)
                 raise
@@ -207,7 +210,7 @@ class Sequence:
     def _forget_from(self, n: int) -> None:
         """Make the cache hold the first `n` tokens, or nothing where this kind of memory cannot forget a part."""
         context = self.context
-        if context._unread is self:
+        if context._unread is self._reference:
             context._unread = None
         self._n_cached = n if context._remove(self._id, n) else 0
         if self._n_cached != n:
@@ -265,13 +268,3 @@ class Tokens(AbstractSequence[int]):
 
     def __repr__(self) -> str:
         return repr(self._tokens.tolist())
-
-
-def _log_softmax_at(logits: npt.NDArray[np.float32], ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
-    """Return the log-probability of `ids[i]` under `logits[i]`."""
-    if not len(ids):
-        return np.empty(0)
-    top = logits.max(axis=1, keepdims=True)
-    total = np.exp(logits - top).sum(axis=1, dtype=np.float64)
-    chosen = np.take_along_axis(logits, ids[:, None], axis=1)
-    return (chosen - top)[:, 0] - np.log(total)

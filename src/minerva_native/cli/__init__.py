@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module.add_arguments(subparsers.add_parser(name, help=summary, description=summary))
     options = parser.parse_args(arguments)
     try:
-        status = COMMANDS[options.command].run(options)
+        status: int = COMMANDS[options.command].run(options)
         sys.stdout.flush()
         return status
     except BrokenPipeError:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 import time
 from typing import Any
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--min-p", type=float, metavar="P", help="drop what is less likely than P times the likeliest (default 0.05)")
     add("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be repeated")
+    add("--ignore-eos", action="store_true", help="never choose a token that ends the generation")
     add_json(parser)
 
 
@@ -53,6 +55,9 @@ def run(options: argparse.Namespace) -> int:
     if given.get("seed") == -1:
         del given["seed"]
     with load_model(options) as model:
+        if options.ignore_eos:
+            ends = filter(model.tokenizer.is_end, range(model.tokenizer.n_vocab))
+            given["logit_bias"] = dict.fromkeys(ends, -math.inf)
         sampler = mn.Sampler(mn.SamplingParams.from_model(model, **given))
         prompt = read_prompt(options, model)
         ids = model.tokenizer.encode(prompt, parse_special=options.special)

@@ -1,0 +1,95 @@
+"""What this package adds to a token besides libllama: `pytest bench/test_loop.py --benchmark-enable`.
+
+The loop's own cost is the time of a generation less what was spent in `llama_decode` and in the sampler, by clocks
+around those two; it is in `extra_info` as `loop_us_per_token`, the median over the rounds. Its bar is 10 microseconds.
+Reading logits and greedy sampling are timed on a vocabulary of 128,256; the bar of each is 40 microseconds.
+"""
+
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+from tiny_models import TinyModel, write_gguf
+
+import minerva_native as mn
+
+N_VOCAB = 128_256
+N_TOKENS = 200
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[mn.Sequence]:
+    """A sequence of a model that is all vocabulary."""
+    shape = TinyModel(n_layer=1, n_embd=32, n_head=1, n_head_kv=1, n_ff=32, tied=True)
+    weights = {**shape.weights, "token_embd.weight": np.zeros((N_VOCAB, shape.n_embd), np.float32)}
+    keys = {f"llama.{key}": value for key, value in shape.hyperparameters.items()}
+    keys |= {"llama.vocab_size": N_VOCAB, "tokenizer.ggml.model": "none"}
+    path = write_gguf(tmp_path_factory.mktemp("wide") / "wide.gguf", "llama", keys, weights)
+    with mn.Model.load(path) as model, model.context(n_ctx=256, n_threads=1) as context:
+        sequence = context.sequence()
+        sequence.extend([1, 2, 3])
+        yield sequence
+
+
+class TimedSampler:
+    """A sampler and the time spent in it."""
+
+    def __init__(self, sampler: mn.Sampler):
+        self.sampler, self.seconds = sampler, 0.0
+
+    def __call__(self, logits: npt.NDArray[np.float32], tokens: mn.sequence.Tokens) -> int:
+        before = time.perf_counter()
+        token = self.sampler(logits, tokens)
+        self.seconds += time.perf_counter() - before
+        return token
+
+
+def test_the_loops_own_cost_on_the_built_in_model(benchmark: BenchmarkFixture) -> None:
+    with mn.Model.demo() as model, model.context(n_ctx=1024, n_threads=1) as context, context.sequence() as sequence:
+        prompt = model.tokenizer.encode("Once upon a time")
+        ends = [token for token in range(model.tokenizer.n_vocab) if model.tokenizer.is_end(token)]
+        sampler = TimedSampler(mn.Sampler(mn.SamplingParams(seed=1, logit_bias=dict.fromkeys(ends, -float("inf")))))
+        loop_seconds: list[float] = []
+
+        def generate() -> None:
+            sequence.truncate(0)
+            sequence.extend(prompt)
+            decode, sampling = context.stats.decode_seconds, sampler.seconds
+            before = time.perf_counter()
+            for _ in mn.generate(sequence, sampler, max_tokens=N_TOKENS):
+                pass
+            elapsed = time.perf_counter() - before
+            inside = context.stats.decode_seconds - decode + sampler.seconds - sampling
+            loop_seconds.append((elapsed - inside) / N_TOKENS)
+
+        benchmark.pedantic(generate, rounds=15, warmup_rounds=2)
+        benchmark.extra_info["loop_us_per_token"] = round(1e6 * statistics.median(loop_seconds), 2)
+
+
+def test_reading_the_logits_of_a_large_vocabulary(benchmark: BenchmarkFixture, wide: mn.Sequence) -> None:
+    assert benchmark(wide.context._read_logits).shape == (N_VOCAB,)
+
+
+def test_greedy_sampling_on_a_large_vocabulary(benchmark: BenchmarkFixture) -> None:
+    logits = np.random.default_rng(1).standard_normal(N_VOCAB).astype(np.float32)
+    sampler = mn.Sampler(mn.SamplingParams(temperature=0.0))
+    assert benchmark(sampler, logits, ()) == logits.argmax()
+
+
+def test_appending_and_taking_back_a_token(benchmark: BenchmarkFixture, wide: mn.Sequence) -> None:
+    def append_and_rewind() -> None:
+        wide.append(1)
+        wide.rewind(1)
+
+    benchmark(append_and_rewind)
+
+
+def test_encoding_a_page_of_text(benchmark: BenchmarkFixture) -> None:
+    text = Path(mn.__file__).read_text()[:2000]
+    with mn.Model.demo() as model:
+        benchmark(model.tokenizer.encode, text)

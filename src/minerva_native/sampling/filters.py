@@ -1,0 +1,328 @@
+"""The filters and temperatures of libllama's chain, each a pure function from candidates to candidates.
+
+They keep what libllama's samplers keep. Ties are broken by token id, where libllama leaves them to an unstable sort.
+Up to `EXACT_UP_TO` candidates the sums are float32 and sequential like libllama's, so that the cut is the same to the
+last bit; longer ones are summed more precisely than there, which moves a cut only among tokens that libllama's own
+rounding decides.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from .candidates import (
+    COLUMNS_FROM,
+    Candidates,
+    Doubles,
+    Floats,
+    Ids,
+    Scratch,
+    at_least,
+    check_largest,
+    column_maxima,
+    largest_logit,
+    shares32,
+    weigh,
+    weights32,
+)
+from .masks import apply_mask
+
+EXACT_UP_TO = 1024
+"""The most candidates for which sums are taken in libllama's order and precision."""
+
+_NUCLEUS_GUESSES = (32, 256)
+_SAMPLE = 2048
+_BINS = 4096
+
+
+def top_k(candidates: Candidates, k: int, scratch: Scratch | None = None) -> Candidates:
+    """The k largest logits, descending (Fan et al. 2018; `llama_sampler_init_top_k`). k of 0 or less keeps all."""
+    size = candidates.logits.size
+    if k <= 0:
+        return candidates
+    if candidates.descending:
+        return candidates.head(k)
+    if k >= size:
+        return candidates.sorted()
+    if size < COLUMNS_FROM:
+        check_largest(float(np.maximum.reduce(candidates.logits)))
+        return _top_of(candidates, (candidates.logits >= _kth_bound(candidates.logits, k)).nonzero()[0], k)
+    scratch = scratch or Scratch()
+    return _top_k_columns(candidates, k, column_maxima(candidates.logits, scratch), scratch)
+
+
+def _top_k_columns(candidates: Candidates, k: int, maxima: Floats, scratch: Scratch) -> Candidates:
+    logits = candidates.logits
+    check_largest(float(np.maximum.reduce(maxima)))
+    if 2 * k > maxima.size:
+        return _top_of(candidates, (logits >= _kth_bound(logits, k)).nonzero()[0], k)
+    return _top_of(candidates, at_least(logits, _kth_bound(maxima, k), maxima, scratch), k)
+
+
+def _kth_bound(values: Floats, k: int) -> float:
+    """A lower bound of the k-th largest value, and close to it.
+
+    The maxima of disjoint groups are values too, so the k-th largest of them is a bound; with many more groups than
+    k, few values besides the k largest reach it, and no more than a few hundred numbers have to be partitioned.
+    """
+    while values.size >= 24 * k and values.size >= 256:
+        quarter = values.size // 4
+        values = np.maximum.reduce(values[: 4 * quarter].reshape(4, quarter), axis=0)
+    place = values.size - k
+    return float(np.partition(values, place)[place])
+
+
+def _top_of(candidates: Candidates, index: Ids, k: int) -> Candidates:
+    """The k largest among these ascending positions, which hold them all."""
+    logits = candidates.logits[index]
+    if index.size > 2 * k + 64:
+        cut = np.partition(logits, index.size - k)[index.size - k]
+        above = np.flatnonzero(logits > cut)
+        level = np.flatnonzero(logits == cut)[: k - above.size]
+        chosen = np.concatenate((above, level))
+        index, logits = index[chosen], logits[chosen]
+    order = np.argsort(-logits, kind="stable")[:k]
+    index = index[order]
+    return Candidates(logits[order], index if candidates.ids is None else candidates.ids[index], True)
+
+
+def top_p(candidates: Candidates, p: float, min_keep: int = 0, scratch: Scratch | None = None) -> Candidates:
+    """The smallest set of the most likely tokens with at least mass p (nucleus; Holtzman et al. 2020).
+
+    Follows `llama_sampler_init_top_p`. p of 1 or more keeps all. At least `min_keep` tokens stay.
+    """
+    p32 = np.float32(p)
+    if p32 >= 1.0:
+        return candidates
+    size = candidates.logits.size
+    if candidates.descending or size <= EXACT_UP_TO:
+        weights = weights32(candidates)
+        if not candidates.descending:
+            candidates = candidates.sorted()
+            share = weights32(candidates)
+        else:
+            share = weights
+        running = np.add.accumulate(share / np.add.accumulate(weights)[-1])
+        return candidates.head(_count_reaching(running, p32, min_keep))
+    if size < COLUMNS_FROM:
+        return _top_p_sorted_whole(candidates, float(p32), min_keep)
+    return _top_p_columns(candidates, float(p32), min_keep, scratch or Scratch())
+
+
+def _top_p_sorted_whole(candidates: Candidates, p: float, min_keep: int) -> Candidates:
+    largest = largest_logit(candidates)
+    candidates = candidates.sorted()
+    running = np.add.accumulate(np.exp(np.subtract(candidates.logits, largest, dtype=np.float64)))
+    return candidates.head(_count_reaching(running, p * running[-1], min_keep))
+
+
+def _top_p_columns(candidates: Candidates, p: float, min_keep: int, scratch: Scratch) -> Candidates:
+    """The nucleus is mostly short: guess a head that holds it, and look further only when its mass is not enough."""
+    logits = candidates.logits
+    maxima = column_maxima(logits, scratch)
+    largest = check_largest(float(np.maximum.reduce(maxima)))
+    weights = weigh(logits, largest, scratch)
+    target = p * weights.total
+    for guess in _NUCLEUS_GUESSES:
+        head = _top_k_columns(candidates, max(guess, min(min_keep, logits.size)), maxima, scratch)
+        running = np.add.accumulate(np.exp(np.subtract(head.logits, weights.shift, dtype=np.float64)))
+        if running[-1] >= target:
+            return head.head(_count_reaching(running, target, min_keep))
+        if running[-1] < 0.5 * target:
+            break
+    heavy = _heavier_part(weights.values, weights.total, target, scratch)
+    return candidates.take(heavy[lightest(-logits[heavy], weights.values[heavy], target)])
+
+
+def _heavier_part(weights: Floats, total: float, target: float, scratch: Scratch) -> Ids:
+    """Ascending positions of all weights above some bound, together at least `target`; a sample proposes the bound."""
+    sample = np.sort(weights[:: max(1, weights.size // _SAMPLE)])[::-1]
+    running = np.add.accumulate(sample, dtype=np.float64)
+    wanted = running[-1] * (0.2 + 0.8 * target / total)
+    flags = scratch.flags(weights.size)
+    guess = sample[min(int(running.searchsorted(wanted)), sample.size - 1)]
+    (heavy,) = np.greater_equal(weights, guess, out=flags).nonzero()
+    if float(np.add.reduce(weights[heavy], dtype=np.float64)) > target:
+        return heavy
+    # What is lighter than this cannot together weigh more than the mass that may be dropped.
+    certain = np.float32(0.99 * (total - target) / weights.size)
+    (heavy,) = np.greater_equal(weights, certain, out=flags).nonzero()
+    return heavy
+
+
+def lightest(keys: Floats, weights: Floats, target: float, strictly: bool = False) -> Ids:
+    """Positions of the smallest keys whose weights together reach `target` (exceed it, if `strictly`); no order.
+
+    Equal keys enter by position. Buckets of keys are weighed first, so that only one of them has to be sorted.
+    """
+    low, high = float(keys.min()), float(keys.max())
+    scale = (_BINS - 1) / (high - low) if high > low else 0.0
+    bins = ((keys - np.float32(low)) * np.float32(scale)).astype(np.intp)
+    running = np.add.accumulate(np.bincount(bins, weights=weights, minlength=_BINS))
+    cut = int(running.searchsorted(target, side="right" if strictly else "left"))
+    if cut >= running.size:
+        return np.arange(keys.size, dtype=np.intp)
+    before = np.flatnonzero(bins < cut)
+    edge = np.flatnonzero(bins == cut)
+    edge = edge[np.argsort(keys[edge], kind="stable")]
+    mass = np.add.accumulate(weights[edge], dtype=np.float64)
+    mass += running[cut - 1] if cut else 0.0
+    count = int(mass.searchsorted(target, side="right" if strictly else "left")) + 1
+    return np.concatenate((before, edge[:count]))
+
+
+def min_p(candidates: Candidates, p: float, min_keep: int = 0, scratch: Scratch | None = None) -> Candidates:
+    """Tokens at least p times as likely as the most likely one (Nguyen et al. 2024; `llama_sampler_init_min_p`).
+
+    p of 0 or less keeps all. At least `min_keep` tokens stay.
+    """
+    p32 = float(np.float32(p))
+    if p32 <= 0.0:
+        return candidates
+    logits = candidates.logits
+    log_p = np.float32(math.log(p32))
+    if candidates.descending:
+        count = int(np.count_nonzero(logits >= logits[0] + log_p))
+        return candidates.head(max(count, min_keep))
+    if logits.size < COLUMNS_FROM:
+        index = np.flatnonzero(logits >= np.float32(largest_logit(candidates)) + log_p)
+    else:
+        scratch = scratch or Scratch()
+        maxima = column_maxima(logits, scratch)
+        largest = check_largest(float(np.maximum.reduce(maxima)))
+        index = at_least(logits, float(np.float32(largest) + log_p), maxima, scratch)
+    if index.size < min_keep:
+        return top_k(candidates, min_keep, scratch)
+    return candidates.take(index)
+
+
+def typical_p(candidates: Candidates, p: float, min_keep: int = 0, scratch: Scratch | None = None) -> Candidates:
+    """The tokens whose surprise is closest to the entropy, with more than mass p (Meister et al. 2022).
+
+    Follows `llama_sampler_init_typical`; p of 1 or more keeps all. At least `min_keep` tokens stay.
+    A logit of `-inf` counts as probability 0, where libllama computes NaN scores and an undefined order.
+    """
+    if np.float32(p) >= 1.0:
+        return candidates
+    if candidates.logits.size <= EXACT_UP_TO:
+        return _typical_p_exact(candidates.sorted(), p, min_keep)
+    largest = largest_logit(candidates)
+    if float(candidates.logits.min()) == -math.inf:
+        candidates = candidates.take(np.flatnonzero(candidates.logits > -math.inf))
+    logits = candidates.logits
+    weights = weigh(logits, largest, scratch or Scratch())
+    mean = float(np.add.reduce(weights.values * logits, dtype=np.float64)) / weights.total
+    # surprise - entropy = (log total - logit) - (log total - mean)
+    distance = np.abs(logits - np.float32(mean))
+    index = lightest(distance, weights.values, float(np.float32(p)) * weights.total, strictly=True)
+    if index.size < min_keep:
+        index = np.argsort(distance, kind="stable")[:min_keep]
+    return candidates.take(index)
+
+
+def _typical_p_exact(candidates: Candidates, p: float, min_keep: int) -> Candidates:
+    share = shares32(candidates)
+    surprise = np.full(share.size, np.inf, np.float32)
+    possible = share > 0.0
+    surprise[possible] = -np.log(share[possible], dtype=np.float64)
+    entropy = np.add.accumulate(share[possible] * surprise[possible])[-1]
+    order = np.argsort(np.abs(surprise - entropy), kind="stable")
+    running = np.add.accumulate(share[order])
+    count = int(running.searchsorted(np.float32(p), side="right")) + 1
+    return candidates.take(order[: max(count, min_keep)])
+
+
+def top_n_sigma(candidates: Candidates, n: float, scratch: Scratch | None = None) -> Candidates:
+    """Sets logits more than n standard deviations below the largest to `-inf` (Tang et al. 2024).
+
+    Follows `llama_sampler_init_top_n_sigma`: the deviation is over the logits that are not `-inf`, and what is
+    filtered stays a candidate of probability 0. n of 0 or less keeps all.
+    """
+    if n <= 0.0 or candidates.logits.size <= 1:
+        return candidates
+    largest = largest_logit(candidates)
+    logits = candidates.logits
+    finite = logits if float(logits.min()) > -math.inf else logits[logits > -math.inf]
+    mean = np.float32(_sum(finite) / finite.size)
+    with np.errstate(over="ignore"):  # an infinite deviation keeps all
+        deviation = np.float32(math.sqrt(_sum(np.square(finite - mean)) / finite.size))
+        floor = np.float32(largest) - np.float32(n) * deviation
+    scratch = scratch or Scratch()
+    masked = apply_mask(logits, logits >= floor, scratch.floats("sigma", logits.size))
+    return Candidates(masked, candidates.ids, candidates.descending)
+
+
+def xtc(candidates: Candidates, threshold: float, min_keep: int = 0, scratch: Scratch | None = None) -> Candidates:
+    """Drops every token of at least probability `threshold` but the least likely of them (`llama_sampler_init_xtc`).
+
+    This is what happens when XTC strikes; the chance of it is the sampler's. A threshold above 0.5 keeps all, and so
+    does a removal that would leave fewer than `min_keep`.
+    """
+    size = candidates.logits.size
+    if threshold > 0.5 or size < 2:
+        return candidates
+    if candidates.descending or size <= EXACT_UP_TO:
+        candidates = candidates.sorted()
+        likely = int(np.count_nonzero(shares32(candidates) >= np.float32(threshold)))
+        dropped = max(0, likely - 1)
+        if not dropped or size - dropped < min_keep:
+            return candidates
+        return Candidates(candidates.logits[dropped:], candidates.token_ids()[dropped:], True)
+    weights64 = weigh(candidates.logits, largest_logit(candidates), scratch or Scratch())
+    likely_index = np.flatnonzero(weights64.values >= np.float32(np.float32(threshold) * weights64.total))
+    if likely_index.size < 2 or size - (likely_index.size - 1) < min_keep:
+        return candidates
+    kept = np.ones(size, np.bool_)
+    kept[likely_index] = False
+    # The last of the sorted head: the smallest logit, and of equal ones the largest id.
+    head = candidates.logits[likely_index]
+    kept[likely_index[head.size - 1 - int(head[::-1].argmin())]] = True
+    return candidates.take(np.flatnonzero(kept))
+
+
+def temperature(candidates: Candidates, t: float) -> Candidates:
+    """Logits divided by t; 0 leaves only the most likely token (`llama_sampler_init_temp`)."""
+    logits = candidates.logits
+    t32 = np.float32(t)
+    if t32 == 1.0:
+        return candidates
+    if t32 <= 0.0:
+        best = 0 if candidates.descending else int(logits.argmax())
+        check_largest(float(logits[best]))
+        return candidates.take(np.array([best], np.intp), True)
+    if t32 < 1.0:
+        largest = largest_logit(candidates)
+        if abs(largest) > 3.4e38 * t:  # the quotient would leave float32
+            logits = logits - np.float32(largest)
+    scaled: Floats = np.divide(logits, t32)
+    return Candidates(scaled, candidates.ids, candidates.descending)
+
+
+def dynamic_temperature(candidates: Candidates, t: float, spread: float, exponent: float) -> Candidates:
+    """A temperature between t - spread and t + spread, by normalised entropy (`llama_sampler_init_temp_ext`).
+
+    A spread of 0 or less is the plain temperature.
+    """
+    if spread <= 0.0:
+        return temperature(candidates, t)
+    if candidates.logits.size <= 1:
+        return candidates
+    candidates = candidates.sorted()
+    share = shares32(candidates)
+    share = share[share > 0.0]
+    entropy = -np.add.accumulate(share * np.log(share, dtype=np.float64).astype(np.float32))[-1]
+    normalised = max(0.0, float(entropy) / math.log(candidates.logits.size))
+    low = max(0.0, t - spread)
+    return temperature(candidates, low + (t + spread - low) * normalised**exponent)
+
+
+def _count_reaching(running: Floats | Doubles, target: float | np.float32, min_keep: int) -> int:
+    return max(int(running.searchsorted(target)) + 1, min_keep)
+
+
+def _sum(values: Floats) -> float:
+    if values.size <= EXACT_UP_TO:
+        return float(np.add.accumulate(values)[-1])
+    return float(np.add.reduce(values, dtype=np.float64))

@@ -1,0 +1,67 @@
+"""What the tests share: the pinned source, its vocabularies, the demo model and tiny random ones."""
+
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+from tiny_models import TinyModel
+
+import minerva_native as mn
+
+ROOT = Path(__file__).parents[1]
+
+# The same examples on every run and no clock: a failure is a failure anywhere.
+hypothesis.settings.register_profile("minerva", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("minerva")
+
+
+@pytest.fixture(scope="session")
+def llama_cpp_source() -> Path:
+    """The folder of the pinned llama.cpp source; fetched through pip only where no build has done so yet."""
+    spec = importlib.util.spec_from_file_location("fetch", ROOT / "vendor" / "llama.cpp" / "fetch.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    source: Path = module.fetch(module.read_pin(), module.HERE / "source")
+    return source
+
+
+@pytest.fixture(scope="session")
+def vocabulary(llama_cpp_source: Path) -> Callable[[str], mn.Tokenizer]:
+    """Gives the tokenizer of one of the pinned source's vocabulary files, such as "llama-bpe"."""
+
+    @functools.cache
+    def load(name: str) -> mn.Tokenizer:
+        return mn.Model.load(llama_cpp_source / "models" / f"ggml-vocab-{name}.gguf", vocab_only=True).tokenizer
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def demo() -> Iterator[mn.Model]:
+    """The trained model inside the package."""
+    with mn.Model.demo() as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def load_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TinyModel], mn.Model]:
+    """Gives a tiny random model, on the CPU, that looks as asked."""
+    folder = tmp_path_factory.mktemp("tiny-models")
+
+    @functools.cache
+    def load(wanted: TinyModel) -> mn.Model:
+        path = wanted.write(folder / f"{len(list(folder.iterdir()))}-{wanted.architecture}.gguf")
+        return mn.Model.load(path, gpu_layers=0)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def tiny(load_tiny: Callable[[TinyModel], mn.Model]) -> mn.Model:
+    """A tiny random llama model in F32."""
+    return load_tiny(TinyModel())

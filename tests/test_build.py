@@ -1,0 +1,59 @@
+"""The build as a user runs it: flags reach llama.cpp, and what is wrong with a source is said in one sentence."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import minerva_native as mn
+
+ROOT = Path(__file__).parents[1]
+
+
+def failed_build(tmp_path: Path, *options: str, **environment: str) -> str:
+    """Run a build that is meant to stop early; return what it printed, on one line."""
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path / "wheels"), str(ROOT)]
+    command += ["-C", f"build-dir={tmp_path / 'build'}", *options]
+    result = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode != 0
+    return " ".join(re.sub(r"\n\s*", " ", result.stdout + result.stderr).split())
+
+
+def test_a_folder_that_is_not_llama_cpp_is_refused(tmp_path: Path) -> None:
+    output = failed_build(tmp_path, "-C", f"cmake.define.MINERVA_LLAMA_CPP_DIR={tmp_path}")
+    assert "is not a llama.cpp checkout" in output
+    assert "leave the option out to build the pin" in output
+
+
+def test_flags_from_both_places_reach_llama_cpps_cmake_untouched(tmp_path: Path) -> None:
+    stand_in = tmp_path / "llama.cpp"
+    (stand_in / "include").mkdir(parents=True)
+    (stand_in / "include" / "llama.h").touch()
+    (stand_in / "ggml").mkdir()
+    (stand_in / "ggml" / "CMakeLists.txt").touch()
+    report = "CUDA ${GGML_CUDA}, Vulkan ${GGML_VULKAN}, native ${GGML_NATIVE}"
+    (stand_in / "CMakeLists.txt").write_text(f'message(FATAL_ERROR "{report}")\n')
+    options = [f"cmake.define.{name}" for name in (f"MINERVA_LLAMA_CPP_DIR={stand_in}", "GGML_VULKAN=ON")]
+    output = failed_build(
+        tmp_path, "-C", options[0], "-C", options[1], CMAKE_ARGS="-DGGML_CUDA=ON -DGGML_NATIVE=OFF"
+    )
+    assert "CUDA ON, Vulkan ON, native OFF" in output
+
+
+def test_the_build_says_what_it_is_of() -> None:
+    info = mn.build_info()
+    assert info["llama_cpp_source"] in ("pinned", "custom")
+    assert "GGML_CPU" in info["options"]
+    assert info["compiler"]
+    assert info["cpu_features"].startswith("CPU")
+
+
+def test_upstreams_licence_travels_with_the_package() -> None:
+    from minerva_native._binding import _llama
+
+    licence = Path(_llama.__file__).with_name("LICENSE.llama.cpp").read_text()
+    assert "MIT License" in licence
+    assert "ggml authors" in licence

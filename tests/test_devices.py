@@ -1,0 +1,63 @@
+"""What can compute here, and how many threads it is given."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import minerva_native as mn
+from minerva_native.devices import _cgroup_quota, available_cpus, select
+
+
+def test_the_cpu_is_a_device_with_memory() -> None:
+    cpu = next(device for device in mn.devices() if device.type == "cpu")
+    assert cpu.memory_total_bytes >= cpu.memory_free_bytes > 0
+    assert cpu.description
+
+
+def test_the_cpu_may_be_named_although_libllama_takes_no_cpu_in_its_list() -> None:
+    cpu = next(device.name for device in mn.devices() if device.type == "cpu")
+    assert len(select([cpu])) == 1
+
+
+def test_a_context_uses_the_cpus_of_this_process(demo: mn.Model) -> None:
+    with demo.context(n_ctx=64) as context:
+        assert context.n_threads == available_cpus()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no CPU affinity")
+def test_affinity_counts() -> None:
+    script = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
+    script += "from minerva_native.devices import available_cpus; print(available_cpus())"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout == b"1\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "membership", "quota"),
+    [
+        ({}, "0::/user.slice\n", math.inf),
+        ({"cpu.max": "max 100000\n"}, "0::/\n", math.inf),
+        ({"cpu.max": "150000 100000\n"}, "0::/\n", 1.5),
+        ({"a/b/cpu.max": "max 100000\n", "a/cpu.max": "300000 100000\n"}, "0::/a/b\n", 3.0),
+        ({"cpu.max": "200000 100000\n"}, "0::/docker/not-seen-from-inside\n", 2.0),
+        ({"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, "4:cpu:/\n3:memory:/\n", 0.5),
+        ({"cpu,cpuacct/x/cpu.cfs_quota_us": "-1\n", "cpu,cpuacct/x/cpu.cfs_period_us": "100000\n"},
+         "4:cpu,cpuacct:/x\n", math.inf),
+        ({"cpu.max": "garbage\n"}, "0::/\n", math.inf),
+    ],
+)  # fmt: skip
+def test_cgroup_quotas_count(tmp_path: Path, files: dict[str, str], membership: str, quota: float) -> None:
+    root = tmp_path / "cgroup"
+    root.mkdir()
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    (tmp_path / "membership").write_text(membership)
+    assert _cgroup_quota(root, tmp_path / "membership") == quota
+
+
+def test_a_system_without_cgroups_has_no_quota(tmp_path: Path) -> None:
+    assert _cgroup_quota(tmp_path, tmp_path / "membership") == math.inf
