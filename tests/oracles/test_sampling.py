@@ -24,11 +24,12 @@ from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from minerva_native import Tokenizer
 from minerva_native._binding import ffi, lib
 from minerva_native.sampling import DEFAULT_ORDER, Candidates, Sampler, SamplingParams, filters
 from minerva_native.sampling.adaptive import adaptive_p, mirostat, mirostat_mu, mirostat_v2
 from minerva_native.sampling.candidates import probabilities
-from minerva_native.sampling.penalties import dry, penalties
+from minerva_native.sampling.penalties import dry, merge_breakers, penalties, string_breakers
 
 Floats = NDArray[np.float32]
 Maker = Callable[[], Any]
@@ -337,6 +338,39 @@ def test_dry_changes_logits_as_libllama_does(
     )
     ours = dry(Candidates(logits), history[-window:] if window else [], multiplier, base, allowed)
     np.testing.assert_array_equal(ours.logits, theirs.logits)
+
+
+BREAKERS = ("\n", ":", '"', "*", "User:", "ing of")
+TEXTS = ("the king of", "User: hello", '"yes"', "\n\n", "a * b", "hello world", ":", " of the", "ing", " of")
+
+
+@pytest.mark.parametrize("name", ["llama-bpe", "phi-3"])
+def test_dry_with_strings_as_breakers_changes_logits_as_libllama_does(
+    name: str, vocabulary: Callable[[str], Tokenizer]
+) -> None:
+    tokenizer = vocabulary(name)
+    pieces = [tokenizer.encode(text, add_special=False) for text in TEXTS]
+    breakers = merge_breakers(string_breakers(tokenizer, BREAKERS).values())
+    texts = [ffi.new("char[]", text.encode()) for text in BREAKERS]
+    array = ffi.new("const char *[]", texts)
+
+    def make() -> Any:
+        return lib.llama_sampler_init_dry(tokenizer._vocab, 1.0, 1.75, 1, 64, array, len(texts))
+
+    logits = np.zeros(tokenizer.n_vocab, np.float32)
+    with llama_chain([make]) as chain:
+
+        @exhaustive
+        @given(st.lists(st.integers(0, len(pieces) - 1), max_size=25))
+        def check(chosen: list[int]) -> None:
+            history = [token for piece in chosen for token in pieces[piece]]
+            lib.llama_sampler_reset(chain)
+            for token in history:
+                lib.llama_sampler_accept(chain, token)
+            ours = dry(Candidates(logits), history[-64:], 1.0, 1.75, 1, breakers)
+            np.testing.assert_array_equal(ours.logits, llama_apply(chain, logits).logits)
+
+        check()
 
 
 @exhaustive

@@ -97,11 +97,11 @@ class Words:
 
 
 def test_a_string_breaks_in_every_token_that_holds_it() -> None:
-    assert string_breakers(Words(), ["\n"]) == {2: [()], 3: [()], 4: [()], 5: [()]}
+    assert string_breakers(Words(), ["\n"]) == {"\n": {2: [()], 3: [()], 4: [()], 5: [()]}}
 
 
 def test_a_string_may_begin_at_the_end_of_a_token() -> None:
-    assert string_breakers(Words(), ["end"]) == {6: [()], 7: [(8,)]}
+    assert string_breakers(Words(), ["end"]) == {"end": {6: [()], 7: [(8,)]}}
 
 
 def test_breakers_of_both_kinds_are_put_together() -> None:

@@ -165,13 +165,18 @@ def weigh(logits: Floats, largest: float, scratch: Scratch) -> Weights:
         with np.errstate(over="ignore"):
             np.subtract(logits, np.float32(largest), out=values)
         np.exp(values, out=values)
-    rows, columns = column_shape(logits.size)
+    columns = column_sums(values, scratch)
+    return Weights(values, shift, columns, float(np.add.reduce(columns)))
+
+
+def column_sums(values: Floats, scratch: Scratch) -> Doubles:
+    """The sum of every column of the matrix view, then the entries outside it; few terms each, so float32 will do."""
+    rows, columns = column_shape(values.size)
     inside = rows * columns
-    sums = scratch.floats("sums", columns + logits.size - inside)
+    sums = scratch.floats("sums", columns + values.size - inside)
     np.add.reduce(values[:inside].reshape(rows, columns), axis=0, out=sums[:columns])
     sums[columns:] = values[inside:]
-    doubles = sums.astype(np.float64)
-    return Weights(values, shift, doubles, float(np.add.reduce(doubles)))
+    return sums.astype(np.float64)
 
 
 def log_sum_exp(logits: Floats, scratch: Scratch | None = None) -> float:

@@ -22,6 +22,7 @@ from .candidates import (
     at_least,
     check_largest,
     column_maxima,
+    column_sums,
     largest_logit,
     shares32,
     weigh,
@@ -143,13 +144,12 @@ def _heavier_part(weights: Floats, total: float, target: float, scratch: Scratch
     wanted = running[-1] * (0.2 + 0.8 * target / total)
     flags = scratch.flags(weights.size)
     guess = sample[min(int(running.searchsorted(wanted)), sample.size - 1)]
-    (heavy,) = np.greater_equal(weights, guess, out=flags).nonzero()
+    heavy: Ids = np.flatnonzero(np.greater_equal(weights, guess, out=flags))
     if float(np.add.reduce(weights[heavy], dtype=np.float64)) > target:
         return heavy
     # What is lighter than this cannot together weigh more than the mass that may be dropped.
     certain = np.float32(0.99 * (total - target) / weights.size)
-    (heavy,) = np.greater_equal(weights, certain, out=flags).nonzero()
-    return heavy
+    return np.flatnonzero(np.greater_equal(weights, certain, out=flags))
 
 
 def lightest(keys: Floats, weights: Floats, target: float, strictly: bool = False) -> Ids:
@@ -242,14 +242,16 @@ def top_n_sigma(candidates: Candidates, n: float, scratch: Scratch | None = None
     """
     if n <= 0.0 or candidates.logits.size <= 1:
         return candidates
+    scratch = scratch or Scratch()
     largest = largest_logit(candidates)
     logits = candidates.logits
     finite = logits if float(logits.min()) > -math.inf else logits[logits > -math.inf]
-    mean = np.float32(_sum(finite) / finite.size)
-    with np.errstate(over="ignore"):  # an infinite deviation keeps all
-        deviation = np.float32(math.sqrt(_sum(np.square(finite - mean)) / finite.size))
+    mean = np.float32(_sum(finite, scratch) / finite.size)
+    with np.errstate(over="ignore", invalid="ignore"):  # an infinite deviation keeps all, as in libllama
+        deviations = np.subtract(finite, mean, out=scratch.floats("deviations", finite.size))
+        np.multiply(deviations, deviations, out=deviations)
+        deviation = np.float32(math.sqrt(_sum(deviations, scratch) / finite.size))
         floor = np.float32(largest) - np.float32(n) * deviation
-    scratch = scratch or Scratch()
     masked = apply_mask(logits, logits >= floor, scratch.floats("sigma", logits.size))
     return Candidates(masked, candidates.ids, candidates.descending)
 
@@ -322,7 +324,7 @@ def _count_reaching(running: Floats | Doubles, target: float | np.float32, min_k
     return max(int(running.searchsorted(target)) + 1, min_keep)
 
 
-def _sum(values: Floats) -> float:
+def _sum(values: Floats, scratch: Scratch) -> float:
     if values.size <= EXACT_UP_TO:
         return float(np.add.accumulate(values)[-1])
-    return float(np.add.reduce(values, dtype=np.float64))
+    return float(np.add.reduce(column_sums(values, scratch)))

@@ -159,8 +159,9 @@ def writable(candidates: Candidates, scratch: Scratch | None) -> Floats:
     """Logits that may be changed: a copy in the sampler's work array, or that array itself."""
     logits = candidates.logits
     if scratch is None:
-        return logits.copy()
-    work = scratch.floats("work", logits.size)
+        copy: Floats = logits.copy()
+        return copy
+    work: Floats = scratch.floats("work", logits.size)
     # An addition is a faster copy than a copy: numpy's is not vectorised for every build.
     if logits is not work:
         np.add(logits, np.float32(0.0), out=work)
@@ -205,36 +206,26 @@ def token_breakers(breakers: Iterable[tuple[int, ...]]) -> BreakerTails:
     return tails
 
 
-def string_breakers(tokenizer: BreakerTokenizer, strings: Iterable[str]) -> BreakerTails:
-    """Every way in which the tokens of this vocabulary can spell a string: whole inside one, or begun at its end.
+def string_breakers(tokenizer: BreakerTokenizer, strings: Sequence[str]) -> dict[str, BreakerTails]:
+    """Every way in which the tokens of a vocabulary can spell each string: whole inside one, or begun at its end.
 
     Looks at each token of the vocabulary, which takes a second for a large one. A string counts up to its 40th byte,
     a tail up to its 20th token, as in libllama.
     """
     pieces = [tokenizer.decode_bytes([token], special=True) for token in range(tokenizer.n_vocab)]
-    tails: BreakerTails = {}
+    return {string: _spellings(tokenizer, pieces, string) for string in strings}
 
-    def add(token: int, tail: tuple[int, ...]) -> None:
-        known = tails.setdefault(token, [])
-        if tail not in known:
-            known.append(tail)
 
-    for string in strings:
-        target = string.encode()[:_LONGEST_BREAKER_BYTES]
-        begins = [target[:length] for length in range(len(target) - 1, 0, -1)]
-        rest = dict.fromkeys(begins)
-        encoded: dict[bytes, tuple[int, ...]] = {}
-        for token, piece in enumerate(pieces):
-            if target in piece:
-                add(token, ())
-                continue
-            for begin in rest:
-                if piece.endswith(begin):
-                    if begin not in encoded:
-                        text = target[len(begin) :].decode(errors="ignore")
-                        encoded[begin] = tuple(tokenizer.encode(text, add_special=False))[:_LONGEST_TAIL]
-                    add(token, encoded[begin])
-    return tails
+def _spellings(tokenizer: BreakerTokenizer, pieces: list[bytes], string: str) -> BreakerTails:
+    target = string.encode()[:_LONGEST_BREAKER_BYTES]
+    spellings: BreakerTails = {token: [()] for token, piece in enumerate(pieces) if target in piece}
+    for length in range(1, len(target)):
+        heads = [token for token, piece in enumerate(pieces) if piece.endswith(target[:length]) and target not in piece]
+        if heads:
+            rest = tokenizer.encode(target[length:].decode(errors="ignore"), add_special=False)
+            for head in heads:
+                spellings.setdefault(head, []).append(tuple(rest[:_LONGEST_TAIL]))
+    return spellings
 
 
 def merge_breakers(parts: Iterable[BreakerTails]) -> BreakerTails:
@@ -243,7 +234,7 @@ def merge_breakers(parts: Iterable[BreakerTails]) -> BreakerTails:
     for part in parts:
         for token, tails in part.items():
             known = merged.setdefault(token, [])
-            known.extend(tail for tail in tails if tail not in known)
+            known.extend(tail for tail in dict.fromkeys(tails) if tail not in known)
     return merged
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -45,6 +46,9 @@ Processor = Callable[[Sequence[int], Floats], None]
 """Edits logits in place before the chain: `processor(tokens, logits)`."""
 
 _Step = Callable[[Candidates, Sequence[int]], Candidates]
+
+# How each tokenizer spells each breaker: finding it out looks at the whole vocabulary.
+_SPELLED: WeakKeyDictionary[BreakerTokenizer, dict[str, BreakerTails]] = WeakKeyDictionary()
 
 _KEEPS_THE_BEST = frozenset({"top_n_sigma", "top_k", "top_p", "min_p"})
 
@@ -132,11 +136,12 @@ class Sampler:
         """
         candidates = self._prepared(logits, tokens, mask)
         chance = self.params.xtc_probability if self._may_strike else 0.0
-        ids, probs = np.empty(0, np.intp), np.empty(0)
-        for strikes, share in ((False, 1.0 - chance), (True, chance)):
-            if share > 0.0:
-                survivors = self._final(self._survivors(candidates, tokens, strikes))
-                ids, probs = _mixed(ids, probs, survivors.token_ids(), probabilities(survivors) * share)
+        # Steps may work in place: the second case needs logits of its own.
+        spared = Candidates(candidates.logits.copy()) if 0.0 < chance < 1.0 else candidates
+        law = self._law(candidates, tokens, True) if chance > 0.0 else self._law(candidates, tokens, False)
+        if 0.0 < chance < 1.0:
+            law = _mixed(law, chance, self._law(spared, tokens, False))
+        ids, probs = law
         possible = np.flatnonzero(probs > 0.0)
         order = possible[np.lexsort((ids[possible], -probs[possible]))]
         return ids[order], probs[order]
@@ -210,7 +215,8 @@ class Sampler:
         if self._bias is None and mask is None and not self.processors:
             return candidates
         if mask is not None:
-            candidates = Candidates(apply_mask(logits, mask, self._scratch.floats("work", logits.size)))
+            work = self._scratch.floats("work", logits.size)
+            candidates = Candidates(apply_mask(candidates.logits, mask, work))
         work = writable(candidates, self._scratch)
         if self._bias is not None:
             self._bias.add_to(work)
@@ -223,6 +229,10 @@ class Sampler:
             if strikes or name != "xtc":
                 candidates = step(candidates, tokens)
         return candidates
+
+    def _law(self, candidates: Candidates, tokens: Sequence[int], strikes: bool) -> tuple[Ids, Doubles]:
+        survivors = self._final(self._survivors(candidates, tokens, strikes))
+        return survivors.token_ids(), probabilities(survivors)
 
     def _final(self, candidates: Candidates) -> Candidates:
         """What Mirostat and adaptive-p make of the survivors."""
@@ -344,13 +354,11 @@ def _last_step(running: Doubles) -> int:
     return int(running.searchsorted(running[-1]))
 
 
-def _mixed(ids: Ids, probs: Doubles, more_ids: Ids, more_probs: Doubles) -> tuple[Ids, Doubles]:
-    """The union of two sets of tokens, and the sums of their probabilities."""
-    if not ids.size:
-        return more_ids, more_probs
-    union, place = np.unique(np.concatenate((ids, more_ids)), return_inverse=True)
-    mass: Doubles = np.bincount(place, weights=np.concatenate((probs, more_probs))).astype(np.float64)
-    return union, mass
+def _mixed(law: tuple[Ids, Doubles], chance: float, other: tuple[Ids, Doubles]) -> tuple[Ids, Doubles]:
+    """One law with this chance, and the other one otherwise."""
+    union, place = np.unique(np.concatenate((law[0], other[0])), return_inverse=True)
+    probs: Doubles = np.bincount(place, np.concatenate((law[1] * chance, other[1] * (1.0 - chance)))).astype(np.float64)
+    return union, probs
 
 
 def _dry_is_on(params: SamplingParams) -> bool:
@@ -373,5 +381,8 @@ def _resolve_breakers(params: SamplingParams, tokenizer: BreakerTokenizer | None
             f"dry_sequence_breakers holds strings ({strings[0]!r}, ...): give the Sampler a tokenizer=, "
             "or token ids instead of strings"
         )
-    spelled = string_breakers(tokenizer, strings) if tokenizer is not None and strings else {}
-    return merge_breakers((spelled, token_breakers(tuples)))
+    known = _SPELLED.setdefault(tokenizer, {}) if tokenizer is not None else {}
+    unknown = [string for string in strings if string not in known]
+    if unknown and tokenizer is not None:
+        known |= string_breakers(tokenizer, unknown)
+    return merge_breakers((*(known[string] for string in strings), token_breakers(tuples)))
