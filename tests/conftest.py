@@ -14,7 +14,7 @@ import minerva_native as mn
 ROOT = Path(__file__).parents[1]
 
 # The same examples on every run and no clock: a failure is a failure anywhere.
-hypothesis.settings.register_profile("minerva", deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("minerva", max_examples=40, deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("minerva")
 
 

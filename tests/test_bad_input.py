@@ -163,7 +163,9 @@ def test_ids_that_are_no_tokens(sequence: mn.Sequence, call: str, ids: Any, erro
     assert len(sequence) == 0
 
 
-@pytest.mark.parametrize(("token", "error"), [(-1, ValueError), (10**6, ValueError), (1.5, TypeError), ("a", TypeError)])
+@pytest.mark.parametrize(
+    ("token", "error"), [(-1, ValueError), (10**6, ValueError), (1.5, TypeError), ("a", TypeError)]
+)
 def test_a_token_that_is_none(sequence: mn.Sequence, token: Any, error: type[Exception]) -> None:
     tokenizer = sequence.context.model.tokenizer
     for call in (sequence.append, tokenizer.is_end, tokenizer.is_control, tokenizer.stream().feed):

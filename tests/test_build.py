@@ -37,9 +37,7 @@ def test_flags_from_both_places_reach_llama_cpps_cmake_untouched(tmp_path: Path)
     report = "CUDA ${GGML_CUDA}, Vulkan ${GGML_VULKAN}, native ${GGML_NATIVE}"
     (stand_in / "CMakeLists.txt").write_text(f'message(FATAL_ERROR "{report}")\n')
     options = [f"cmake.define.{name}" for name in (f"MINERVA_LLAMA_CPP_DIR={stand_in}", "GGML_VULKAN=ON")]
-    output = failed_build(
-        tmp_path, "-C", options[0], "-C", options[1], CMAKE_ARGS="-DGGML_CUDA=ON -DGGML_NATIVE=OFF"
-    )
+    output = failed_build(tmp_path, "-C", options[0], "-C", options[1], CMAKE_ARGS="-DGGML_CUDA=ON -DGGML_NATIVE=OFF")
     assert "CUDA ON, Vulkan ON, native OFF" in output
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ._binding import ffi, lib, log
+from ._binding import callbacks, ffi, lib
 from ._handle import Handle
 from .devices import available_cpus, devices, physical_memory_bytes
 from .errors import Cancelled, ContextError, ContextFullError
@@ -91,11 +91,8 @@ class Context:
             raise ContextError("the model was loaded with vocab_only=True: it has no weights to compute with")
         self.stats = Stats()
         self._lock = threading.RLock()
-        self._interrupt: BaseException | None = None
-        self._self_handle = ffi.new_handle(weakref.ref(self))
         self._abort = ffi.new("minerva_abort_state *")
         self._abort.poll_interval_us = _POLL_INTERVAL_US
-        self._abort.handle = self._self_handle
 
         parameters = lib.llama_context_default_params()
         # A multiple of libllama's step, so that it grants exactly this many cells; `n_ctx` is kept to in Python.
@@ -112,10 +109,10 @@ class Context:
         parameters.abort_callback_data = self._abort
         with model._handle as model_pointer:
             _check_memory(model, parameters.n_ctx, kv_type)
-            with log.captured_errors() as errors:
+            with callbacks.captured_errors() as errors:
                 pointer = lib.llama_init_from_model(model_pointer, parameters)
             if pointer == ffi.NULL:
-                why = log.reason(errors, "libllama gives no reason")
+                why = callbacks.reason(errors, "libllama gives no reason")
                 raise ContextError(
                     f"no context could be made with n_ctx={n_ctx}, n_batch={n_batch}, n_seq={n_seq}, "
                     f"kv_type={kv_type!r}, flash_attention={flash!r} ({why}): ask for less, or another type"
@@ -227,6 +224,7 @@ class Context:
         stats = self.stats
         stats.decode_seconds += time.perf_counter() - before
         stats.decode_calls += 1
+        callbacks.raise_kept()
         if code:
             self._raise_for(code, count)
         stats.tokens_evaluated += count
@@ -234,9 +232,6 @@ class Context:
 
     def _raise_for(self, code: int, count: int) -> None:
         """Turn libllama's return code into an exception."""
-        interrupt, self._interrupt = self._interrupt, None
-        if interrupt is not None:
-            raise interrupt
         if code == 2:
             raise Cancelled("the computation was stopped by cancel()")
         if code == 1:
@@ -310,23 +305,6 @@ class _Batch:
         self.struct = self._owner[0]
         self.struct.token, self.struct.pos, self.struct.logits = self.token, self.position, self.output
         self.struct.n_seq_id, self.struct.seq_id = self._ones, self._pointers
-
-
-@ffi.def_extern(name="minerva_on_poll", error=True, onerror=log.ignore)
-def _on_poll(handle: object) -> bool:
-    """Run pending signal handlers; an exception that one raises stops the computation and is raised after it."""
-    context: Context | None = ffi.from_handle(handle)()
-    try:
-        _let_signals_in()
-    except BaseException as error:
-        if context is not None:
-            context._interrupt = error
-        return True
-    return False
-
-
-def _let_signals_in() -> None:
-    """Give the interpreter the function call at which it runs signal handlers."""
 
 
 def _in_range(name: str, value: int, low: int, high: int) -> int:

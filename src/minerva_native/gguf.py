@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._binding import ffi, lib, log, text
+from ._binding import callbacks, ffi, lib, text
 from ._handle import Handle
 from .errors import ModelLoadError
 
@@ -65,10 +65,10 @@ class GGUF:
         self.path = Path(path)
         self.size_bytes = check_file(self.path)
         parameters = ffi.new("struct gguf_init_params *", {"no_alloc": True, "ctx": ffi.NULL})
-        with log.captured_errors() as errors:
+        with callbacks.captured_errors() as errors:
             pointer = lib.gguf_init_from_file(os.fsencode(self.path), parameters[0])
         if pointer == ffi.NULL:
-            why = log.reason(errors, "its header cannot be parsed")
+            why = callbacks.reason(errors, "its header cannot be parsed")
             raise ModelLoadError(
                 f"{self.path} is a damaged or truncated GGUF file ({why}): get the file again and compare its checksum"
             )

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from ._binding import BUILD_INFO, ffi, lib, log, text
+from ._binding import BUILD_INFO, callbacks, ffi, lib, text
 from ._handle import Handle
 from .devices import has_gpu, select
 from .errors import Cancelled, DeviceError, ModelLoadError
@@ -66,27 +66,34 @@ class Model:
         parameters = lib.llama_model_default_params()
         layers = _resolve_gpu_layers(gpu_layers, devices)
         chosen = select(list(devices)) if devices is not None else ffi.NULL
-        watcher = _LoadWatcher(on_progress)
-        handle = ffi.new_handle(watcher)
+        stopped = False
+
+        # Also where nobody watches: entering Python lets a pending Ctrl-C take effect during a long load.
+        def watch(fraction: float) -> bool:
+            nonlocal stopped
+            stopped = on_progress is not None and on_progress(fraction) is False
+            return not stopped
+
+        watcher = ffi.new_handle(watch)
         parameters.devices = chosen
         parameters.n_gpu_layers = layers
         parameters.load_mode = lib.LLAMA_LOAD_MODE_AUTO if mmap else lib.LLAMA_LOAD_MODE_NONE
         parameters.vocab_only = vocab_only
         parameters.progress_callback = lib.minerva_on_progress
-        parameters.progress_callback_user_data = handle
-        with log.captured_errors() as errors:
+        parameters.progress_callback_user_data = watcher
+        with callbacks.captured_errors() as errors:
             pointer = lib.llama_model_load_from_file(os.fsencode(path), parameters)
-        if watcher.exception is not None:
-            if pointer != ffi.NULL:
-                lib.llama_model_free(pointer)
-            raise watcher.exception
-        if pointer == ffi.NULL:
-            why = log.reason(errors, "libllama gives no reason")
+        handle = Handle("Model", pointer, lib.llama_model_free) if pointer != ffi.NULL else None
+        callbacks.raise_kept()
+        if stopped:
+            raise Cancelled("loading was stopped by on_progress")
+        if handle is None:
+            why = callbacks.reason(errors, "libllama gives no reason")
             raise ModelLoadError(
                 f"{path} cannot be loaded ({why}): check that the file is complete and that llama.cpp "
                 f"{BUILD_INFO['llama_cpp']} knows its architecture"
             )
-        return cls(path, gguf, Handle("Model", pointer, lib.llama_model_free), layers, vocab_only)
+        return cls(path, gguf, handle, layers, vocab_only)
 
     @classmethod
     def demo(cls) -> "Self":
@@ -204,27 +211,6 @@ class Model:
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.architecture}, {self.file_type}, {self.n_params:,} weights"
         return f"<Model {self.path.name}: {state}>"
-
-
-class _LoadWatcher:
-    """What the progress callback of one load needs, and the exception that ended it."""
-
-    def __init__(self, on_progress: Callable[[float], object] | None):
-        self.on_progress = on_progress
-        self.exception: BaseException | None = None
-
-
-# Also without an `on_progress`: entering Python lets a pending Ctrl-C take effect during a long load.
-@ffi.def_extern(name="minerva_on_progress", error=False, onerror=log.ignore)
-def _on_progress(progress: float, handle: object) -> bool:
-    watcher: _LoadWatcher = ffi.from_handle(handle)
-    try:
-        if watcher.on_progress is None or watcher.on_progress(progress) is not False:
-            return True
-        watcher.exception = Cancelled("loading was stopped by on_progress")
-    except BaseException as error:
-        watcher.exception = error
-    return False
 
 
 def _resolve_gpu_layers(gpu_layers: Literal["auto"] | int, devices: Sequence[str] | None) -> int:

@@ -1,6 +1,7 @@
 """Callbacks from C: they may come on any thread, and no exception may cross."""
 
 import logging
+import signal
 import threading
 from pathlib import Path
 
@@ -91,3 +92,22 @@ def test_cancel_from_another_thread_stops_a_prefill_and_leaves_the_sequence_as_i
         assert sequence.tokens == [5, 6, 7]
         assert abs(sequence.logits - before).max() < 1e-3
         assert sequence.extend([8, 9]) == 2
+
+
+def test_a_signal_handler_runs_during_a_long_computation_and_its_exception_stops_it(demo: mn.Model) -> None:
+    def explode(number: int, frame: object) -> None:
+        raise TimeoutError("the alarm rang")
+
+    previous = signal.signal(signal.SIGALRM, explode)
+    try:
+        with demo.context(n_ctx=16384, n_batch=16384, n_threads=1) as context, context.sequence() as sequence:
+            sequence.extend([5, 6, 7])
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            with pytest.raises(TimeoutError, match="the alarm rang"):
+                sequence.extend([8] * 16000)  # one call of llama_decode, many seconds long
+            assert sequence.tokens == [5, 6, 7]
+            assert context.stats.decode_calls == 2
+            assert sequence.extend([8, 9]) == 2
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)

@@ -68,9 +68,10 @@ def test_no_deprecated_function_is_bound(header: str) -> None:
 def test_struct_fields_are_those_of_the_header(header: str) -> None:
     structs = re.findall(r"\bstruct\s+(llama_\w+)\s*\{([^{}]*)\}", header)
     assert len(structs) > 10
-    for name, body in structs:
-        declared = re.findall(r"(\w+)\s*(?:\[\w+\])?\s*;", body)
-        assert [field for field, _ in ffi.typeof(f"struct {name}").fields] == declared, name
+    for struct, body in structs:
+        field = r"\(\s*\*\s*(\w+)\s*\)\s*\([^;]*\)\s*;|(\w+)\s*(?:\[\w+\])?\s*;"
+        declared = [pointer or plain for pointer, plain in re.findall(field, body)]
+        assert [name for name, _ in ffi.typeof(f"struct {struct}").fields] == declared, struct
 
 
 def test_struct_layouts_are_the_c_compilers(header: str, compiler: str, llama_cpp_source: Path, tmp_path: Path) -> None:

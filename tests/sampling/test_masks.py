@@ -41,6 +41,12 @@ def test_logits_may_be_masked_in_place() -> None:
     np.testing.assert_array_equal(logits == 0, allowed)
 
 
+def test_the_output_may_overlap_the_logits() -> None:
+    logits = np.arange(64, dtype=np.float32)
+    apply_mask(logits[:], np.arange(64) < 32, logits)
+    assert logits.tolist() == [*range(32), *[-np.inf] * 32]
+
+
 def test_a_banned_token_stays_banned() -> None:
     logits = np.array([-np.inf, 0.0], np.float32)
     assert apply_mask(logits, np.array([True, False])).tolist() == [-np.inf, -np.inf]

@@ -67,6 +67,10 @@ def test_a_breaker_of_several_tokens_must_be_there_whole() -> None:
     assert dried(history, breakers=[(3, 5)]) == [0, 0, 4.0, 0, 0, 0]
 
 
+def test_of_several_breakers_that_begin_alike_the_longest_counts() -> None:
+    assert dried([3, 4, 0, 1, 2, 3, 4, 0, 1], breakers=[(3,), (3, 4)]) == [0, 0, 1.0, 0, 0, 0]
+
+
 def test_dry_does_not_penalise_a_breaker() -> None:
     assert dried([0, 1, 2, 5, 0, 1], breakers=[(2,)])[2] == 0
 
@@ -75,7 +79,7 @@ def test_dry_of_a_long_monotone_history_is_finite_and_quick() -> None:
     logits = np.zeros(6, np.float32)
     left = dry(Candidates(logits), [1] * 20_000, 1.0, 1.75, 2).logits
     assert np.isfinite(left[[0, 2, 3, 4, 5]]).all()
-    assert left[1] < -1e37
+    assert left[1] == -np.float32(1.75**158)  # the largest power that float32 can hold
 
 
 class Words:

@@ -10,9 +10,9 @@ try:
 except ImportError as error:
     raise BuildError(f"the compiled binding cannot be loaded ({error}): install the package again") from error
 
-from . import log
+from . import callbacks
 
-__all__ = ["BUILD_INFO", "ffi", "lib", "log", "text"]
+__all__ = ["BUILD_INFO", "callbacks", "ffi", "lib", "text"]
 
 
 def text(pointer: Any) -> str:

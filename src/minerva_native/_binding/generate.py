@@ -40,12 +40,11 @@ PRELUDE = "".join(f"typedef int {name};\n" for name in PRELUDE_NAMES)
 CALLBACK_CDEF = """
 extern "Python" void minerva_on_log(int level, const char * text);
 extern "Python" bool minerva_on_progress(float progress, void * handle);
-extern "Python" bool minerva_on_poll(void * handle);
+extern "Python" bool minerva_on_poll(void);
 typedef struct {
     volatile int cancelled;
     int64_t poll_interval_us;
     int64_t next_poll_us;
-    void * handle;
 } minerva_abort_state;
 void minerva_log(enum ggml_log_level level, const char * text, void * data);
 bool minerva_abort(void * state);
@@ -54,13 +53,12 @@ void minerva_mute(void);
 
 CALLBACK_SOURCE = """
 static void minerva_on_log(int level, const char * text);
-static bool minerva_on_poll(void * handle);
+static bool minerva_on_poll(void);
 
 typedef struct {
     volatile int cancelled;
     int64_t poll_interval_us;
     int64_t next_poll_us;
-    void * handle;
 } minerva_abort_state;
 
 static volatile int minerva_muted = 0;
@@ -83,7 +81,7 @@ static bool minerva_abort(void * data) {
         return false;
     }
     state->next_poll_us = now + state->poll_interval_us;
-    return minerva_on_poll(state->handle);
+    return minerva_on_poll();
 }
 
 // The interpreter is going away: a log line from a library thread must not enter it.

@@ -59,7 +59,13 @@ def run(options: argparse.Namespace) -> int:
             ends = filter(model.tokenizer.is_end, range(model.tokenizer.n_vocab))
             given["logit_bias"] = dict.fromkeys(ends, -math.inf)
         sampler = mn.Sampler(mn.SamplingParams.from_model(model, **given))
-        prompt = read_prompt(options, model)
+        prompt = read_text(options)
+        # Nobody has typed the built-in prompt, so it is shown: the text would begin in mid-sentence.
+        shown = ""
+        if not prompt and options.prompt is None and options.file is None:
+            prompt = shown = str(model.metadata.get("minerva.prompt", ""))
+        if not prompt:
+            raise ValueError("the prompt is empty: give one with -p, -f or on standard input")
         ids = model.tokenizer.encode(prompt, parse_special=options.special)
         n_ctx = options.ctx_size if options.ctx_size is not None else min(DEFAULT_N_CTX, model.n_ctx_train)
         with (
@@ -69,6 +75,8 @@ def run(options: argparse.Namespace) -> int:
             clock = Clock(n_prompt=len(ids), load_seconds=time.perf_counter() - started)
             text, finish_reason = [], "length"
             try:
+                if not options.json:
+                    print(shown, end="", flush=True)
                 with prefilling() as on_progress:
                     sequence.extend(ids, on_progress)
                 clock.prefilled()
@@ -89,16 +97,6 @@ def run(options: argparse.Namespace) -> int:
                 print(flush=True)
                 print(clock.line(), file=sys.stderr)
     return 130 if finish_reason == "cancelled" else 0
-
-
-def read_prompt(options: argparse.Namespace, model: mn.Model) -> str:
-    """Return the prompt that the options name, else the model's own; raise `ValueError` where there is none."""
-    prompt = read_text(options)
-    if not prompt and options.prompt is None and options.file is None:
-        prompt = str(model.metadata.get("minerva.prompt", ""))
-    if not prompt:
-        raise ValueError("the prompt is empty: give one with -p, -f or on standard input")
-    return prompt
 
 
 class Clock:

@@ -30,11 +30,12 @@ def apply_mask(logits: Floats, mask: Mask, out: Floats | None = None) -> Floats:
     """
     octets = _packed(logits.size, mask)
     # Eight tokens at a time from a table: no branch that a mixed mask could slow down.
-    if out is not None and out is not logits and logits.size % 8 == 0 and out.flags.c_contiguous:
+    apart = out is not None and out.flags.c_contiguous and not np.may_share_memory(out, logits)
+    if out is not None and apart and logits.size % 8 == 0:
         bias = out
-        np.take(_octets(), octets, axis=0, out=out.view(np.complex128).reshape(-1, 2), mode="clip")
+        _octets().take(octets, axis=0, out=out.view(np.complex128).reshape(-1, 2), mode="clip")
     else:
-        bias = np.take(_octets(), octets, axis=0, mode="clip").view(np.float32).reshape(-1)[: logits.size]
+        bias = _octets().take(octets, axis=0, mode="clip").view(np.float32).reshape(-1)[: logits.size]
     return np.add(logits, bias, out=bias if out is None else out)
 
 

@@ -1,9 +1,12 @@
-"""libllama's log, routed to the `logging` logger `minerva_native`, and kept for the error messages of a failed call."""
+"""What C calls back into: the log, the progress of a load, and the question whether to go on computing.
+
+These may come on any thread. No exception crosses C: it ends the call, or waits, and is raised when C has returned.
+"""
 
 import atexit
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ._llama import ffi, lib
@@ -20,8 +23,9 @@ LEVELS = {
 
 
 class _Thread(threading.local):
-    """What one thread's current call has logged so far."""
+    """What the callbacks of one thread's current call have to remember."""
 
+    exception: BaseException | None = None
     errors: list[str] | None = None
     line = ""
     level = logging.DEBUG
@@ -30,11 +34,37 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def ignore(*exception: object) -> None:
-    """Let an exception end at the border: none may cross C."""
+def _keep(kind: object, exception: BaseException, traceback: object) -> None:
+    _thread.exception = exception
 
 
-@ffi.def_extern(name="minerva_on_log", onerror=ignore)
+def _keep_interrupt(kind: object, exception: BaseException, traceback: object) -> None:
+    # Ctrl-C may strike anywhere, also here; a log handler that fails is its owner's affair.
+    if not isinstance(exception, Exception):
+        _thread.exception = exception
+
+
+def raise_kept() -> None:
+    """Raise what an exception in a callback of this thread has left behind, if any."""
+    exception = _thread.exception
+    if exception is not None:
+        _thread.exception = None
+        raise exception
+
+
+@ffi.def_extern(name="minerva_on_poll", error=True, onerror=_keep)
+def _on_poll() -> bool:
+    """Enter Python, so that it runs pending signal handlers: an exception that one raises stops the computation."""
+    return False
+
+
+@ffi.def_extern(name="minerva_on_progress", error=False, onerror=_keep)
+def _on_progress(progress: float, handle: object) -> bool:
+    on_progress: Callable[[float], object] = ffi.from_handle(handle)
+    return on_progress(progress) is not False
+
+
+@ffi.def_extern(name="minerva_on_log", onerror=_keep_interrupt)
 def _on_log(level: int, text: object) -> None:
     state = _thread
     if level != lib.GGML_LOG_LEVEL_CONT:
