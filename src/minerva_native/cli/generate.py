@@ -75,8 +75,6 @@ def run(options: argparse.Namespace) -> int:
             clock = Clock(n_prompt=len(ids), load_seconds=time.perf_counter() - started)
             text, finish_reason = [], "length"
             try:
-                if not options.json:
-                    print(shown, end="", flush=True)
                 with prefilling() as on_progress:
                     sequence.extend(ids, on_progress)
                 clock.prefilled()
@@ -85,8 +83,9 @@ def run(options: argparse.Namespace) -> int:
                     clock.tick()
                     text.append(step.text)
                     if not options.json:
-                        sys.stdout.write(step.text)
+                        sys.stdout.write(shown + step.text)
                         sys.stdout.flush()
+                        shown = ""
                     finish_reason = step.finish_reason or finish_reason
             except KeyboardInterrupt:
                 finish_reason = "cancelled"
