@@ -3,7 +3,7 @@
 import operator
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from threading import Event
 from typing import Literal
 
@@ -12,6 +12,10 @@ import numpy.typing as npt
 
 from .sampling import Sampler, logprob
 from .sequence import Sequence as TokenSequence
+from .sequence import Tokens
+
+Chooser = Callable[[npt.NDArray[np.float32], Tokens], int]
+"""A `Sampler`, or any function that takes the logits and the tokens so far and returns a token id."""
 
 FinishReason = Literal["stop", "length", "end", "cancelled"]
 
@@ -46,7 +50,7 @@ class Step:
 
 def generate(
     sequence: TokenSequence,
-    sampler: Sampler | None = None,
+    sampler: Chooser | None = None,
     *,
     max_tokens: int | None = None,
     stop: Sequence[str] = (),
@@ -74,11 +78,12 @@ def generate(
 
 
 def _decode_loop(
-    sequence: TokenSequence, sampler: Sampler, max_tokens: int | None, stop: tuple[str, ...], cancel: Event | None
+    sequence: TokenSequence, sampler: Chooser, max_tokens: int | None, stop: tuple[str, ...], cancel: Event | None
 ) -> Iterator[Step]:
     tokenizer = sequence.context.model.tokenizer
     tokens = sequence.tokens
-    decoder = tokenizer.stream(after=tokens[-1])
+    # A model may have no vocabulary: then there are tokens, and no text.
+    decoder = tokenizer.stream(after=tokens[-1]) if tokenizer.type != "none" else None
     matcher = _StopMatcher(stop) if stop else None
     previous = None
     count = 0
@@ -92,7 +97,7 @@ def _decode_loop(
         if tokenizer.is_end(token):
             step.finish_reason = "end"
         else:
-            step.text = decoder.feed(token)
+            step.text = decoder.feed(token) if decoder else ""
             if matcher and matcher.feed(step):
                 step.finish_reason = "stop"
             elif cancel is not None and cancel.is_set():
@@ -100,7 +105,7 @@ def _decode_loop(
             elif count == max_tokens or sequence.context.is_full:
                 step.finish_reason = "length"
         if step.finish_reason is not None and step.finish_reason != "stop":
-            rest = decoder.flush()
+            rest = decoder.flush() if decoder else ""
             step.text += matcher.release() + rest if matcher else rest
         step.seconds = time.perf_counter() - before
         yield step

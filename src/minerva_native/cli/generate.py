@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import minerva_native as mn
@@ -50,34 +51,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Generate; the exit status is 130 where Ctrl-C cut it short."""
-    started = time.perf_counter()
-    given = {name: value for name in SAMPLING if (value := getattr(options, name)) is not None}
-    if given.get("seed") == -1:
-        del given["seed"]
+    clock = Clock()
     with load_model(options) as model:
-        if options.ignore_eos:
-            ends = filter(model.tokenizer.is_end, range(model.tokenizer.n_vocab))
-            given["logit_bias"] = dict.fromkeys(ends, -math.inf)
-        sampler = mn.Sampler(mn.SamplingParams.from_model(model, **given))
-        prompt = read_text(options)
-        # Nobody has typed the built-in prompt, so it is shown: the text would begin in mid-sentence.
-        shown = ""
-        if not prompt and options.prompt is None and options.file is None:
-            prompt = shown = str(model.metadata.get("minerva.prompt", ""))
-        if not prompt:
-            raise ValueError("the prompt is empty: give one with -p, -f or on standard input")
-        ids = model.tokenizer.encode(prompt, parse_special=options.special)
+        sampler = mn.Sampler(sampling_params(options, model))
         n_ctx = options.ctx_size if options.ctx_size is not None else min(DEFAULT_N_CTX, model.n_ctx_train)
         with (
             model.context(n_ctx=n_ctx, n_batch=options.batch_size, n_threads=options.threads) as context,
             context.sequence() as sequence,
         ):
-            clock = Clock(n_prompt=len(ids), load_seconds=time.perf_counter() - started)
+            clock.loaded()
+            prompt, shown = choose_prompt(options, model)
             text, finish_reason = [], "length"
             try:
                 with prefilling() as on_progress:
-                    sequence.extend(ids, on_progress)
-                clock.prefilled()
+                    clock.prefill(sequence, model.tokenizer.encode(prompt, parse_special=options.special), on_progress)
                 limit = None if options.predict == -1 else options.predict
                 for step in mn.generate(sequence, sampler, max_tokens=limit, stop=options.stop):
                     clock.tick()
@@ -89,25 +76,54 @@ def run(options: argparse.Namespace) -> int:
                     finish_reason = step.finish_reason or finish_reason
             except KeyboardInterrupt:
                 finish_reason = "cancelled"
-            if options.json:
-                result = {"prompt": prompt, "text": "".join(text), "finish_reason": finish_reason}
-                print(json.dumps({"model": str(model.path), **result, **clock.figures()}, ensure_ascii=False))
-            else:
-                print(flush=True)
-                print(clock.line(), file=sys.stderr)
+    if options.json:
+        result = {"prompt": prompt, "text": "".join(text), "finish_reason": finish_reason}
+        print(json.dumps({"model": str(model.path), **result, **clock.figures()}, ensure_ascii=False))
+    else:
+        print(flush=True)
+        print(clock.line(), file=sys.stderr)
     return 130 if finish_reason == "cancelled" else 0
+
+
+def sampling_params(options: argparse.Namespace, model: mn.Model) -> mn.SamplingParams:
+    """Return what the options say, else what the model recommends."""
+    given = {name: value for name in SAMPLING if (value := getattr(options, name)) is not None}
+    if given.get("seed") == -1:
+        del given["seed"]
+    if options.ignore_eos:
+        ends = filter(model.tokenizer.is_end, range(model.tokenizer.n_vocab))
+        given["logit_bias"] = dict.fromkeys(ends, -math.inf)
+    return mn.SamplingParams.from_model(model, **given)
+
+
+def choose_prompt(options: argparse.Namespace, model: mn.Model) -> tuple[str, str]:
+    """Return the prompt and what of it to show: nobody has typed the built-in one, so the text would begin amid it."""
+    prompt = read_text(options)
+    if prompt:
+        return prompt, ""
+    prompt = str(model.metadata.get("minerva.prompt", "")) if options.prompt is None and options.file is None else ""
+    if not prompt:
+        raise ValueError("the prompt is empty: give one with -p, -f or on standard input")
+    return prompt, prompt
 
 
 class Clock:
     """When things happened in one generation."""
 
-    def __init__(self, n_prompt: int, load_seconds: float):
-        self.n_prompt, self.load_seconds = n_prompt, load_seconds
-        self.start = self.first = self.last = self.prefill_end = time.perf_counter()
-        self.n_tokens = 0
+    def __init__(self) -> None:
+        self.created = self.start = self.first = self.last = self.prefill_end = time.perf_counter()
+        self.n_prompt = self.n_tokens = 0
+        self.load_seconds = 0.0
 
-    def prefilled(self) -> None:
-        """The prompt is evaluated."""
+    def loaded(self) -> None:
+        """Model and context are ready."""
+        self.load_seconds = time.perf_counter() - self.created
+
+    def prefill(self, sequence: mn.Sequence, ids: list[int], on_progress: Callable[[int, int], object]) -> None:
+        """Evaluate the prompt between two looks at the clock."""
+        self.n_prompt = len(ids)
+        self.start = time.perf_counter()
+        sequence.extend(ids, on_progress)
         self.prefill_end = self.last = time.perf_counter()
 
     def tick(self) -> None:

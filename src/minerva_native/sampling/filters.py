@@ -133,23 +133,25 @@ def _top_p_columns(candidates: Candidates, p: float, min_keep: int, scratch: Scr
             return head.head(_count_reaching(running, target, min_keep))
         if running[-1] < 0.5 * target:
             break
-    heavy = _heavier_part(weights.values, weights.total, target, scratch)
-    return candidates.take(heavy[lightest(-logits[heavy], weights.values[heavy], target)])
+    heavy, heavy_weights = _heavier_part(weights.values, weights.total, target, scratch)
+    return candidates.take(heavy[lightest(-logits[heavy], heavy_weights, target)])
 
 
-def _heavier_part(weights: Floats, total: float, target: float, scratch: Scratch) -> Ids:
-    """Ascending positions of all weights above some bound, together at least `target`; a sample proposes the bound."""
+def _heavier_part(weights: Floats, total: float, target: float, scratch: Scratch) -> tuple[Ids, Floats]:
+    """All weights above some bound, together at least `target`, and where they are; a sample proposes the bound."""
     sample = np.sort(weights[:: max(1, weights.size // _SAMPLE)])[::-1]
     running = np.add.accumulate(sample, dtype=np.float64)
     wanted = running[-1] * (0.2 + 0.8 * target / total)
     flags = scratch.flags(weights.size)
     guess = sample[min(int(running.searchsorted(wanted)), sample.size - 1)]
-    heavy: Ids = np.flatnonzero(np.greater_equal(weights, guess, out=flags))
-    if float(np.add.reduce(weights[heavy], dtype=np.float64)) > target:
-        return heavy
+    heavy = np.flatnonzero(np.greater_equal(weights, guess, out=flags))
+    heavy_weights = weights[heavy]
+    if float(np.add.reduce(heavy_weights, dtype=np.float64)) > target:
+        return heavy, heavy_weights
     # What is lighter than this cannot together weigh more than the mass that may be dropped.
     certain = np.float32(0.99 * (total - target) / weights.size)
-    return np.flatnonzero(np.greater_equal(weights, certain, out=flags))
+    heavy = np.flatnonzero(np.greater_equal(weights, certain, out=flags))
+    return heavy, weights[heavy]
 
 
 def lightest(keys: Floats, weights: Floats, target: float, strictly: bool = False) -> Ids:
@@ -159,7 +161,9 @@ def lightest(keys: Floats, weights: Floats, target: float, strictly: bool = Fals
     """
     low, high = float(keys.min()), float(keys.max())
     scale = (_BINS - 1) / (high - low) if high > low else 0.0
-    bins = ((keys - np.float32(low)) * np.float32(scale)).astype(np.intp)
+    scaled = keys - np.float32(low)
+    scaled *= np.float32(scale)
+    bins = scaled.astype(np.intp)
     running = np.add.accumulate(np.bincount(bins, weights=weights, minlength=_BINS))
     cut = int(running.searchsorted(target, side="right" if strictly else "left"))
     if cut >= running.size:
@@ -212,10 +216,13 @@ def typical_p(candidates: Candidates, p: float, min_keep: int = 0, scratch: Scra
     if float(candidates.logits.min()) == -math.inf:
         candidates = candidates.take(np.flatnonzero(candidates.logits > -math.inf))
     logits = candidates.logits
-    weights = weigh(logits, largest, scratch or Scratch())
-    mean = float(np.add.reduce(weights.values * logits, dtype=np.float64)) / weights.total
+    scratch = scratch or Scratch()
+    weights = weigh(logits, largest, scratch)
+    distance = scratch.floats("distance", logits.size)
+    mean = _sum(np.multiply(weights.values, logits, out=distance), scratch) / weights.total
     # surprise - entropy = (log total - logit) - (log total - mean)
-    distance = np.abs(logits - np.float32(mean))
+    np.subtract(logits, np.float32(mean), out=distance)
+    np.abs(distance, out=distance)
     index = lightest(distance, weights.values, float(np.float32(p)) * weights.total, strictly=True)
     if index.size < min_keep:
         index = np.argsort(distance, kind="stable")[:min_keep]
