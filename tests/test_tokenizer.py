@@ -43,8 +43,8 @@ def ids(*tokens: str) -> list[int]:
 # Encoding
 
 
-def test_merges_are_applied(tokenizer: mn.Tokenizer) -> None:
-    assert tokenizer.encode("the thing", add_special=False) == ids("the", "Ġt", "h", "ing")
+def test_merges_are_applied_in_their_order(tokenizer: mn.Tokenizer) -> None:
+    assert tokenizer.encode("the thing", add_special=False) == ids("the", "Ġ", "th", "ing")
 
 
 def test_a_character_without_a_token_becomes_its_bytes(tokenizer: mn.Tokenizer) -> None:
@@ -103,7 +103,7 @@ def test_a_lone_surrogate_is_refused_with_its_place(tokenizer: mn.Tokenizer, tex
 
 def test_decode_accepts_lists_tuples_arrays_and_iterators(tokenizer: mn.Tokenizer) -> None:
     the = ids("the", "Ġa")
-    others = (the, tuple(the), np.array(the), np.array(the, np.uint8 if max(the) < 256 else np.uint16), iter(the))
+    others = (the, tuple(the), np.array(the), np.array(the, np.uint16), iter(the))
     assert {tokenizer.decode(other) for other in others} == {"the a"}  # type: ignore[arg-type]
 
 

@@ -1,0 +1,567 @@
+"""A sequence is a list of tokens that happens to be evaluated: what changes it, and how much work each change is.
+
+Work is counted (`Context.stats.tokens_evaluated`), never timed.
+"""
+
+import gc
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from tiny_models import TOKENS
+
+import minerva_native as mn
+
+Logits = npt.NDArray[np.float32]
+
+IDS = list(range(20, 44))
+N_CTX = 60
+
+
+@pytest.fixture
+def context(tiny: mn.Model) -> Iterator[mn.Context]:
+    with make_context(tiny) as context:
+        yield context
+
+
+@pytest.fixture
+def sequence(context: mn.Context) -> mn.Sequence:
+    return context.sequence()
+
+
+def make_context(model: mn.Model, n_ctx: int = N_CTX, n_seq: int = 1, n_batch: int = 2048) -> mn.Context:
+    return model.context(n_ctx=n_ctx, n_seq=n_seq, n_batch=n_batch, n_threads=1, kv_type="f32", flash_attention="off")
+
+
+@pytest.fixture
+def fresh_logits(tiny: mn.Model) -> Callable[[list[int]], Logits]:
+    """Gives the logits after a text that nothing but one `extend` of a new context ever touched."""
+
+    def logits(ids: list[int]) -> Logits:
+        with make_context(tiny) as context, context.sequence() as sequence:
+            sequence.extend(ids)
+            return sequence.logits
+
+    return logits
+
+
+def assert_same(logits: Logits, expected: Logits) -> None:
+    """Equal but for the order in which a batch of another size adds things up."""
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+
+
+def evaluated_by(context: mn.Context, action: Callable[[], object]) -> int:
+    before = context.stats.tokens_evaluated
+    action()
+    return context.stats.tokens_evaluated - before
+
+
+# Growing
+
+
+def test_a_new_sequence_is_empty(sequence: mn.Sequence) -> None:
+    assert len(sequence) == 0
+    assert sequence.tokens == []
+
+
+def test_extending_adds_the_tokens_in_order(sequence: mn.Sequence) -> None:
+    sequence.extend(IDS[:3])
+    sequence.extend(np.array(IDS[3:5]))
+    sequence.extend(tuple(IDS[5:7]))
+    assert sequence.tokens == IDS[:7]
+
+
+def test_extending_evaluates_each_token_once_and_says_how_many(context: mn.Context, sequence: mn.Sequence) -> None:
+    assert sequence.extend(IDS) == len(IDS)
+    assert context.stats.tokens_evaluated == len(IDS)
+    assert evaluated_by(context, lambda: sequence.extend(IDS[:5])) == 5
+
+
+def test_extending_by_nothing_is_no_work(context: mn.Context, sequence: mn.Sequence) -> None:
+    assert sequence.extend([]) == 0
+    assert context.stats.decode_calls == 0
+
+
+@pytest.mark.parametrize("n_batch", [1, 5, 12, 24, 100])
+def test_a_prompt_is_evaluated_in_chunks_of_n_batch(tiny: mn.Model, n_batch: int) -> None:
+    with make_context(tiny, n_batch=n_batch) as context:
+        context.sequence().extend(IDS)
+        assert context.stats.decode_calls == -(-len(IDS) // n_batch)
+        assert context.stats.tokens_evaluated == len(IDS)
+
+
+def test_progress_is_reported_after_each_chunk(tiny: mn.Model) -> None:
+    reports: list[tuple[int, int]] = []
+    with make_context(tiny, n_batch=10) as context:
+        context.sequence().extend(IDS, on_progress=lambda done, total: reports.append((done, total)))
+    assert reports == [(10, 24), (20, 24), (24, 24)]
+
+
+def test_an_appended_token_is_not_evaluated_before_it_is_needed(context: mn.Context, sequence: mn.Sequence) -> None:
+    sequence.extend(IDS)
+    assert evaluated_by(context, lambda: sequence.append(7)) == 0
+    assert sequence.tokens == [*IDS, 7]
+    assert evaluated_by(context, lambda: sequence.logits) == 1
+
+
+def test_appended_tokens_are_evaluated_with_the_next_extend(context: mn.Context, sequence: mn.Sequence) -> None:
+    sequence.extend(IDS)
+    sequence.append(7)
+    sequence.append(8)
+    assert evaluated_by(context, lambda: sequence.extend([9, 10])) == 4
+    assert context.stats.decode_calls == 2
+
+
+def test_extending_counts_the_tokens_that_were_waiting(sequence: mn.Sequence) -> None:
+    sequence.append(7)
+    assert sequence.extend([8, 9]) == 3
+
+
+def test_a_sequence_can_be_appended_to_from_empty(
+    sequence: mn.Sequence, fresh_logits: Callable[[list[int]], Logits]
+) -> None:
+    for token in IDS:
+        sequence.append(token)
+    assert_same(sequence.logits, fresh_logits(IDS))
+
+
+# Logits
+
+
+def test_logits_are_one_float32_for_each_token_of_the_vocabulary(sequence: mn.Sequence) -> None:
+    sequence.extend(IDS)
+    assert sequence.logits.shape == (len(TOKENS),)
+    assert sequence.logits.dtype == np.float32
+
+
+def test_reading_logits_after_extending_is_no_further_work(context: mn.Context, sequence: mn.Sequence) -> None:
+    sequence.extend(IDS)
+    assert evaluated_by(context, lambda: sequence.logits) == 0
+
+
+def test_reading_logits_again_is_no_work_and_gives_the_same(context: mn.Context, sequence: mn.Sequence) -> None:
+    sequence.extend(IDS)
+    sequence.append(7)
+    first = sequence.logits
+    assert evaluated_by(context, lambda: sequence.logits) == 0
+    assert np.array_equal(sequence.logits, first)
+
+
+def test_logits_stay_as_they_were_whatever_is_evaluated_later(context: mn.Context, sequence: mn.Sequence) -> None:
+    sequence.extend(IDS)
+    kept = sequence.logits
+    copy = kept.copy()
+    sequence.extend([5, 6, 7])
+    assert not np.array_equal(sequence.logits, copy)
+    sequence.truncate(0)
+    context.close()
+    assert np.array_equal(kept, copy)
+
+
+def test_an_empty_sequence_has_no_logits(sequence: mn.Sequence) -> None:
+    with pytest.raises(mn.ContextError, match="empty"):
+        _ = sequence.logits
+
+
+# Shrinking
+
+
+def test_truncating_keeps_the_first_tokens(sequence: mn.Sequence) -> None:
+    sequence.extend(IDS)
+    sequence.truncate(10)
+    assert sequence.tokens == IDS[:10]
+
+
+def test_rewinding_forgets_the_last_tokens(sequence: mn.Sequence) -> None:
+    sequence.extend(IDS)
+    sequence.rewind(4)
+    assert sequence.tokens == IDS[:-4]
+
+
+@pytest.mark.parametrize("n", [0, 1, 23])
+def test_truncating_is_no_work(context: mn.Context, sequence: mn.Sequence, n: int) -> None:
+    sequence.extend(IDS)
+    assert evaluated_by(context, lambda: sequence.truncate(n)) == 0
+
+
+def test_logits_after_a_rewind_evaluate_one_token(context: mn.Context, sequence: mn.Sequence) -> None:
+    sequence.extend(IDS)
+    sequence.rewind(5)
+    assert evaluated_by(context, lambda: sequence.logits) == 1
+
+
+def test_logits_after_a_rewind_are_those_of_the_shorter_text(
+    sequence: mn.Sequence, fresh_logits: Callable[[list[int]], Logits]
+) -> None:
+    sequence.extend(IDS)
+    _ = sequence.logits
+    sequence.rewind(5)
+    assert_same(sequence.logits, fresh_logits(IDS[:-5]))
+
+
+def test_extending_after_a_rewind_evaluates_the_new_tokens_alone(context: mn.Context, sequence: mn.Sequence) -> None:
+    sequence.extend(IDS)
+    sequence.rewind(5)
+    assert evaluated_by(context, lambda: sequence.extend([1, 2])) == 2
+
+
+def test_what_follows_a_rewind_knows_nothing_of_what_was_forgotten(
+    sequence: mn.Sequence, fresh_logits: Callable[[list[int]], Logits]
+) -> None:
+    sequence.extend(IDS)
+    sequence.rewind(10)
+    sequence.extend([1, 2, 3])
+    assert_same(sequence.logits, fresh_logits([*IDS[:-10], 1, 2, 3]))
+
+
+def test_rewinding_tokens_that_were_never_evaluated_is_no_work(context: mn.Context, sequence: mn.Sequence) -> None:
+    sequence.extend(IDS)
+    before = sequence.logits
+    sequence.append(7)
+    sequence.append(8)
+    sequence.rewind(2)
+    assert evaluated_by(context, lambda: sequence.logits) <= 1
+    assert_same(sequence.logits, before)
+
+
+def test_truncating_to_the_length_that_is_there_changes_nothing(context: mn.Context, sequence: mn.Sequence) -> None:
+    sequence.extend(IDS)
+    sequence.truncate(len(IDS))
+    sequence.rewind(0)
+    assert evaluated_by(context, lambda: sequence.logits) == 0
+
+
+def test_a_sequence_cut_to_nothing_starts_anew(
+    sequence: mn.Sequence, fresh_logits: Callable[[list[int]], Logits]
+) -> None:
+    sequence.extend(IDS)
+    sequence.truncate(0)
+    sequence.extend(IDS[3:9])
+    assert_same(sequence.logits, fresh_logits(IDS[3:9]))
+
+
+# Tokens
+
+
+def test_tokens_are_a_live_view(sequence: mn.Sequence) -> None:
+    view = sequence.tokens
+    sequence.extend(IDS)
+    assert view == IDS
+    sequence.truncate(2)
+    assert list(view) == IDS[:2]
+
+
+def test_the_view_reads_like_a_list(sequence: mn.Sequence) -> None:
+    sequence.extend(IDS)
+    view = sequence.tokens
+    assert (view[0], view[-1], view[2:5], view[::-1]) == (IDS[0], IDS[-1], IDS[2:5], IDS[::-1])
+    assert IDS[3] in view
+    assert view.index(IDS[3]) == 3
+    assert view == tuple(IDS)
+    assert repr(view) == repr(IDS)
+    with pytest.raises(IndexError):
+        view[len(IDS)]
+
+
+def test_the_view_cannot_be_written_to(sequence: mn.Sequence) -> None:
+    sequence.extend(IDS)
+    with pytest.raises(TypeError):
+        sequence.tokens[0] = 1  # type: ignore[index]
+
+
+# Scoring
+
+
+def test_scores_are_the_log_probabilities_of_each_token_after_those_before(
+    sequence: mn.Sequence, fresh_logits: Callable[[list[int]], Logits]
+) -> None:
+    scores = sequence.score(IDS)
+    for position in (1, 5, len(IDS) - 1):
+        expected = log_softmax(fresh_logits(IDS[:position]))[IDS[position]]
+        assert scores[position] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_first_token_of_all_has_no_score(sequence: mn.Sequence) -> None:
+    scores = sequence.score(IDS)
+    assert np.isnan(scores[0])
+    assert np.isfinite(scores[1:]).all()
+
+
+def test_the_first_score_after_a_text_comes_from_the_texts_logits(sequence: mn.Sequence) -> None:
+    sequence.extend(IDS)
+    expected = log_softmax(sequence.logits)[7]
+    assert sequence.score([7, 8])[0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_scored_tokens_are_part_of_the_sequence_and_evaluated_once(context: mn.Context, sequence: mn.Sequence) -> None:
+    scores = sequence.score(IDS)
+    assert scores.shape == (len(IDS),)
+    assert scores.dtype == np.float32
+    assert sequence.tokens == IDS
+    assert context.stats.tokens_evaluated == len(IDS)
+    assert evaluated_by(context, lambda: sequence.logits) == 0
+
+
+def test_logits_after_scoring_are_those_of_the_whole(
+    sequence: mn.Sequence, fresh_logits: Callable[[list[int]], Logits]
+) -> None:
+    sequence.score(IDS)
+    assert_same(sequence.logits, fresh_logits(IDS))
+
+
+@pytest.mark.parametrize("n_batch", [1, 7, 23])
+def test_scores_do_not_depend_on_the_size_of_the_chunks(tiny: mn.Model, sequence: mn.Sequence, n_batch: int) -> None:
+    with make_context(tiny, n_batch=n_batch) as context:
+        np.testing.assert_allclose(context.sequence().score(IDS), sequence.score(IDS), atol=1e-4)
+
+
+def test_scoring_nothing_is_no_work(context: mn.Context, sequence: mn.Sequence) -> None:
+    assert sequence.score([]).shape == (0,)
+    assert context.stats.decode_calls == 0
+
+
+def log_softmax(logits: Logits) -> npt.NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max()
+    normed: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
+    return normed
+
+
+# The end of the context
+
+
+@pytest.mark.parametrize("n_ctx", [2, 31, 60, 256, 300])
+def test_exactly_n_ctx_tokens_fit(tiny: mn.Model, n_ctx: int) -> None:
+    with make_context(tiny, n_ctx=n_ctx) as context:
+        sequence = context.sequence()
+        sequence.extend([5] * n_ctx)
+        assert sequence.logits.shape == (len(TOKENS),)
+        assert context.is_full
+        assert context.cells_used == context.n_ctx == n_ctx
+        with pytest.raises(mn.ContextFullError, match=f"n_ctx={n_ctx}"):
+            sequence.append(5)
+
+
+@pytest.mark.parametrize("grow", ["extend", "score"])
+def test_tokens_that_do_not_fit_change_nothing(context: mn.Context, sequence: mn.Sequence, grow: str) -> None:
+    sequence.extend(IDS)
+    before = sequence.logits
+    work = context.stats.tokens_evaluated
+    with pytest.raises(mn.ContextFullError, match="37 more are wanted, 36 are free"):
+        getattr(sequence, grow)([5] * (N_CTX - len(IDS) + 1))
+    assert sequence.tokens == IDS
+    assert context.cells_used == len(IDS)
+    assert context.stats.tokens_evaluated == work
+    assert np.array_equal(sequence.logits, before)
+
+
+def test_a_truncated_sequence_has_room_again(sequence: mn.Sequence) -> None:
+    sequence.extend([5] * N_CTX)
+    sequence.truncate(10)
+    assert sequence.extend([6] * (N_CTX - 10)) == N_CTX - 10
+
+
+def test_tokens_that_wait_to_be_evaluated_take_their_room_at_once(context: mn.Context, sequence: mn.Sequence) -> None:
+    for _ in range(N_CTX):
+        sequence.append(5)
+    assert context.is_full
+    with pytest.raises(mn.ContextFullError):
+        sequence.append(5)
+    assert sequence.logits.shape == (len(TOKENS),)
+
+
+@pytest.mark.parametrize("grow", ["extend", "score"])
+@pytest.mark.parametrize("wrong", [[5, -1], [5, len(TOKENS)], [5, 2**40], [5, 1.5], [5, None], "the"])
+def test_ids_that_are_no_tokens_change_nothing(sequence: mn.Sequence, grow: str, wrong: list[int]) -> None:
+    sequence.extend(IDS)
+    with pytest.raises((TypeError, ValueError)):
+        getattr(sequence, grow)(wrong)
+    assert sequence.tokens == IDS
+
+
+def test_a_prompt_that_its_progress_report_stops_leaves_the_sequence_as_it_was(
+    tiny: mn.Model, fresh_logits: Callable[[list[int]], Logits]
+) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(done: int, total: int) -> None:
+        if done > 10:
+            raise Stop
+
+    with make_context(tiny, n_batch=7) as context:
+        sequence = context.sequence()
+        sequence.extend(IDS[:5])
+        with pytest.raises(Stop):
+            sequence.extend(IDS[5:], on_progress=stop)
+        assert sequence.tokens == IDS[:5]
+        assert context.cells_used == 5
+        assert_same(sequence.logits, fresh_logits(IDS[:5]))
+        sequence.extend(IDS[5:])
+        assert_same(sequence.logits, fresh_logits(IDS))
+
+
+# Several sequences
+
+
+@pytest.fixture
+def pair(tiny: mn.Model) -> Iterator[tuple[mn.Sequence, mn.Sequence]]:
+    with make_context(tiny, n_seq=2) as context:
+        yield context.sequence(), context.sequence()
+
+
+def test_sequences_that_take_turns_do_not_see_each_other(
+    pair: tuple[mn.Sequence, mn.Sequence], fresh_logits: Callable[[list[int]], Logits]
+) -> None:
+    one, other = pair
+    for token in IDS:
+        one.extend([token])
+        other.extend([token + 100])
+    assert_same(one.logits, fresh_logits(IDS))
+    assert_same(other.logits, fresh_logits([token + 100 for token in IDS]))
+
+
+def test_logits_read_late_are_those_of_the_sequence_that_is_asked(
+    pair: tuple[mn.Sequence, mn.Sequence], fresh_logits: Callable[[list[int]], Logits]
+) -> None:
+    one, other = pair
+    one.extend(IDS)
+    other.extend(IDS[::-1])
+    other.extend([1, 2])
+    evaluated = one.context.stats.tokens_evaluated
+    assert_same(one.logits, fresh_logits(IDS))
+    assert_same(other.logits, fresh_logits([*IDS[::-1], 1, 2]))
+    assert one.context.stats.tokens_evaluated == evaluated
+
+
+def test_cutting_one_sequence_leaves_the_other_alone(
+    pair: tuple[mn.Sequence, mn.Sequence], fresh_logits: Callable[[list[int]], Logits]
+) -> None:
+    one, other = pair
+    one.extend(IDS)
+    other.extend(IDS[:10])
+    one.truncate(0)
+    other.append(7)
+    assert_same(other.logits, fresh_logits([*IDS[:10], 7]))
+
+
+def test_sequences_share_the_room_of_their_context(pair: tuple[mn.Sequence, mn.Sequence]) -> None:
+    one, other = pair
+    one.extend([5] * (N_CTX - 4))
+    with pytest.raises(mn.ContextFullError, match="5 more are wanted, 4 are free"):
+        other.extend([5] * 5)
+    assert other.extend([5] * 4) == 4
+    assert one.context.cells_used == N_CTX
+
+
+def test_threads_that_share_a_context_get_the_logits_of_their_own_sequence(
+    tiny: mn.Model, fresh_logits: Callable[[list[int]], Logits]
+) -> None:
+    with make_context(tiny, n_seq=3, n_ctx=200) as context:
+        got: dict[int, Logits] = {}
+
+        def run(number: int) -> None:
+            sequence = context.sequence()
+            for token in IDS:
+                sequence.append(token + number)
+                got[number] = sequence.logits
+
+        threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for number in range(3):
+        assert_same(got[number], fresh_logits([token + number for token in IDS]))
+
+
+# The end of a sequence
+
+
+def test_closing_gives_the_cells_and_the_place_back(context: mn.Context) -> None:
+    sequence = context.sequence()
+    sequence.extend(IDS)
+    sequence.close()
+    sequence.close()
+    assert sequence.closed
+    assert context.cells_used == 0
+    context.sequence().extend([5] * N_CTX)
+
+
+def test_leaving_the_with_block_closes(context: mn.Context) -> None:
+    with context.sequence() as sequence:
+        sequence.extend(IDS)
+    assert sequence.closed
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda sequence: sequence.extend([1]),
+        lambda sequence: sequence.append(1),
+        lambda sequence: sequence.score([1]),
+        lambda sequence: sequence.logits,
+        lambda sequence: sequence.truncate(0),
+        lambda sequence: sequence.rewind(0),
+    ],
+    ids=["extend", "append", "score", "logits", "truncate", "rewind"],
+)
+@pytest.mark.parametrize("close", ["sequence", "context"])
+def test_a_closed_sequence_says_so(
+    context: mn.Context, sequence: mn.Sequence, close: str, use: Callable[[mn.Sequence], object]
+) -> None:
+    sequence.extend(IDS)
+    (sequence if close == "sequence" else context).close()
+    with pytest.raises(mn.ClosedError):
+        use(sequence)
+
+
+def test_the_tokens_of_a_closed_sequence_can_still_be_read(sequence: mn.Sequence) -> None:
+    sequence.extend(IDS)
+    sequence.close()
+    assert sequence.tokens == IDS
+
+
+@pytest.mark.parametrize("read", [False, True], ids=["with unread logits", "with read logits"])
+def test_a_sequence_that_nobody_refers_to_gives_its_place_back(context: mn.Context, read: bool) -> None:
+    for _ in range(3):
+        sequence = context.sequence()
+        sequence.extend([5] * N_CTX)
+        if read:
+            _ = sequence.logits
+        del sequence
+        gc.collect()
+    assert context.cells_used == 0
+
+
+def test_a_sequence_in_a_place_that_was_used_knows_nothing_of_the_one_before(
+    context: mn.Context, fresh_logits: Callable[[list[int]], Logits]
+) -> None:
+    first = context.sequence()
+    first.extend(IDS[::-1])
+    del first
+    gc.collect()
+    second = context.sequence()
+    with pytest.raises(mn.ContextError, match="empty"):
+        _ = second.logits
+    second.extend(IDS)
+    assert_same(second.logits, fresh_logits(IDS))
+
+
+def test_a_sequence_collected_before_its_context_closes_is_not_freed_twice() -> None:
+    program = """
+import gc, minerva_native as mn
+context = mn.Model.demo().context(n_ctx=64, n_threads=1)
+sequence = context.sequence()
+sequence.extend([5, 6, 7])
+del sequence
+gc.collect()
+context.close()
+assert context.cells_used == 0
+context.close()
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
