@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
-from tiny_models import TinyModel, write_gguf
 
 import minerva_native as mn
+from tiny_models import TinyModel, write_gguf
 
 N_VOCAB = 128_256
 N_TOKENS = 200

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from pytest_benchmark.fixture import BenchmarkFixture
-from tiny_models import TinyModel, write_gguf
 
 from minerva_native._binding import ffi, lib
 from minerva_native.sampling import Sampler, SamplingParams, apply_mask, logprob
+from tiny_models import TinyModel, write_gguf
 
 N_VOCAB = 128_256
 TURNS = 200

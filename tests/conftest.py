@@ -7,9 +7,9 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from tiny_models import TinyModel
 
 import minerva_native as mn
+from tiny_models import TinyModel
 
 ROOT = Path(__file__).parents[1]
 

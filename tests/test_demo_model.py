@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 
 import numpy as np
-import stories
 
 import minerva_native as mn
+import stories
 
 FOLDER = Path(mn.__file__).parent / "demo"
 

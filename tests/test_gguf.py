@@ -6,9 +6,9 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from tiny_models import TOKENS, TinyModel, write_gguf
 
 import minerva_native as mn
+from tiny_models import TOKENS, TinyModel, write_gguf
 
 T = gguf.GGUFValueType
 
@@ -85,9 +85,7 @@ def test_a_value_is_what_was_written(write: Write, kind: gguf.GGUFValueType, val
 
 
 @pytest.mark.parametrize(("kind", "values"), ARRAYS.values(), ids=ARRAYS.keys())
-def test_an_array_is_a_list_of_what_was_written(
-    write: Write, kind: gguf.GGUFValueType, values: list[object]
-) -> None:
+def test_an_array_is_a_list_of_what_was_written(write: Write, kind: gguf.GGUFValueType, values: list[object]) -> None:
     read = write(values, T.ARRAY, kind).metadata["the.key"]
     assert read == values
     assert isinstance(read, list)

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import numpy.typing as npt
 import pytest
-from tiny_models import TOKENS
 
 import minerva_native as mn
+from tiny_models import TOKENS
 
 Logits = npt.NDArray[np.float32]
 
@@ -402,6 +402,27 @@ def test_a_prompt_that_its_progress_report_stops_leaves_the_sequence_as_it_was(
         assert_same(sequence.logits, fresh_logits(IDS[:5]))
         sequence.extend(IDS[5:])
         assert_same(sequence.logits, fresh_logits(IDS))
+
+
+def test_a_cancelled_prompt_leaves_the_sequence_as_it_was(
+    tiny: mn.Model, fresh_logits: Callable[[list[int]], Logits]
+) -> None:
+    with make_context(tiny, n_batch=7) as context:
+        sequence = context.sequence()
+        sequence.extend(IDS[:5])
+        with pytest.raises(mn.Cancelled):
+            sequence.extend(IDS[5:], on_progress=lambda done, total: context.cancel())
+        assert sequence.tokens == IDS[:5]
+        assert context.cells_used == 5
+        assert_same(sequence.logits, fresh_logits(IDS[:5]))
+
+
+def test_a_call_after_a_cancelled_one_is_not_cancelled(
+    sequence: mn.Sequence, fresh_logits: Callable[[list[int]], Logits]
+) -> None:
+    sequence.context.cancel()
+    sequence.extend(IDS)
+    assert_same(sequence.logits, fresh_logits(IDS))
 
 
 # Several sequences

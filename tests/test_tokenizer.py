@@ -1,4 +1,4 @@
-"""Text to tokens and back, on a vocabulary of which everything is known; the vocabularies of others are in `oracles`."""
+"""Text to tokens and back, on a vocabulary of which all is known; those of other projects are in `oracles`."""
 
 import gc
 from collections.abc import Callable
@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from tiny_models import END, END_OF_TURN, START_OF_TURN, TOKENS, VOCABULARY, Key, TinyModel, write_gguf
 
 import minerva_native as mn
+from tiny_models import END, END_OF_TURN, START_OF_TURN, TOKENS, VOCABULARY, Key, TinyModel, write_gguf
+
 
 @pytest.fixture
 def tokenizer(tiny: mn.Model) -> mn.Tokenizer:
@@ -109,7 +110,7 @@ def test_decode_accepts_lists_tuples_arrays_and_iterators(tokenizer: mn.Tokenize
 
 def test_decode_of_nothing_is_empty(tokenizer: mn.Tokenizer) -> None:
     assert tokenizer.decode([]) == ""
-    assert tokenizer.decode_bytes(np.empty(0)) == b""
+    assert tokenizer.decode_bytes(np.empty(0, np.int64)) == b""
 
 
 def test_control_tokens_are_shown_only_where_it_is_asked_for(tokenizer: mn.Tokenizer) -> None:
@@ -182,9 +183,7 @@ def test_control_tokens_are_those_without_text(tokenizer: mn.Tokenizer) -> None:
     ("name", "kind"),
     [("llama-bpe", "bpe"), ("llama-spm", "spm"), ("bert-bge", "wpm"), ("nomic-bert-moe", "ugm")],
 )
-def test_the_type_of_a_vocabulary_is_named(
-    vocabulary: Callable[[str], mn.Tokenizer], name: str, kind: str
-) -> None:
+def test_the_type_of_a_vocabulary_is_named(vocabulary: Callable[[str], mn.Tokenizer], name: str, kind: str) -> None:
     assert vocabulary(name).type == kind
 
 

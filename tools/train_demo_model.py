@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from gguf import quants
 from numpy.typing import NDArray
-from stories import IM_END, IM_START, documents
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -34,6 +33,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn import functional as F
+
+from stories import IM_END, IM_START, documents
 
 FOLDER = Path(__file__).resolve().parents[1] / "src" / "minerva_native" / "demo"
 SIZE_LIMIT_BYTES = 2_000_000

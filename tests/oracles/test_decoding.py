@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_models import END, TOKENS, TinyModel
 
 import minerva_native as mn
 from minerva_native._binding import ffi, lib
+from tiny_models import TinyModel
 
 N_STEPS = 220
 
@@ -60,9 +60,7 @@ class Libllama:
 
 
 @pytest.fixture(scope="module", params=["demo", "tiny", "tiny tied"])
-def model(
-    request: pytest.FixtureRequest, demo: mn.Model, load_tiny: Callable[[TinyModel], mn.Model]
-) -> mn.Model:
+def model(request: pytest.FixtureRequest, demo: mn.Model, load_tiny: Callable[[TinyModel], mn.Model]) -> mn.Model:
     return {
         "demo": lambda: demo,
         "tiny": lambda: load_tiny(TinyModel()),

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 import pytest
-from tiny_models import TOKENS, TinyModel
 
 import minerva_native as mn
+from tiny_models import TOKENS, TinyModel
 
 Doubles = npt.NDArray[np.float64]
 
@@ -33,7 +33,8 @@ def reference_logits(model: TinyModel, ids: npt.NDArray[np.int64]) -> Doubles:
         x = x + attention(model, own, rms_norm(x, own["attn_norm"], model.rms_epsilon))
         x = x + feed_forward(own, rms_norm(x, own["ffn_norm"], model.rms_epsilon))
     output = weight["token_embd.weight"] if model.tied else weight["output.weight"]
-    return rms_norm(x, weight["output_norm.weight"], model.rms_epsilon) @ output.T
+    logits: Doubles = rms_norm(x, weight["output_norm.weight"], model.rms_epsilon) @ output.T
+    return logits
 
 
 def rms_norm(x: Doubles, gain: Doubles, epsilon: float) -> Doubles:
@@ -54,7 +55,8 @@ def attention(model: TinyModel, weight: dict[str, Doubles], x: Doubles) -> Doubl
         scores = queries[:, head] @ keys[:, shared].T / np.sqrt(model.head_size)
         scores[np.triu_indices(n, 1)] = -np.inf
         heads.append(softmax(scores) @ values[:, shared])
-    return np.concatenate(heads, axis=1) @ weight["attn_output"].T
+    mixed: Doubles = np.concatenate(heads, axis=1) @ weight["attn_output"].T
+    return mixed
 
 
 def rotate(x: Doubles, base: float) -> Doubles:
@@ -71,7 +73,8 @@ def rotate(x: Doubles, base: float) -> Doubles:
 def feed_forward(weight: dict[str, Doubles], x: Doubles) -> Doubles:
     """SwiGLU (Shazeer 2020)."""
     gate = x @ weight["ffn_gate"].T
-    return (gate / (1 + np.exp(-gate)) * (x @ weight["ffn_up"].T)) @ weight["ffn_down"].T
+    out: Doubles = (gate / (1 + np.exp(-gate)) * (x @ weight["ffn_up"].T)) @ weight["ffn_down"].T
+    return out
 
 
 def softmax(x: Doubles) -> Doubles:
@@ -101,7 +104,7 @@ class Case:
         return float(errors.max())
 
 
-@pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS.keys())
+@pytest.fixture(scope="module", params=MODELS.values(), ids=list(MODELS))
 def case(request: pytest.FixtureRequest, load_tiny: Callable[[TinyModel], mn.Model]) -> Case:
     return Case(request.param, load_tiny(request.param))
 

@@ -563,6 +563,8 @@ def test_any_order_of_the_chain_gives_libllamas_distribution(
 ) -> None:
     assume(params.typical_p == 1.0 or case.kind in ("gaussian", "peaked", "nearly flat"))
     assume(params.typical_p == 1.0 or params.top_n_sigma <= 0)
+    # A low temperature before typical-p makes probabilities of 0, of which libllama computes NaN.
+    assume(params.typical_p == 1.0 or order.index("typical_p") < order.index("temperature"))
     assert_same_chain(params.replace(order=order), case, length)
 
 

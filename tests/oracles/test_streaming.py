@@ -9,9 +9,9 @@ from typing import NamedTuple
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import Key, write_gguf
 
 import minerva_native as mn
+from tiny_models import Key, write_gguf
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 SPACE_SIGN = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -36,8 +36,12 @@ BYTE_LEVEL = {
 
 # Vocabularies that write a space as U+2581, so that one in the text becomes a space.
 # Phi-3 besides has "</s>" as a token that text can contain, and takes the spaces after it away.
-SENTENCEPIECE = {"baichuan": (SPACE_SIGN,), "gemma-4": (SPACE_SIGN,), "llama-spm": (SPACE_SIGN,)}
-SENTENCEPIECE["phi-3"] = (SPACE_SIGN, "</s>")
+SENTENCEPIECE = {
+    "baichuan": [SPACE_SIGN],
+    "gemma-4": [SPACE_SIGN],
+    "llama-spm": [SPACE_SIGN],
+    "phi-3": [SPACE_SIGN, "</s>"],
+}
 
 # WordPiece and Unigram tidy a text before they encode it.
 NORMALISING = ("bert-bge", "nomic-bert-moe")
@@ -49,7 +53,19 @@ VOCABULARIES = (*LOSSLESS, *NORMALISING)
 AWKWARD = [
     *("\0", "\t", "\n", "\r\n", "\x1b", "\x7f", "\x80", "\xa0", "\xad", " ", "  ", " a", "' ", "é", "e\u0301", "ß"),
     *("\u200b", "\u200d", "\u202e", "\ufe0f", "\ufeff", REPLACEMENT, SPACE_SIGN, "\u2028", "Ω", "한", "ᄒ", "漢", "ไ"),
-    *("🦙", "👩🏽\u200d💻", "🏳️\u200d🌈", "🇩🇪", "𝔄", "\U000e0067", "\U0010ffff", "<|im_end|>", "</s>", "<0x0A>", "[UNK]"),
+    *(
+        "🦙",
+        "👩🏽\u200d💻",
+        "🏳️\u200d🌈",
+        "🇩🇪",
+        "𝔄",
+        "\U000e0067",
+        "\U0010ffff",
+        "<|im_end|>",
+        "</s>",
+        "<0x0A>",
+        "[UNK]",
+    ),
 ]
 texts = st.lists(st.one_of(st.characters(codec="utf-8"), st.sampled_from(AWKWARD)), max_size=24).map("".join)
 
@@ -64,7 +80,7 @@ class Vocabulary(NamedTuple):
         return [*map(decoder.feed, ids), decoder.flush()]
 
     def without_what_it_cannot_say(self, text: str) -> str:
-        for lost in SENTENCEPIECE.get(self.name, ()):
+        for lost in SENTENCEPIECE.get(self.name, []):
             text = text.replace(lost, "")
         return "".join(char for char in text if not set(char.encode()) & set(BYTE_LEVEL.get(self.name, b"")))
 
@@ -156,7 +172,7 @@ def test_a_character_whose_bytes_are_tokens_of_their_own_is_never_shown_broken(
 
 
 def token_ids(tokenizer: mn.Tokenizer) -> st.SearchStrategy[list[int]]:
-    """Any ids: anywhere in the vocabulary, at its ends, where single bytes and control tokens are, and those of text."""
+    """Any ids: from anywhere, from the ends (where bytes and control tokens are), and those of a text."""
     anywhere = st.integers(0, tokenizer.n_vocab - 1)
     edge = min(300, tokenizer.n_vocab)
     edges = st.one_of(st.integers(0, edge - 1), st.integers(tokenizer.n_vocab - edge, tokenizer.n_vocab - 1))

@@ -1,0 +1,395 @@
+"""The decode loop: what a step holds, and every reason to finish.
+
+Where a test needs certain tokens, a logit processor dictates them; all else is the real thing.
+"""
+
+from collections.abc import Iterator, Sequence
+from threading import Event
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import minerva_native as mn
+from tiny_models import END, END_OF_TURN, START_OF_TURN, TOKENS
+
+N_CTX = 80
+
+
+@pytest.fixture
+def context(tiny: mn.Model) -> Iterator[mn.Context]:
+    with tiny.context(n_ctx=N_CTX, n_threads=1, kv_type="f32", flash_attention="off") as context:
+        yield context
+
+
+@pytest.fixture
+def sequence(context: mn.Context) -> mn.Sequence:
+    """A sequence with a prompt of five tokens."""
+    sequence = context.sequence()
+    sequence.extend([END, *ids("the", "Ġa", "Ġb", "Ġc")])
+    return sequence
+
+
+class Dictate:
+    """A logit processor that leaves one token to choose: the next of a list."""
+
+    def __init__(self, tokens: Sequence[int]):
+        self._rest = iter(tokens)
+
+    def __call__(self, tokens: Sequence[int], logits: npt.NDArray[np.float32]) -> None:
+        chosen = next(self._rest)
+        logits[:] = -np.inf
+        logits[chosen] = 0.0
+
+
+def dictate(*tokens: str | int) -> mn.Sampler:
+    chosen = [token if isinstance(token, int) else TOKENS.index(token) for token in tokens]
+    return mn.Sampler(mn.SamplingParams.greedy(), [Dictate(chosen)])
+
+
+def letters(text: str) -> mn.Sampler:
+    """Dictates a text character by character."""
+    return dictate(*text.replace(" ", "Ġ").replace("\n", "Ċ"))
+
+
+def ids(*tokens: str) -> list[int]:
+    return [TOKENS.index(token) for token in tokens]
+
+
+def greedy() -> mn.Sampler:
+    return mn.Sampler(mn.SamplingParams.greedy())
+
+
+def text_of(steps: list[mn.Step]) -> str:
+    return "".join(step.text for step in steps)
+
+
+# Steps
+
+
+def test_each_step_is_one_token_of_the_sequence(sequence: mn.Sequence) -> None:
+    prompt = list(sequence.tokens)
+    steps = list(mn.generate(sequence, dictate("h", "e", "Ġw"), max_tokens=3))
+    assert [step.token for step in steps] == ids("h", "e", "Ġw")
+    assert [step.text for step in steps] == ["h", "e", " w"]
+    assert sequence.tokens == [*prompt, *ids("h", "e", "Ġw")]
+
+
+def test_a_step_is_given_before_its_token_is_evaluated(sequence: mn.Sequence) -> None:
+    generation = mn.generate(sequence, dictate("h", "e"), max_tokens=2)
+    evaluated = sequence.context.stats.tokens_evaluated
+    next(generation)
+    assert sequence.context.stats.tokens_evaluated == evaluated
+    next(generation)
+    assert sequence.context.stats.tokens_evaluated == evaluated + 1
+
+
+def test_nothing_is_sampled_before_a_step_is_asked_for(sequence: mn.Sequence) -> None:
+    mn.generate(sequence, dictate(), max_tokens=5)
+    assert len(sequence) == 5
+
+
+def test_a_character_of_several_tokens_is_the_text_of_the_last(sequence: mn.Sequence) -> None:
+    steps = list(mn.generate(sequence, dictate("a", "ðŁ", "¦", "Ļ"), max_tokens=4))
+    assert [step.text for step in steps] == ["a", "", "", "🦙"]
+
+
+def test_a_step_says_how_long_it_took(sequence: mn.Sequence) -> None:
+    assert all(step.seconds > 0.0 for step in mn.generate(sequence, greedy(), max_tokens=3))
+
+
+def test_without_a_sampler_a_default_one_draws(sequence: mn.Sequence) -> None:
+    assert [step.finish_reason for step in mn.generate(sequence, max_tokens=1)] != [None]
+
+
+def test_the_sampler_is_given_the_whole_sequence(sequence: mn.Sequence) -> None:
+    lengths: list[int] = []
+    sampler = mn.Sampler(mn.SamplingParams.greedy(), [lambda tokens, logits: lengths.append(len(tokens))])
+    list(mn.generate(sequence, sampler, max_tokens=3))
+    assert lengths == [5, 6, 7]
+
+
+# Log-probabilities
+
+
+def expected_logprobs(sequence: mn.Sequence, n_steps: int) -> list[float]:
+    """Greedy choices and their log-probabilities, by hand."""
+    logprobs = []
+    for _ in range(n_steps):
+        logits = sequence.logits.astype(np.float64)
+        token = int(logits.argmax())
+        logprobs.append(float(logits[token] - np.log(np.exp(logits - logits.max()).sum()) - logits.max()))
+        sequence.append(token)
+    return logprobs
+
+
+def test_a_logprob_is_the_log_softmax_of_the_logits(sequence: mn.Sequence) -> None:
+    expected = expected_logprobs(sequence, 6)
+    sequence.rewind(6)
+    for step, logprob in zip(mn.generate(sequence, greedy(), max_tokens=6), expected, strict=True):
+        assert step.logprob == pytest.approx(logprob, abs=1e-4)
+        assert step.logprob == step.logprob
+
+
+def test_logprobs_can_be_read_after_all_steps_are_made(sequence: mn.Sequence) -> None:
+    expected = expected_logprobs(sequence, 6)
+    sequence.rewind(6)
+    steps = list(mn.generate(sequence, greedy(), max_tokens=6))
+    sequence.context.close()
+    assert [step.logprob for step in steps] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_logprob_is_the_models_own_whatever_the_sampler_did(sequence: mn.Sequence) -> None:
+    logits = sequence.logits.astype(np.float64)
+    step = next(mn.generate(sequence, dictate("h"), max_tokens=1))
+    expected = logits[step.token] - np.log(np.exp(logits).sum())
+    assert step.logprob == pytest.approx(expected, abs=1e-5)
+
+
+# Finishing: length
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 7])
+def test_max_tokens_are_made_and_no_more(sequence: mn.Sequence, max_tokens: int) -> None:
+    steps = list(mn.generate(sequence, dictate(*"abcdefgh"), max_tokens=max_tokens))
+    assert [step.finish_reason for step in steps] == [None] * (max_tokens - 1) + ["length"]
+
+
+def test_no_tokens_are_made_where_none_are_wanted(sequence: mn.Sequence) -> None:
+    assert list(mn.generate(sequence, greedy(), max_tokens=0)) == []
+    assert len(sequence) == 5
+
+
+def test_a_full_context_ends_a_generation(context: mn.Context, sequence: mn.Sequence) -> None:
+    steps = list(mn.generate(sequence, dictate(*"a" * N_CTX)))
+    assert len(steps) == N_CTX - 5
+    assert steps[-1].finish_reason == "length"
+    assert context.is_full
+
+
+def test_a_context_without_room_for_one_token_is_an_error(sequence: mn.Sequence) -> None:
+    sequence.extend([7] * (N_CTX - 5))
+    with pytest.raises(mn.ContextFullError):
+        next(mn.generate(sequence, greedy()))
+    assert len(sequence) == N_CTX
+
+
+def test_an_incomplete_character_is_replaced_in_the_last_step(sequence: mn.Sequence) -> None:
+    steps = list(mn.generate(sequence, dictate("a", "ðŁ"), max_tokens=2))
+    assert [step.text for step in steps] == ["a", "\ufffd"]
+
+
+# Finishing: the model's own end
+
+
+@pytest.mark.parametrize("end", [END, END_OF_TURN])
+def test_an_end_token_ends_a_generation_and_has_no_text(sequence: mn.Sequence, end: int) -> None:
+    steps = list(mn.generate(sequence, dictate("a", end, "b"), max_tokens=9))
+    assert [(step.token, step.text, step.finish_reason) for step in steps] == [
+        (TOKENS.index("a"), "a", None),
+        (end, "", "end"),
+    ]
+    assert sequence.tokens[-1] == end
+
+
+def test_a_control_token_that_is_no_end_has_no_text_and_goes_on(sequence: mn.Sequence) -> None:
+    steps = list(mn.generate(sequence, dictate("a", START_OF_TURN, "b"), max_tokens=3))
+    assert [step.text for step in steps] == ["a", "", "b"]
+
+
+def test_an_end_token_at_the_last_place_is_an_end(sequence: mn.Sequence) -> None:
+    steps = list(mn.generate(sequence, dictate("a", END), max_tokens=2))
+    assert steps[-1].finish_reason == "end"
+
+
+# Finishing: stop strings
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "shown"),
+    [
+        ("abcdef", ["d"], "abc"),
+        ("abcdef", ["cd"], "ab"),
+        ("abcdef", ["abc"], ""),
+        ("ab\n\ncd", ["\n\n"], "ab"),
+        ("aaab", ["aab"], "a"),
+        ("abababc", ["ababc"], "ab"),
+        ("abcdef", ["xyz", "de", "cdef"], "abc"),
+        ("abcdef", ["e", "cde"], "ab"),
+        ("User: hi", ["User:", "user:"], ""),
+    ],
+)
+def test_nothing_of_a_stop_string_is_given_out(sequence: mn.Sequence, text: str, stop: list[str], shown: str) -> None:
+    steps = list(mn.generate(sequence, letters(text), max_tokens=20, stop=stop))
+    assert text_of(steps) == shown
+    assert steps[-1].finish_reason == "stop"
+
+
+def test_a_stop_string_inside_a_token_cuts_its_text(sequence: mn.Sequence) -> None:
+    steps = list(mn.generate(sequence, dictate("a", "and", "b"), max_tokens=9, stop=["n"]))
+    assert [(step.text, step.finish_reason) for step in steps] == [("a", None), ("a", "stop")]
+
+
+def test_a_stop_string_may_begin_in_one_token_and_end_in_another(sequence: mn.Sequence) -> None:
+    steps = list(mn.generate(sequence, dictate("a", "and", "ing", "b"), max_tokens=9, stop=["ndi"]))
+    assert text_of(steps) == "aa"
+    assert steps[-1].finish_reason == "stop"
+
+
+def test_a_stop_string_may_be_a_character_of_several_tokens(sequence: mn.Sequence) -> None:
+    steps = list(mn.generate(sequence, dictate("a", "ðŁ", "¦", "Ļ", "b"), max_tokens=9, stop=["🦙"]))
+    assert text_of(steps) == "a"
+    assert len(steps) == 4
+
+
+def test_text_that_only_began_like_a_stop_string_is_given_out_when_that_is_clear(sequence: mn.Sequence) -> None:
+    steps = list(mn.generate(sequence, letters("abxabc"), max_tokens=6, stop=["abc"]))
+    assert [step.text for step in steps] == ["", "", "abx", "", "", ""]
+
+
+@pytest.mark.parametrize("last", ["b", END])
+def test_text_held_back_for_a_stop_string_is_given_out_at_the_end(sequence: mn.Sequence, last: str | int) -> None:
+    steps = list(mn.generate(sequence, dictate("x", "a", last), max_tokens=3, stop=["abc", "ac"]))
+    assert text_of(steps) == ("xab" if last == "b" else "xa")
+    assert [step.text for step in steps][:2] == ["x", ""]
+
+
+def test_the_tokens_of_a_stop_string_are_in_the_sequence(sequence: mn.Sequence) -> None:
+    list(mn.generate(sequence, letters("abc"), max_tokens=9, stop=["bc"]))
+    assert sequence.tokens[-3:] == ids("a", "b", "c")
+
+
+def test_one_stop_string_need_not_be_in_a_list(sequence: mn.Sequence) -> None:
+    assert text_of(list(mn.generate(sequence, letters("abc"), max_tokens=9, stop="bc"))) == "a"
+
+
+def test_the_prompt_does_not_count_for_a_stop_string(sequence: mn.Sequence) -> None:
+    sequence.extend(ids("a", "b"))
+    steps = list(mn.generate(sequence, letters("cd"), max_tokens=2, stop=["bc"]))
+    assert text_of(steps) == "cd"
+
+
+def test_a_stop_string_that_never_comes_changes_no_text(sequence: mn.Sequence) -> None:
+    steps = list(mn.generate(sequence, greedy(), max_tokens=30, stop=["the end of all things"]))
+    decoded = sequence.context.model.tokenizer.decode([step.token for step in steps])
+    assert text_of(steps) == decoded
+
+
+# Finishing: cancelled
+
+
+def test_a_cancelled_generation_ends_with_the_step_that_is_being_made(sequence: mn.Sequence) -> None:
+    cancel = Event()
+    steps = []
+    for step in mn.generate(sequence, dictate(*"abcdefgh"), max_tokens=8, cancel=cancel):
+        steps.append(step)
+        if len(steps) == 3:
+            cancel.set()
+    assert text_of(steps) == "abcd"
+    assert [step.finish_reason for step in steps] == [None, None, None, "cancelled"]
+
+
+def test_text_held_back_is_given_out_when_cancelled(sequence: mn.Sequence) -> None:
+    cancel = Event()
+    cancel.set()
+    steps = list(mn.generate(sequence, letters("abc"), max_tokens=8, stop=["abc"], cancel=cancel))
+    assert [(step.text, step.finish_reason) for step in steps] == [("a", "cancelled")]
+
+
+def test_a_cancelled_generation_can_be_taken_up_again(sequence: mn.Sequence) -> None:
+    expected = [step.token for step in mn.generate(sequence, greedy(), max_tokens=6)]
+    sequence.truncate(5)
+    cancel = Event()
+    cancel.set()
+    first = list(mn.generate(sequence, greedy(), cancel=cancel))
+    rest = list(mn.generate(sequence, greedy(), max_tokens=5))
+    assert [step.token for step in first + rest] == expected
+
+
+# Changing the sequence between steps
+
+
+def test_a_rewind_between_steps_takes_the_generation_back(sequence: mn.Sequence) -> None:
+    expected = [step.token for step in mn.generate(sequence, greedy(), max_tokens=3)]
+    sequence.truncate(5)
+    generation = mn.generate(sequence, greedy(), max_tokens=6)
+    tokens = [next(generation).token for _ in range(3)]
+    sequence.rewind(3)
+    tokens += [step.token for step in generation]
+    assert tokens == expected * 2
+
+
+def test_a_token_chosen_again_after_a_rewind_is_what_the_next_step_follows(sequence: mn.Sequence) -> None:
+    generation = mn.generate(sequence, greedy(), max_tokens=2)
+    next(generation)
+    sequence.rewind(1)
+    sequence.append(*ids("the"))
+    second = next(generation)
+    sequence.rewind(1)
+    assert sequence.tokens[-1] == TOKENS.index("the")
+    assert second.token == int(sequence.logits.argmax())
+
+
+def test_tokens_put_in_between_steps_are_followed(sequence: mn.Sequence) -> None:
+    generation = mn.generate(sequence, dictate("a", "b"), max_tokens=2)
+    next(generation)
+    sequence.extend(ids("the", "ing"))
+    next(generation)
+    assert sequence.tokens[5:] == ids("a", "the", "ing", "b")
+
+
+def test_a_generation_left_early_leaves_a_sequence_that_works(sequence: mn.Sequence) -> None:
+    for step in mn.generate(sequence, dictate(*"abc"), max_tokens=3):
+        if step.text == "b":
+            break
+    assert sequence.tokens[5:] == ids("a", "b")
+    assert text_of(list(mn.generate(sequence, dictate("c"), max_tokens=1))) == "c"
+
+
+# Wrong arguments, which are refused before anything is asked of the generation
+
+
+def test_an_empty_sequence_cannot_be_continued(context: mn.Context) -> None:
+    with pytest.raises(ValueError, match="BOS"):
+        mn.generate(context.sequence())
+
+
+@pytest.mark.parametrize("stop", [[""], ["a", ""], "", [b"a"], [None], 7])
+def test_stop_strings_must_be_text(sequence: mn.Sequence, stop: Any) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        mn.generate(sequence, stop=stop)
+
+
+@pytest.mark.parametrize("max_tokens", [-1, 1.5, float("nan"), "3"])
+def test_max_tokens_must_be_a_number_of_tokens(sequence: mn.Sequence, max_tokens: Any) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        mn.generate(sequence, max_tokens=max_tokens)
+
+
+def test_a_closed_sequence_cannot_be_continued(sequence: mn.Sequence) -> None:
+    sequence.close()
+    with pytest.raises(mn.ClosedError):
+        next(mn.generate(sequence, greedy()))
+
+
+# With the trained model
+
+
+def test_the_trained_model_tells_a_story_to_its_end(demo: mn.Model) -> None:
+    with demo.context(n_ctx=512, n_threads=1) as context:
+        sequence = context.sequence()
+        sequence.extend(demo.tokenizer.encode("Once upon a time"))
+        steps = list(mn.generate(sequence, greedy()))
+    assert steps[-1].finish_reason == "end"
+
+
+def test_one_seed_gives_one_story(demo: mn.Model) -> None:
+    with demo.context(n_ctx=128, n_threads=1) as context:
+        stories = set()
+        for seed in (1, 1, 2):
+            with context.sequence() as sequence:
+                sequence.extend(demo.tokenizer.encode("Once upon a time"))
+                sampler = mn.Sampler(mn.SamplingParams(seed=seed))
+                stories.add(text_of(list(mn.generate(sequence, sampler, max_tokens=40))))
+    assert len(stories) == 2
