@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from .errors import ClosedError
 from .sampling import Sampler, logprob
 from .sequence import Sequence as TokenSequence
 from .sequence import Tokens
@@ -64,7 +65,7 @@ def generate(
 
     The sequence may be changed between steps (rewound, extended): the next step continues from what it then is.
     Raises `ValueError` where the sequence is empty or an argument is out of range, `ContextFullError` where not even
-    one token fits.
+    one token fits, `ClosedError` where the sequence is closed.
     """
     if isinstance(stop, str):
         stop = [stop]
@@ -72,6 +73,8 @@ def generate(
         raise ValueError("stop must be strings that are not empty")
     if max_tokens is not None and operator.index(max_tokens) < 0:
         raise ValueError(f"max_tokens must be 0 or more, or None, not {max_tokens}")
+    if sequence.closed:
+        raise ClosedError("this Sequence is closed")
     if not len(sequence):
         raise ValueError("the sequence is empty: extend it with a prompt first (a BOS token at the least)")
     return _decode_loop(sequence, sampler or Sampler(), max_tokens, tuple(stop), cancel)

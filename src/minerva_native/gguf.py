@@ -98,7 +98,10 @@ class GGUF:
 
 
 class Metadata(Mapping[str, Value]):
-    """Every key of a GGUF file, read-only. Arrays become lists when they are first asked for."""
+    """Every key of a GGUF file, read-only. Arrays become lists when they are first asked for.
+
+    ggml hands out strings that end at a NUL character, so what follows one is not seen.
+    """
 
     def __init__(self, handle: Handle):
         self._handle = handle

@@ -48,6 +48,7 @@ class Sequence:
     def logits(self) -> npt.NDArray[np.float32]:
         """The logits after the last token: float32, shape (n_vocab,), Python's own memory.
 
+        The array is yours: the same one until the sequence changes, and never written to again.
         After `truncate` or `rewind` the last token is evaluated again to have them, which `Context.stats` counts.
         Raises `ContextError` where the sequence is empty.
         """
@@ -115,6 +116,7 @@ class Sequence:
     def rewind(self, n: int) -> None:
         """Forget the last `n` tokens. Raises `ValueError` unless 0 <= n <= len."""
         with self.context._lock:
+            self._check_open()
             n = operator.index(n)
             if not 0 <= n <= len(self._tokens):
                 raise ValueError(f"cannot rewind by {n}: the sequence has {len(self._tokens)} tokens")

@@ -48,6 +48,7 @@ class Tokenizer:
             self.bos = _optional(lib.llama_vocab_bos(vocab))
             self.eos = _optional(lib.llama_vocab_eos(vocab))
             self.eot = _optional(lib.llama_vocab_eot(vocab))
+            self._sep = _optional(lib.llama_vocab_sep(vocab))
             self.adds_bos = bool(lib.llama_vocab_get_add_bos(vocab))
             self.adds_eos = bool(lib.llama_vocab_get_add_eos(vocab))
         self._ends: dict[int, bool] = {}
@@ -74,6 +75,8 @@ class Tokenizer:
         if len(data) > _MAX_TEXT_BYTES:
             raise TokenizerError(f"the text has {len(data):,} bytes; encode at most {_MAX_TEXT_BYTES:,} at a time")
         capacity = len(data) + 8
+        if add_special:
+            self._require_special_tokens()
         with self._model:
             while True:
                 buffer = np.empty(capacity, np.int32)
@@ -81,6 +84,8 @@ class Tokenizer:
                 count = lib.llama_tokenize(self._vocab, data, len(data), array, capacity, add_special, parse_special)
                 if count >= 0:
                     ids: list[int] = buffer[:count].tolist()
+                    if ids and min(ids) < 0:
+                        raise TokenizerError("the vocabulary has no token for a part of the text, nor one for unknowns")
                     return ids
                 capacity = -count
 
@@ -150,6 +155,16 @@ class Tokenizer:
     def _require_vocabulary(self) -> None:
         if self.type == "none":
             raise TokenizerError("this model has no vocabulary: give it token ids, and read token ids back")
+
+    def _require_special_tokens(self) -> None:
+        """Refuse what libllama would abort on: a token that it is to add and that the vocabulary does not have."""
+        for name, token, is_added in (
+            ("BOS", self.bos, self.adds_bos or self.type == "wpm"),
+            ("EOS", self.eos, self.adds_eos),
+            ("SEP", self._sep, self.type == "wpm"),
+        ):
+            if is_added and (token is None or token >= self.n_vocab):
+                raise TokenizerError(f"the vocabulary is to add a {name} token and has none: use add_special=False")
 
     def _piece(self, token: int, special: bool) -> bytes:
         """Return the bytes of a valid token id."""
