@@ -25,7 +25,7 @@ def test_it_is_small_and_says_what_it_is(demo: mn.Model) -> None:
 def test_the_held_out_perplexity_is_what_the_card_states(demo: mn.Model) -> None:
     seed, count = (int(str(demo.metadata[f"minerva.heldout_{name}"])) for name in ("seed", "documents"))
     scores = []
-    with demo.context(n_ctx=1024) as context, context.sequence() as sequence:
+    with demo.context(n_ctx=1024, n_threads=1) as context, context.sequence() as sequence:
         for document in stories.documents(seed, count):
             ids = demo.tokenizer.encode(document, parse_special=True)
             sequence.truncate(0)
@@ -38,7 +38,7 @@ def test_the_held_out_perplexity_is_what_the_card_states(demo: mn.Model) -> None
 
 
 def test_its_stories_are_sentences_that_end(demo: mn.Model) -> None:
-    with demo.context(n_ctx=512) as context, context.sequence() as sequence:
+    with demo.context(n_ctx=512, n_threads=1) as context, context.sequence() as sequence:
         for seed in range(5):
             sequence.truncate(0)
             sequence.extend(demo.tokenizer.encode(str(demo.metadata["minerva.prompt"])))
@@ -54,7 +54,7 @@ def test_its_stories_are_sentences_that_end(demo: mn.Model) -> None:
 def test_it_answers_a_chat_with_a_story_about_what_was_asked(demo: mn.Model) -> None:
     prompt = "<|im_start|>user\nTell me a story about a dragon.<|im_end|>\n<|im_start|>assistant\n"
     told = 0
-    with demo.context(n_ctx=512) as context, context.sequence() as sequence:
+    with demo.context(n_ctx=512, n_threads=1) as context, context.sequence() as sequence:
         for seed in range(5):
             sequence.truncate(0)
             sequence.extend(demo.tokenizer.encode(prompt, parse_special=True))

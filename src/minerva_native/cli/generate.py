@@ -15,6 +15,10 @@ from .progress import prefilling
 
 DEFAULT_N_CTX = 4096
 
+# A token of a model this small is computed in less time than threads need to meet after every layer; on a machine that
+# is busy with something else, waiting for each other makes it up to a hundred times slower.
+ONE_THREAD_BYTES = 8 << 20
+
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
 
 
@@ -33,7 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("-c", "--ctx-size", type=int, metavar="N", help="context in tokens (default: the model's, up to 4096)")
     add("-b", "--batch-size", type=int, default=512, metavar="N", help="prompt tokens in one call (default 512)")
-    add("-t", "--threads", type=int, metavar="N", help="threads (default: the CPUs this process may use)")
+    add(
+        "-t",
+        "--threads",
+        type=int,
+        metavar="N",
+        help="threads (default: the usable CPUs; 1 for a tiny model)",
+    )
     add("-s", "--seed", type=int, metavar="N", help="seed of the sampler; -1 for a random one (default)")
     add("--temp", type=float, dest="temperature", metavar="T", help="temperature; 0 is greedy (default 0.8)")
     add("--top-k", type=int, metavar="K", help="sample from the K most likely tokens; 0 for all (default 40)")
@@ -55,8 +65,11 @@ def run(options: argparse.Namespace) -> int:
     with load_model(options) as model:
         sampler = mn.Sampler(sampling_params(options, model))
         n_ctx = options.ctx_size if options.ctx_size is not None else min(DEFAULT_N_CTX, model.n_ctx_train)
+        threads = options.threads
+        if threads is None and model.size_bytes < ONE_THREAD_BYTES:
+            threads = 1
         with (
-            model.context(n_ctx=n_ctx, n_batch=options.batch_size, n_threads=options.threads) as context,
+            model.context(n_ctx=n_ctx, n_batch=options.batch_size, n_threads=threads) as context,
             context.sequence() as sequence,
         ):
             clock.loaded()
