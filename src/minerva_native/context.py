@@ -8,7 +8,7 @@ import weakref
 from collections import deque
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -122,7 +122,10 @@ class Context:
         self._pointer = pointer
         self._memory = lib.llama_get_memory(pointer)
         self._n_vocab = model.tokenizer.n_vocab
-        self._batch = _Batch(self.n_batch)
+        self._row_bytes = 4 * self._n_vocab
+        self._last_row = ffi.NULL
+        self._batch, self._single = _Batch(self.n_batch), _Batch(1)
+        self._single.struct.n_tokens = self._single.output[0] = 1
         self._sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
         self._unread: weakref.ref[Sequence] | None = None  # whose logits lie in libllama's buffer and nowhere else
         self._free_ids = list(range(self.n_seq - 1, -1, -1))
@@ -202,25 +205,25 @@ class Context:
         batch.sequences[:count] = sequence._id
         batch.outputs[: count - 1] = all_logits
         batch.outputs[count - 1] = True
-        self._run(sequence, count)
+        batch.struct.n_tokens = count
+        self._run(sequence, batch.struct, count)
 
     def _decode_one(self, sequence: "Sequence", token: int, start: int) -> None:
-        """Evaluate one token: `_decode` without numpy, for the decode loop."""
-        batch = self._batch
-        batch.token[0], batch.position[0], batch.sequence[0], batch.output[0] = token, start, sequence._id, 1
-        self._run(sequence, 1)
+        """Evaluate one token, as `_decode` does, at the least cost: the decode loop's case."""
+        batch = self._single
+        batch.token[0], batch.position[0], batch.sequence[0] = token, start, sequence._id
+        self._run(sequence, batch.struct, 1)
 
-    def _run(self, sequence: "Sequence", count: int) -> None:
+    def _run(self, sequence: "Sequence", batch: Any, count: int) -> None:
         unread = self._unread
         if unread is not None:
             self._unread = None
             if unread is not sequence._reference and (other := unread()) is not None:
                 other._keep_logits()
-        batch = self._batch.struct
-        batch.n_tokens = count
         before = time.perf_counter()
         code = lib.llama_decode(self._pointer, batch)
-        lib.llama_synchronize(self._pointer)
+        if not code:
+            self._last_row = lib.llama_get_logits_ith(self._pointer, -1)  # waits for the result
         stats = self.stats
         stats.decode_seconds += time.perf_counter() - before
         stats.decode_calls += 1
@@ -252,13 +255,13 @@ class Context:
             f"{self.n_ctx - used} are free: shorten the text, or make a context with a larger n_ctx"
         )
 
-    def _read_logits(self, row: int = -1) -> npt.NDArray[np.float32]:
-        """Copy one row of logits out of libllama's buffer; -1 is the last."""
-        logits = np.empty(self._n_vocab, np.float32)
-        pointer = lib.llama_get_logits_ith(self._pointer, row)
-        if pointer == ffi.NULL:
+    def _read_logits(self, row: int | None = None) -> npt.NDArray[np.float32]:
+        """Copy the last row of logits, or that of a token of the last batch, out of libllama's buffer."""
+        pointer = self._last_row if row is None else lib.llama_get_logits_ith(self._pointer, row)
+        if not pointer:
             raise ContextError("libllama has no logits for the last token; see its log")
-        ffi.memmove(logits, pointer, logits.nbytes)
+        logits = np.empty(self._n_vocab, np.float32)
+        ffi.memmove(logits, pointer, self._row_bytes)
         return logits
 
     def _remove(self, sequence_id: int, start: int) -> bool:
@@ -283,7 +286,7 @@ class Context:
 
 
 class _Batch:
-    """A `llama_batch` of fixed capacity, with its arrays seen through numpy and, for single tokens, through cffi."""
+    """A `llama_batch` of fixed capacity, with its arrays seen through cffi and, for many tokens at once, numpy."""
 
     def __init__(self, capacity: int):
         self.token = ffi.new("llama_token[]", capacity)
