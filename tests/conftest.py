@@ -4,6 +4,7 @@ import functools
 import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import hypothesis
 import pytest
@@ -19,14 +20,20 @@ hypothesis.settings.load_profile("minerva")
 
 
 @pytest.fixture(scope="session")
-def llama_cpp_source() -> Path:
-    """The folder of the pinned llama.cpp source; fetched through pip only where no build has done so yet."""
+def fetch() -> ModuleType:
+    """The build's fetch script, as a module."""
     spec = importlib.util.spec_from_file_location("fetch", ROOT / "vendor" / "llama.cpp" / "fetch.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    source: Path = module.fetch(module.read_pin(), module.HERE / "source")
+    return module
+
+
+@pytest.fixture(scope="session")
+def llama_cpp_source(fetch: ModuleType) -> Path:
+    """The folder of the pinned llama.cpp source; fetched through pip only where no build has done so yet."""
+    source: Path = fetch.fetch(fetch.read_pin(), fetch.HERE / "source")
     return source
 
 

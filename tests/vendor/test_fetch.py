@@ -1,16 +1,12 @@
 """Fetching the pinned source: verified before it is unpacked, safe to unpack, and never fetched twice."""
 
 import hashlib
-import importlib.util
 import io
-import sys
 import tarfile
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
 
 # A build backend inside the archive, so that pip's metadata hook needs nothing installed.
 BACKEND = """
@@ -22,17 +18,6 @@ def prepare_metadata_for_build_wheel(directory, config_settings=None):
     return folder.name
 """
 PYPROJECT = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
-
-
-@pytest.fixture(scope="module")
-def fetch() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fetch", ROOT / "vendor" / "llama.cpp" / "fetch.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fetch"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def write_archive(path: Path, members: dict[str, str], links: dict[str, str] | None = None) -> Path:
