@@ -151,6 +151,18 @@ def test_reading_logits_again_is_no_work_and_gives_the_same(context: mn.Context,
     assert np.array_equal(sequence.logits, first)
 
 
+def test_logits_that_nobody_read_are_not_those_after_an_append(tiny: mn.Model) -> None:
+    with tiny.context(n_ctx=64, n_seq=2, n_threads=1) as context:
+        first, second = context.sequence(), context.sequence()
+        first.extend([1, 2, 3])
+        first.append(4)
+        second.extend([5, 6])  # makes the context save what it has not read
+        late = first.logits.copy()
+        second.truncate(0)
+        second.extend([1, 2, 3, 4])
+        np.testing.assert_allclose(late, second.logits, atol=0.05)
+
+
 def test_logits_stay_as_they_were_whatever_is_evaluated_later(context: mn.Context, sequence: mn.Sequence) -> None:
     sequence.extend(IDS)
     kept = sequence.logits

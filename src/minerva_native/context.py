@@ -5,6 +5,7 @@ import operator
 import threading
 import time
 import weakref
+from array import array
 from collections import deque
 from dataclasses import dataclass
 from types import TracebackType
@@ -129,8 +130,8 @@ class Context:
         self._sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
         self._unread: weakref.ref[Sequence] | None = None  # whose logits lie in libllama's buffer and nowhere else
         self._free_ids = list(range(self.n_seq - 1, -1, -1))
-        self._n_tokens = 0  # of all sequences
-        self._orphans: deque[tuple[int, int]] = deque()  # id and length of sequences collected without `close`
+        self._tokens: dict[int, array[int]] = {}  # of every sequence, by its id
+        self._orphans: deque[int] = deque()  # ids of sequences that were collected without `close`
         model._contexts.add(self)
 
     def sequence(self) -> "Sequence":
@@ -150,6 +151,7 @@ class Context:
                 )
             sequence = Sequence(self, self._free_ids.pop())
             self._sequences.add(sequence)
+            self._tokens[sequence._id] = sequence._tokens
             return sequence
 
     @property
@@ -157,12 +159,12 @@ class Context:
         """How many KV cells the tokens of all sequences take."""
         with self._lock:
             self._collect_orphans()
-            return self._n_tokens
+            return sum(map(len, self._tokens.values()))
 
     @property
     def is_full(self) -> bool:
         """Whether every cell is taken."""
-        return self._n_tokens >= self.n_ctx
+        return self.cells_used >= self.n_ctx
 
     @property
     def closed(self) -> bool:
@@ -243,9 +245,7 @@ class Context:
 
     def _check_room(self, wanted: int) -> None:
         """Raise `ContextFullError` unless `wanted` more tokens fit."""
-        if self._orphans:
-            self._collect_orphans()
-        if self._n_tokens + wanted > self.n_ctx:
+        if self.cells_used + wanted > self.n_ctx:
             raise self._full(wanted)
 
     def _full(self, wanted: int) -> ContextFullError:
@@ -273,15 +273,15 @@ class Context:
         if self._unread is sequence._reference:
             self._unread = None
         self._sequences.discard(sequence)
-        self._orphans.append((sequence._id, len(sequence)))
+        self._orphans.append(sequence._id)
         self._collect_orphans()
 
     def _collect_orphans(self) -> None:
         while self._orphans:
-            sequence_id, length = self._orphans.popleft()
+            sequence_id = self._orphans.popleft()
             if not self.closed:
                 self._remove(sequence_id, -1)
-            self._n_tokens -= length
+            self._tokens.pop(sequence_id, None)
             self._free_ids.append(sequence_id)
 
 

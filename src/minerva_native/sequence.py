@@ -34,7 +34,10 @@ class Sequence:
         self.context = context
         self._id = sequence_id
         self._tokens = array("i")
-        self._n_cached = 0  # how many of the tokens, from the first, have their keys and values in the cache
+        # How many of the tokens, from the first, have their keys and values in the cache. An interrupt may strike
+        # between any two lines below: the cache then holds more than that, never less, and `_settled` stays False.
+        self._n_cached = 0
+        self._settled = True
         self._logits: npt.NDArray[np.float32] | None = None  # of the last token, once they are read
         self._closed = False
         self._reference = weakref.ref(self)
@@ -76,9 +79,8 @@ class Sequence:
             self._check_open()
             token = context.model.tokenizer.check(token)
             context._check_room(1)
-            self._logits = None
+            self._forget_logits()
             self._tokens.append(token)
-            context._n_tokens += 1
 
     def extend(self, ids: TokenIds, on_progress: Callable[[int, int], object] | None = None) -> int:
         """Add tokens and evaluate them in chunks of `n_batch`; return how many were evaluated.
@@ -136,11 +138,14 @@ class Sequence:
             if not new.size:
                 return scores
             length = len(self._tokens)
+            if not self._settled:
+                self._forget_from(self._n_cached)
             scores[0] = logprob(self.logits, int(new[0])) if length else np.nan
             context._check_room(len(new))
             rows = max(1, min(context.n_batch, _SCORE_BYTES // (4 * context._n_vocab)))
+            context._abort.cancelled = 0
+            self._settled = False
             try:
-                context._abort.cancelled = 0
                 for start in range(0, len(new), rows):
                     chunk = new[start : start + rows]
                     self._add(chunk)
@@ -152,6 +157,7 @@ class Sequence:
             except BaseException:
                 self._cut(length)
                 raise
+            self._settled = True
             return scores
 
     def close(self) -> None:
@@ -172,51 +178,61 @@ class Sequence:
 
     def _add(self, tokens: npt.NDArray[np.int32]) -> None:
         """Put tokens at the end of the list."""
-        self._logits = None
+        self._forget_logits()
         self._tokens.frombytes(tokens.tobytes())
-        self.context._n_tokens += len(tokens)
 
     def _cut(self, n: int) -> None:
         """Make list and cache end after the first `n` tokens."""
-        self._logits = None
-        self.context._n_tokens -= len(self._tokens) - n
+        self._forget_logits()
+        self._settled = False
+        self._n_cached = min(n, self._n_cached)
         del self._tokens[n:]
-        self._forget_from(min(n, self._n_cached))
+        self._forget_from(self._n_cached)
 
     def _evaluate_pending(self, on_progress: Callable[[int, int], object] | None = None) -> None:
         """Bring the cache up to the list, at least by its last token, so that its logits can be read."""
         context, total = self.context, len(self._tokens)
         if not total:
             raise ContextError("the sequence is empty: extend it with a prompt first (a BOS token at the least)")
+        if not self._settled:
+            self._forget_from(self._n_cached)
         if self._n_cached == total:
             self._forget_from(total - 1)
         first = self._n_cached
         context._abort.cancelled = 0
+        self._settled = False
         try:
             if total - first == 1:
                 context._decode_one(self, self._tokens[-1], first)
                 self._n_cached = total
-                return
-            tokens = np.array(self._tokens[first:], np.int32)
-            for start in range(0, total - first, context.n_batch):
-                chunk = tokens[start : start + context.n_batch]
-                context._decode(self, chunk, first + start)
-                self._n_cached += len(chunk)
-                if on_progress is not None:
-                    on_progress(self._n_cached - first, total - first)
+            else:
+                tokens = np.array(self._tokens[first:], np.int32)
+                for start in range(0, total - first, context.n_batch):
+                    chunk = tokens[start : start + context.n_batch]
+                    context._decode(self, chunk, first + start)
+                    self._n_cached += len(chunk)
+                    if on_progress is not None:
+                        on_progress(self._n_cached - first, total - first)
         except BaseException:
-            # An interrupt may have come before or after the cache changed: take it back to what the count says.
             self._forget_from(self._n_cached)
             raise
+        self._settled = True
 
     def _forget_from(self, n: int) -> None:
         """Make the cache hold the first `n` tokens, or nothing where this kind of memory cannot forget a part."""
-        context = self.context
-        if context._unread is self._reference:
-            context._unread = None
-        self._n_cached = n if context._remove(self._id, n) else 0
-        if self._n_cached != n:
-            context._remove(self._id, -1)
+        self._settled = False
+        self._n_cached = n
+        self._forget_logits()
+        if not self.context._remove(self._id, n):
+            self._n_cached = 0
+            self.context._remove(self._id, -1)
+        self._settled = True
+
+    def _forget_logits(self) -> None:
+        """Drop the logits, also those that nobody has read yet: the last token is about to be another."""
+        self._logits = None
+        if self.context._unread is self._reference:
+            self.context._unread = None
 
     def _keep_logits(self) -> None:
         """Copy the logits before libllama's buffer is used for something else."""
@@ -231,7 +247,7 @@ class Sequence:
     def __del__(self) -> None:
         # A collection may come at any point of another call: the context takes the id back when it next looks.
         if not getattr(self, "_closed", True):
-            self.context._orphans.append((self._id, len(self._tokens)))
+            self.context._orphans.append(self._id)
 
     def __repr__(self) -> str:
         return "<Sequence: closed>" if self._closed else f"<Sequence of {len(self)} tokens>"

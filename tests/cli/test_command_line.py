@@ -146,9 +146,20 @@ def test_a_gpu_that_is_asked_for_and_not_there_is_an_error() -> None:
     assert "asks for a GPU" in result.stderr
 
 
+def heed_ctrl_c() -> None:
+    """A shell starts its background jobs with Ctrl-C ignored, and they hand that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_shows_what_was_generated_and_exits_130() -> None:
     command = [*MINERVA, "generate", "-t", "1", "-p", "Once", "-n", "-1", "-c", "100000", "--ignore-eos"]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=heed_ctrl_c,
+    ) as process:
         assert process.stdout is not None
         first = process.stdout.read(20)
         process.send_signal(signal.SIGINT)
