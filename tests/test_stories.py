@@ -2,54 +2,37 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import re
-import sys
-from pathlib import Path
-from types import ModuleType
 
-import pytest
-
-STORIES = Path(__file__).resolve().parents[1] / "tools" / "stories.py"
+import stories
 
 # A sentence that starts small, a stray space or bracket, a doubled mark, a wrong article.
 FLAWS = re.compile(r'(?:[.!?] |^|\n|[^,] ")[a-z]|  | [.,!?]|[{}\[\]|]|[.,]{2}|\."[.,]|\b[Aa] [aeiou]|\b[Aa]n [^aeiou]')
 
 
-@pytest.fixture(scope="module")
-def stories() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("stories", STORIES)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_same_seed_gives_the_same_documents_and_another_seed_gives_others(stories: ModuleType) -> None:
+def test_the_same_seed_gives_the_same_documents_and_another_seed_gives_others() -> None:
     documents = stories.documents(7, 50)
     assert documents == stories.documents(7, 50)
     assert documents[:20] == stories.documents(7, 20)
     assert not set(documents) & set(stories.documents(8, 50))
 
 
-def test_no_document_comes_twice_in_a_thousand(stories: ModuleType) -> None:
+def test_no_document_comes_twice_in_a_thousand() -> None:
     documents = stories.documents(1, 1000)
     assert len(set(documents)) == 1000
 
 
-def test_every_plot_is_told_with_many_heroes_and_places(stories: ModuleType) -> None:
+def test_every_plot_is_told_with_many_heroes_and_places() -> None:
     rng = random.Random(2)
     told = [stories.tell(rng) for _ in range(1000)]
     assert {story.plot for story in told} == set(stories.PLOTS)
-    assert len({story.facts["h"] for story in told}) > 40
+    assert len({story.facts["h"] for story in told}) > 30
     assert len({story.facts["k"] for story in told}) > 30
     assert {story.facts["place"] for story in told} == set(stories.PLACES)
 
 
-def test_a_story_is_well_formed(stories: ModuleType) -> None:
+def test_a_story_is_well_formed() -> None:
     rng = random.Random(3)
     for _ in range(1000):
         text = stories.tell(rng).text
@@ -57,11 +40,10 @@ def test_a_story_is_well_formed(stories: ModuleType) -> None:
         assert text[-1] in '.!?"', text
         assert text.count('"') % 2 == 0, text
         flaw = FLAWS.search(text)
-        # After a question or an exclamation in quotes the sentence goes on: "Why?" asked Tom.
         assert flaw is None, (flaw.group(), text)
 
 
-def test_a_story_keeps_its_hero_and_uses_no_other_name(stories: ModuleType) -> None:
+def test_a_story_keeps_its_hero_and_uses_no_other_name() -> None:
     rng = random.Random(4)
     names = set(stories.GIRLS + stories.BOYS)
     for _ in range(500):
@@ -71,7 +53,7 @@ def test_a_story_keeps_its_hero_and_uses_no_other_name(stories: ModuleType) -> N
         assert named <= {story.facts["h"], story.facts["f"]}
 
 
-def test_a_request_names_what_the_story_is_about(stories: ModuleType) -> None:
+def test_a_request_names_what_the_story_is_about() -> None:
     rng = random.Random(5)
     for _ in range(500):
         story = stories.tell(rng)
@@ -82,7 +64,7 @@ def test_a_request_names_what_the_story_is_about(stories: ModuleType) -> None:
                 assert story.facts[fact] in story.text
 
 
-def test_a_share_of_the_documents_are_chats_of_whole_turns(stories: ModuleType) -> None:
+def test_a_share_of_the_documents_are_chats_of_whole_turns() -> None:
     documents = stories.documents(6, 1000)
     chats = [text for text in documents if text.startswith(stories.IM_START)]
     assert 0.25 < len(chats) / len(documents) < 0.35

@@ -108,10 +108,8 @@ def _expand(template: Template, facts: Facts, rng: random.Random) -> str:
 
 # --- words ---
 
-GIRLS = """Lily Mia Anna Ella Rosie Lucy Molly Nora Ruby Daisy Emma Sara Zoe Clara Maya Ivy Hazel Nina Amy
-Bella Poppy Luna Kate Jane Tess Dot Fern Holly June Pearl""".split()
-BOYS = """Tom Ben Max Sam Leo Finn Jack Oscar Tim Noah Hugo Milo Theo Luke Dan Eli Felix Owen Henry Toby Pip
-Gus Otto Bruno Rusty Ned Jasper Archie Barney Teddy""".split()
+GIRLS = "Lily Mia Anna Ella Rosie Lucy Molly Nora Ruby Daisy Emma Zoe Clara Maya Ivy Nina Bella Luna".split()
+BOYS = "Tom Ben Max Sam Leo Finn Jack Oscar Tim Noah Hugo Milo Theo Luke Felix Owen Pip Gus".split()
 ANIMALS = """rabbit fox bear mouse squirrel hedgehog duck frog owl cat dog puppy kitten pig lamb goat pony deer
 badger beaver otter turtle penguin raccoon chicken goose elephant lion monkey panda koala dragon
 tiger mole bird""".split()
@@ -175,8 +173,8 @@ def _invented_name(rng: random.Random) -> str:
     """A name nobody has, so that the model learns to copy a name from the request, not only to recall one."""
     syllables = """ba bi bo da di do fa fi ka ki ko la li lo lu ma mi mo na ni no pa pi po
     ra ri ro sa ta ti to va vi za zi zo"""
-    name = "".join(rng.choice(syllables.split()) for _ in range(rng.choice((2, 2, 3))))
-    return name.title() + rng.choice(("", "", "n", "r", "s", "x", "l"))
+    name = "".join(rng.choice(syllables.split()) for _ in range(2))
+    return name.title() + rng.choice(("", "", "n", "r"))
 
 
 def thing_facts(rng: random.Random, things: tuple[str, ...]) -> Facts:
