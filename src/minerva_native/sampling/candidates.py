@@ -48,9 +48,9 @@ class Candidates(NamedTuple):
         """By descending logit, ties by id; the logits are checked."""
         if self.descending:
             return self
-        check_largest(float(np.maximum.reduce(self.logits)))
+        largest_logit(self)
         if self.ids is None or _ascending(self.ids):
-            return self.take(np.argsort(-self.logits, kind="stable"), True)
+            return self.take((-self.logits).argsort(kind="stable"), True)
         return self.take(np.lexsort((self.ids, -self.logits)), True)
 
     def token_ids(self) -> Ids:
@@ -96,8 +96,12 @@ def check_largest(largest: float) -> float:
 
 def largest_logit(candidates: Candidates) -> float:
     """The checked maximum of the logits."""
-    logits = candidates.logits
-    return check_largest(float(logits[0] if candidates.descending else np.maximum.reduce(logits)))
+    return check_largest(candidates.logits.item(0) if candidates.descending else maximum(candidates.logits))
+
+
+def maximum(values: Floats) -> float:
+    """The maximum, NaN if there is one; on short vectors argmax finds it sooner than a reduction."""
+    return values.item(values.argmax()) if values.size < COLUMNS_FROM else float(np.maximum.reduce(values))
 
 
 def column_shape(size: int) -> tuple[int, int]:
@@ -112,7 +116,8 @@ def column_maxima(logits: Floats, scratch: Scratch) -> Floats:
     inside = rows * columns
     maxima = scratch.floats("maxima", columns + logits.size - inside)
     np.maximum.reduce(logits[:inside].reshape(rows, columns), axis=0, out=maxima[:columns])
-    maxima[columns:] = logits[inside:]
+    if inside != logits.size:
+        maxima[columns:] = logits[inside:]
     return maxima
 
 
@@ -131,9 +136,9 @@ def at_least(logits: Floats, floor: float, maxima: Floats, scratch: Scratch) -> 
         hits = hits[:known]
     block = logits[:inside].reshape(rows, columns).take(hits, axis=1)
     (place,) = (block >= floor).ravel().nonzero()
-    row = place // max(1, hits.size)
-    place -= row * hits.size
-    found = row * columns + hits[place]
+    found, column = np.divmod(place, max(1, hits.size))
+    found *= columns
+    found += hits[column]
     return found if outside is None else np.concatenate((found, outside))
 
 
@@ -181,7 +186,7 @@ def column_sums(values: Floats, scratch: Scratch) -> Doubles:
 
 def log_sum_exp(logits: Floats, scratch: Scratch | None = None) -> float:
     """log(sum(exp(logits))), to about 1e-7; the logits are checked."""
-    largest = check_largest(float(np.maximum.reduce(logits)))
+    largest = check_largest(maximum(logits))
     if logits.size < COLUMNS_FROM:
         total = float(np.add.reduce(np.exp(np.subtract(logits, largest, dtype=np.float64))))
         return largest + math.log(total)
@@ -199,12 +204,12 @@ def probabilities(candidates: Candidates) -> Doubles:
 def weights32(candidates: Candidates) -> Floats:
     """The softmax's numerators as libllama has them: float32 differences, and exponentials rounded to float32."""
     logits = candidates.logits
-    if candidates.descending and logits[-1] > -1e37 and logits[0] < 1e37:
+    if candidates.descending and logits.item(-1) > -1e37 and logits.item(0) < 1e37:
         below = logits - logits[0]
     else:
         with np.errstate(over="ignore"):  # a difference that leaves float32 is -inf
             below = logits - np.float32(largest_logit(candidates))
-    weights: Floats = np.exp(below, dtype=np.float64).astype(np.float32)
+    weights: Floats = np.exp(below.astype(np.float64)).astype(np.float32)
     return weights
 
 

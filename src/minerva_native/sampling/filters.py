@@ -24,6 +24,7 @@ from .candidates import (
     column_maxima,
     column_sums,
     largest_logit,
+    maximum,
     shares32,
     weigh,
     weights32,
@@ -48,7 +49,7 @@ def top_k(candidates: Candidates, k: int, scratch: Scratch | None = None) -> Can
     if k >= size:
         return candidates.sorted()
     if size < COLUMNS_FROM:
-        check_largest(float(np.maximum.reduce(candidates.logits)))
+        largest_logit(candidates)
         return _top_of(candidates, (candidates.logits >= _kth_bound(candidates.logits, k)).nonzero()[0], k)
     scratch = scratch or Scratch()
     return _top_k_columns(candidates, k, column_maxima(candidates.logits, scratch), scratch)
@@ -56,7 +57,7 @@ def top_k(candidates: Candidates, k: int, scratch: Scratch | None = None) -> Can
 
 def _top_k_columns(candidates: Candidates, k: int, maxima: Floats, scratch: Scratch) -> Candidates:
     logits = candidates.logits
-    check_largest(float(np.maximum.reduce(maxima)))
+    check_largest(maximum(maxima))
     if 2 * k > maxima.size:
         return _top_of(candidates, (logits >= _kth_bound(logits, k)).nonzero()[0], k)
     return _top_of(candidates, at_least(logits, _kth_bound(maxima, k), maxima, scratch), k)
@@ -72,7 +73,9 @@ def _kth_bound(values: Floats, k: int) -> float:
         quarter = values.size // 4
         values = np.maximum.reduce(values[: 4 * quarter].reshape(4, quarter), axis=0)
     place = values.size - k
-    return float(np.partition(values, place)[place])
+    values = values.copy()
+    values.partition(place)
+    return values.item(place)
 
 
 def _top_of(candidates: Candidates, index: Ids, k: int) -> Candidates:
@@ -84,7 +87,7 @@ def _top_of(candidates: Candidates, index: Ids, k: int) -> Candidates:
         level = np.flatnonzero(logits == cut)[: k - above.size]
         chosen = np.concatenate((above, level))
         index, logits = index[chosen], logits[chosen]
-    order = np.argsort(-logits, kind="stable")[:k]
+    order = (-logits).argsort(kind="stable")[:k]
     index = index[order]
     return Candidates(logits[order], index if candidates.ids is None else candidates.ids[index], True)
 
@@ -99,12 +102,10 @@ def top_p(candidates: Candidates, p: float, min_keep: int = 0, scratch: Scratch 
         return candidates
     size = candidates.logits.size
     if candidates.descending or size <= EXACT_UP_TO:
-        weights = weights32(candidates)
+        share = weights = weights32(candidates)
         if not candidates.descending:
             candidates = candidates.sorted()
             share = weights32(candidates)
-        else:
-            share = weights
         running = np.add.accumulate(share / np.add.accumulate(weights)[-1])
         return candidates.head(_count_reaching(running, p32, min_keep))
     if size < COLUMNS_FROM:
@@ -123,7 +124,7 @@ def _top_p_columns(candidates: Candidates, p: float, min_keep: int, scratch: Scr
     """The nucleus is mostly short: guess a head that holds it, and look further only when its mass is not enough."""
     logits = candidates.logits
     maxima = column_maxima(logits, scratch)
-    largest = check_largest(float(np.maximum.reduce(maxima)))
+    largest = check_largest(maximum(maxima))
     weights = weigh(logits, largest, scratch)
     target = p * weights.total
     for guess in _NUCLEUS_GUESSES:
@@ -195,7 +196,7 @@ def min_p(candidates: Candidates, p: float, min_keep: int = 0, scratch: Scratch 
     else:
         scratch = scratch or Scratch()
         maxima = column_maxima(logits, scratch)
-        largest = check_largest(float(np.maximum.reduce(maxima)))
+        largest = check_largest(maximum(maxima))
         index = at_least(logits, float(np.float32(largest) + log_p), maxima, scratch)
     if index.size < min_keep:
         return top_k(candidates, min_keep, scratch)
