@@ -366,9 +366,9 @@ def description(model: Llama, run: Run) -> str:
         f"as Q8_0. It was trained from nothing, on a CPU in {run.seconds / 60:.0f} minutes, on {run.tokens / 1e6:.1f} "
         "million tokens of children's stories and requests for stories that the project's own template grammar "
         "(tools/stories.py) made from a seed; no other text was used. It tells short English stories after an opening "
-        'such as "Once upon a time", or in a chat when asked for a story about an animal or a child; a thing, a place or '
-        "a theme in a request it often passes over. It exists so that a first command and the tests have something real "
-        f"to run. Its perplexity on {HELDOUT_DOCUMENTS} held-out documents of the same grammar is "
+        'such as "Once upon a time", or in a chat when asked for a story about an animal or a child; a thing, a place '
+        "or a theme in a request it often passes over. It exists so that a first command and the tests have something "
+        f"real to run. Its perplexity on {HELDOUT_DOCUMENTS} held-out documents of the same grammar is "
         f"{run.perplexity:.2f}. It is not an assistant: it knows no facts, no other language and no other kind of "
         "text, and outside its small world it makes mistakes or nonsense."
     )
@@ -392,8 +392,8 @@ def card(text: str, shape: Shape, args: argparse.Namespace, run: Run) -> str:
 - Made by `python tools/train_demo_model.py {how_long} --seed {args.seed} --workers {args.workers}`, which took
   {run.steps:,} steps of {args.batch_tokens:,} tokens.
 - Held-out perplexity {run.perplexity:.4f}: `stories.documents({HELDOUT_SEED}, {HELDOUT_DOCUMENTS})`, each document by
-  itself after `{END_OF_TEXT}`, special tokens parsed, all tokens counted, with the weights of the file. {run.duplicates} of these
-  documents were also among the training documents.
+  itself after `{END_OF_TEXT}`, special tokens parsed, all tokens counted, with the weights of the file.
+  {run.duplicates} of these documents were also among the training documents.
 - The corpus is not stored: `python tools/stories.py` prints some of it.
 """
 
