@@ -94,6 +94,7 @@ class Context:
         self._lock = threading.RLock()
         self._abort = ffi.new("minerva_abort_state *")
         self._abort.poll_interval_us = _POLL_INTERVAL_US
+        self._was_cancelled = False
 
         parameters = lib.llama_context_default_params()
         # A multiple of libllama's step, so that it grants exactly this many cells; `n_ctx` is kept to in Python.
@@ -123,8 +124,10 @@ class Context:
         self._pointer = pointer
         self._memory = lib.llama_get_memory(pointer)
         self._n_vocab = model.tokenizer.n_vocab
-        self._row_bytes = 4 * self._n_vocab
-        self._last_row = ffi.NULL
+        self._last_row = self._seen_at = ffi.NULL
+        self._seen: npt.NDArray[np.float32] = np.empty(
+            0, np.float32
+        )  # libllama's memory at `_seen_at`: never given out
         self._batch, self._single = _Batch(self.n_batch), _Batch(1)
         self._single.struct.n_tokens = self._single.output[0] = 1
         self._sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
@@ -158,13 +161,14 @@ class Context:
     def cells_used(self) -> int:
         """How many KV cells the tokens of all sequences take."""
         with self._lock:
-            self._collect_orphans()
+            if self._orphans:
+                self._collect_orphans()
             return sum(map(len, self._tokens.values()))
 
     @property
     def is_full(self) -> bool:
         """Whether every cell is taken."""
-        return self.cells_used >= self.n_ctx
+        return sum(map(len, self._tokens.values())) >= self.n_ctx
 
     @property
     def closed(self) -> bool:
@@ -173,7 +177,7 @@ class Context:
 
     def cancel(self) -> None:
         """Stop the computation that runs in another thread: its call raises `Cancelled`. A later call is unaffected."""
-        self._abort.cancelled = 1
+        self._abort.cancelled, self._was_cancelled = 1, True
 
     def close(self) -> None:
         """Free the context and close its sequences. Closing twice is no error."""
@@ -194,6 +198,11 @@ class Context:
         return f"<Context of {self.model.path.name}: {self.cells_used} of {self.n_ctx} cells used>"
 
     # What follows is for `Sequence`. The caller holds the lock, and the handle is open.
+
+    def _begin(self) -> None:
+        """Start a call: a `cancel` that came before it does not concern it."""
+        if self._was_cancelled:
+            self._abort.cancelled, self._was_cancelled = 0, False
 
     def _decode(
         self, sequence: "Sequence", tokens: npt.NDArray[np.int32], start: int, all_logits: bool = False
@@ -229,7 +238,8 @@ class Context:
         stats = self.stats
         stats.decode_seconds += time.perf_counter() - before
         stats.decode_calls += 1
-        callbacks.raise_kept()
+        if callbacks.kept:
+            callbacks.raise_kept()
         if code:
             self._raise_for(code, count)
         stats.tokens_evaluated += count
@@ -245,7 +255,9 @@ class Context:
 
     def _check_room(self, wanted: int) -> None:
         """Raise `ContextFullError` unless `wanted` more tokens fit."""
-        if self.cells_used + wanted > self.n_ctx:
+        if self._orphans:
+            self._collect_orphans()
+        if sum(map(len, self._tokens.values())) + wanted > self.n_ctx:
             raise self._full(wanted)
 
     def _full(self, wanted: int) -> ContextFullError:
@@ -258,10 +270,12 @@ class Context:
     def _read_logits(self, row: int | None = None) -> npt.NDArray[np.float32]:
         """Copy the last row of logits, or that of a token of the last batch, out of libllama's buffer."""
         pointer = self._last_row if row is None else lib.llama_get_logits_ith(self._pointer, row)
-        if not pointer:
-            raise ContextError("libllama has no logits for the last token; see its log")
-        logits = np.empty(self._n_vocab, np.float32)
-        ffi.memmove(logits, pointer, self._row_bytes)
+        if pointer != self._seen_at:
+            if not pointer:
+                raise ContextError("libllama has no logits for the last token; see its log")
+            self._seen = np.frombuffer(ffi.buffer(pointer, 4 * self._n_vocab), np.float32)
+            self._seen_at = pointer
+        logits: npt.NDArray[np.float32] = self._seen.copy()
         return logits
 
     def _remove(self, sequence_id: int, start: int) -> bool:

@@ -143,7 +143,7 @@ class Sequence:
             scores[0] = logprob(self.logits, int(new[0])) if length else np.nan
             context._check_room(len(new))
             rows = max(1, min(context.n_batch, _SCORE_BYTES // (4 * context._n_vocab)))
-            context._abort.cancelled = 0
+            context._begin()
             self._settled = False
             try:
                 for start in range(0, len(new), rows):
@@ -199,7 +199,7 @@ class Sequence:
         if self._n_cached == total:
             self._forget_from(total - 1)
         first = self._n_cached
-        context._abort.cancelled = 0
+        context._begin()
         self._settled = False
         try:
             if total - first == 1:

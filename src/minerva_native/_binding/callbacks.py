@@ -25,7 +25,6 @@ LEVELS = {
 class _Thread(threading.local):
     """What the callbacks of one thread's current call have to remember."""
 
-    exception: BaseException | None = None
     errors: list[str] | None = None
     line = ""
     level = logging.DEBUG
@@ -33,22 +32,24 @@ class _Thread(threading.local):
 
 _thread = _Thread()
 
+kept: dict[int, BaseException] = {}
+"""What exceptions in callbacks have left behind, by thread; nearly always empty, so that looking costs nothing."""
+
 
 def _keep(kind: object, exception: BaseException, traceback: object) -> None:
-    _thread.exception = exception
+    kept[threading.get_ident()] = exception
 
 
 def _keep_interrupt(kind: object, exception: BaseException, traceback: object) -> None:
     # Ctrl-C may strike anywhere, also here; a log handler that fails is its owner's affair.
     if not isinstance(exception, Exception):
-        _thread.exception = exception
+        kept[threading.get_ident()] = exception
 
 
 def raise_kept() -> None:
     """Raise what an exception in a callback of this thread has left behind, if any."""
-    exception = _thread.exception
+    exception = kept.pop(threading.get_ident(), None)
     if exception is not None:
-        _thread.exception = None
         raise exception
 
 
