@@ -1,8 +1,9 @@
 """What this package adds to a token besides libllama: `pytest bench/test_loop.py --benchmark-enable`.
 
 The loop's own cost is the time of a generation less what was spent in `llama_decode` and in the sampler, by clocks
-around those two; it is in `extra_info` as `loop_us_per_token`, the median over the rounds. Its bar is 10 microseconds. The
-more a sampler does, the less of the loop it leaves in the processor's caches.
+around those two; it is in `extra_info` as `loop_us_per_token`, the median over the rounds. Its bar is 10 microseconds.
+The more a sampler does, the less of the loop it leaves in the processor's caches.
+
 Reading logits and greedy sampling are timed on a vocabulary of 128,256; the bar of each is 40 microseconds.
 """
 
