@@ -1,7 +1,9 @@
 """A context: the KV cache's memory, the compute graph, and the one place that calls `llama_decode`."""
 
+import functools
 import math
 import operator
+import struct
 import threading
 import time
 import weakref
@@ -128,8 +130,7 @@ class Context:
         self._seen: npt.NDArray[np.float32] = np.empty(
             0, np.float32
         )  # libllama's memory at `_seen_at`: never given out
-        self._batch, self._single = _Batch(self.n_batch), _Batch(1)
-        self._single.struct.n_tokens = self._single.output[0] = 1
+        self._batch, self._single = _Batch(self.n_batch), _SingleToken()
         self._sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
         self._unread: weakref.ref[Sequence] | None = None  # whose logits lie in libllama's buffer and nowhere else
         self._free_ids = list(range(self.n_seq - 1, -1, -1))
@@ -221,9 +222,8 @@ class Context:
 
     def _decode_one(self, sequence: "Sequence", token: int, start: int) -> None:
         """Evaluate one token, as `_decode` does, at the least cost: the decode loop's case."""
-        batch = self._single
-        batch.token[0], batch.position[0], batch.sequence[0] = token, start, sequence._id
-        self._run(sequence, batch.struct, 1)
+        self._single.set(token, start, sequence._id)
+        self._run(sequence, self._single.struct, 1)
 
     def _run(self, sequence: "Sequence", batch: Any, count: int) -> None:
         unread = self._unread
@@ -300,28 +300,44 @@ class Context:
 
 
 class _Batch:
-    """A `llama_batch` of fixed capacity, with its arrays seen through cffi and, for many tokens at once, numpy."""
+    """A `llama_batch` of fixed capacity, with its arrays seen through numpy."""
 
     def __init__(self, capacity: int):
-        self.token = ffi.new("llama_token[]", capacity)
-        self.position = ffi.new("llama_pos[]", capacity)
-        self.sequence = ffi.new("llama_seq_id[]", capacity)
-        self.output = ffi.new("int8_t[]", capacity)
-        self.tokens = np.frombuffer(ffi.buffer(self.token), np.int32)
-        self.positions = np.frombuffer(ffi.buffer(self.position), np.int32)
-        self.sequences = np.frombuffer(ffi.buffer(self.sequence), np.int32)
-        self.outputs = np.frombuffer(ffi.buffer(self.output), np.int8)
+        self.tokens, self.positions, self.sequences = (np.empty(capacity, np.int32) for _ in range(3))
+        self.outputs = np.empty(capacity, np.int8)
         self.steps = np.arange(capacity, dtype=np.int32)
-        # Each token belongs to one sequence, whose id lies at the token's index in `sequence`.
-        self._ones = ffi.new("int32_t[]", capacity)
-        np.frombuffer(ffi.buffer(self._ones), np.int32)[:] = 1
-        self._pointers = ffi.new("llama_seq_id *[]", capacity)
-        addresses = np.frombuffer(ffi.buffer(self._pointers), np.uintp)
-        addresses[:] = int(ffi.cast("uintptr_t", self.sequence)) + np.arange(capacity) * ffi.sizeof("llama_seq_id")
+        # Each token belongs to one sequence, whose id lies at the token's index in `sequences`.
+        self._counts = np.ones(capacity, np.int32)
+        self._addresses = self.sequences.ctypes.data + np.arange(capacity, dtype=np.uintp) * self.sequences.itemsize
         self._owner = ffi.new("struct llama_batch *")
         self.struct = self._owner[0]
-        self.struct.token, self.struct.pos, self.struct.logits = self.token, self.position, self.output
-        self.struct.n_seq_id, self.struct.seq_id = self._ones, self._pointers
+        self.struct.token = ffi.from_buffer("llama_token[]", self.tokens)
+        self.struct.pos = ffi.from_buffer("llama_pos[]", self.positions)
+        self.struct.n_seq_id = ffi.from_buffer("int32_t[]", self._counts)
+        self.struct.seq_id = ffi.cast("llama_seq_id **", self._addresses.ctypes.data)
+        self.struct.logits = ffi.from_buffer("int8_t[]", self.outputs)
+
+
+class _SingleToken:
+    """A `llama_batch` of one token, whose three numbers lie side by side and are set in one go."""
+
+    def __init__(self) -> None:
+        self._numbers = ffi.new("int32_t[]", 3)  # token, position, sequence id
+        self._count, self._output = ffi.new("int32_t *", 1), ffi.new("int8_t *", 1)
+        self._sequence = ffi.new("llama_seq_id **", self._numbers + 2)
+        self._owner = ffi.new(
+            "struct llama_batch *",
+            {
+                "n_tokens": 1,
+                "token": self._numbers,
+                "pos": self._numbers + 1,
+                "n_seq_id": self._count,
+                "seq_id": self._sequence,
+                "logits": self._output,
+            },
+        )
+        self.struct = self._owner[0]
+        self.set = functools.partial(struct.Struct("=3i").pack_into, ffi.buffer(self._numbers), 0)
 
 
 def _in_range(name: str, value: int, low: int, high: int) -> int:

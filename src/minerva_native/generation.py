@@ -28,21 +28,21 @@ class Step:
     `seconds` is the time from asking for this step to having it: evaluating the token before it, and sampling.
     """
 
-    __slots__ = ("__weakref__", "_logits", "_logprob", "finish_reason", "seconds", "text", "token")
+    __slots__ = ("__weakref__", "_logprob", "finish_reason", "seconds", "text", "token")
+
+    text: str
+    seconds: float
 
     def __init__(self, token: int, logits: npt.NDArray[np.float32]):
         self.token = token
-        self.text = ""
-        self.seconds = 0.0
         self.finish_reason: FinishReason | None = None
-        self._logits: npt.NDArray[np.float32] | None = logits
-        self._logprob = 0.0
+        self._logprob: float | npt.NDArray[np.float32] = logits  # until it is asked for
 
     @property
     def logprob(self) -> float:
         """The token's log-probability (natural logarithm) by the model's own distribution; computed when asked for."""
-        if self._logits is not None:
-            self._logprob, self._logits = logprob(self._logits, self.token), None
+        if not isinstance(self._logprob, float):
+            self._logprob = logprob(self._logprob, self.token)
         return self._logprob
 
     def __repr__(self) -> str:
@@ -98,7 +98,7 @@ def _decode_loop(
         count += 1
         sequence.append(token)
         if tokenizer.is_end(token):
-            step.finish_reason = "end"
+            step.text, step.finish_reason = "", "end"
         else:
             step.text = decoder.feed(token) if decoder else ""
             if matcher and matcher.feed(step):

@@ -61,9 +61,8 @@ class Sequence:
             if self._logits is None:
                 if context._unread is not self._reference or self._n_cached != len(self._tokens):
                     self._evaluate_pending()
-                self._keep_logits()
+                self._logits = context._read_logits()
                 context._unread = None
-            assert self._logits is not None
             return self._logits
 
     def __len__(self) -> int:
