@@ -393,3 +393,10 @@ def test_one_seed_gives_one_story(demo: mn.Model) -> None:
                 sampler = mn.Sampler(mn.SamplingParams(seed=seed))
                 stories.add(text_of(list(mn.generate(sequence, sampler, max_tokens=40))))
     assert len(stories) == 2
+
+
+def test_a_chooser_may_return_numpys_integers(tiny: mn.Model) -> None:
+    with tiny.context(n_ctx=64, n_threads=1) as context, context.sequence() as sequence:
+        sequence.extend([1, 2])
+        step = next(mn.generate(sequence, lambda logits, tokens: logits.argmax()))  # type: ignore[arg-type,return-value]
+        assert type(step.token) is int

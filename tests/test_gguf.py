@@ -164,3 +164,10 @@ def test_a_model_of_the_same_file_counts_the_same_weights_and_bytes(tiny: mn.Mod
     weights = TinyModel().weights.values()
     assert tiny.n_params == sum(weight.size for weight in weights)
     assert tiny.size_bytes == sum(weight.nbytes for weight in weights)
+
+
+def test_a_list_of_the_metadata_is_the_callers_own(demo: mn.Model) -> None:
+    tokens = demo.metadata["tokenizer.ggml.tokens"]
+    assert isinstance(tokens, list)
+    tokens.clear()
+    assert demo.metadata["tokenizer.ggml.tokens"] != []

@@ -598,3 +598,13 @@ context.close()
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_score_that_does_not_fit_evaluates_nothing(tiny: mn.Model) -> None:
+    with tiny.context(n_ctx=16, n_threads=1) as context, context.sequence() as sequence:
+        sequence.extend([1, 2, 3])
+        sequence.rewind(1)
+        before = context.stats.tokens_evaluated
+        with pytest.raises(mn.ContextFullError):
+            sequence.score([4] * 15)
+        assert context.stats.tokens_evaluated == before

@@ -264,3 +264,25 @@ def test_a_stream_that_goes_on_from_a_word_keeps_the_space_of_its_first_token(sp
     assert spm.stream().feed(second) == "two"
     assert spm.stream(after=first).feed(second) == " two"
     assert spm.stream(after=spm.bos).feed(second) == "two"
+
+
+def test_a_piece_is_the_token_as_it_stands_amid_a_text(vocabulary: Callable[[str], mn.Tokenizer]) -> None:
+    tokenizer = vocabulary("llama-spm")
+    ids = tokenizer.encode("Hello big world", add_special=False)
+    assert [tokenizer.piece(token) for token in ids] == [b" Hello", b" big", b" world"]
+    assert tokenizer.decode(ids) == "Hello big world"
+    with pytest.raises(ValueError, match="out of range"):
+        tokenizer.piece(tokenizer.n_vocab)
+
+
+def test_bytes_without_a_token_are_refused_before_libllama_ends_the_process(tmp_path: Path) -> None:
+    tokens = ["<unk>", "<s>", "</s>", "\u2581a", "\u2581", "a", "b"]
+    vocabulary: dict[str, Key] = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0] * len(tokens),
+        "tokenizer.ggml.token_type": [2, 3, 3, 1, 1, 1, 1],
+    }
+    path = write_gguf(tmp_path / "few.gguf", "llama", vocabulary)
+    with mn.Model.load(path, vocab_only=True) as model, pytest.raises(mn.TokenizerError, match="has no tokens"):
+        model.tokenizer.encode("abc")

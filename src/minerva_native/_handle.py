@@ -24,11 +24,13 @@ class Handle:
     _lock = threading.RLock()
 
     def __init__(self, name: str, pointer: "CData", free: "Callable[[CData], object]", parent: "Handle | None" = None):
-        if parent is not None:
-            parent.__enter__()
-        self._name, self.pointer, self._free, self._parent = name, pointer, free, parent
+        self._name, self.pointer, self._free = name, pointer, free
+        self._parent: Handle | None = None
         self._users = 0
         self.closed = False
+        if parent is not None:
+            parent.__enter__()  # where the parent is closed this raises, and our `__del__` frees the pointer
+            self._parent = parent
 
     def __enter__(self) -> Any:
         """Borrow the pointer: it stays valid until the block ends."""

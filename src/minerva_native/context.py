@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from .model import Model
     from .sequence import Sequence
 
-TokenArray = npt.NDArray[np.int32]
-
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 
 FLASH_ATTENTION = {
@@ -47,7 +45,7 @@ class Stats:
     """What a context has done since it was made."""
 
     tokens_evaluated: int = 0
-    tokens_reused: int = 0  # tokens that were asked for and were in the KV cache already
+    tokens_reused: int = 0  # tokens that were asked for and were in the KV cache already: none, as yet
     decode_calls: int = 0
     decode_seconds: float = 0.0  # in `llama_decode` and the wait for its result
 
@@ -112,7 +110,7 @@ class Context:
         parameters.abort_callback = lib.minerva_abort
         parameters.abort_callback_data = self._abort
         with model._handle as model_pointer:
-            _check_memory(model, parameters.n_ctx, kv_type)
+            _check_memory(model, self.n_ctx, kv_type)
             with callbacks.captured_errors() as errors:
                 pointer = lib.llama_init_from_model(model_pointer, parameters)
             if pointer == ffi.NULL:

@@ -63,9 +63,10 @@ def generate(
     nothing is given out. "length": `max_tokens` are made, or the context became full. "cancelled": `cancel` was set.
     Every step's token is in `sequence.tokens`; the last one is not evaluated unless more is asked of the sequence.
 
-    The sequence may be changed between steps (rewound, extended): the next step continues from what it then is.
+    The sequence may be changed between steps (rewound, extended): the next step's token continues what it then is.
+    Text that was held back, for a stop string or an incomplete character, is still given out.
     Raises `ValueError` where the sequence is empty or an argument is out of range, `ContextFullError` where not even
-    one token fits, `ClosedError` where the sequence is closed.
+    one token fits, `ClosedError`, `SamplingError`, and `Cancelled` (by `Context.cancel`).
     """
     if isinstance(stop, str):
         stop = [stop]
@@ -93,7 +94,7 @@ def _decode_loop(
     while count != max_tokens:
         before = time.perf_counter()
         logits = sequence.logits
-        token = sampler(logits, tokens)
+        token = operator.index(sampler(logits, tokens))
         step = Step(token, logits)
         count += 1
         sequence.append(token)

@@ -114,7 +114,8 @@ class Metadata(Mapping[str, Value]):
         with self._handle as gguf:
             if key not in self._cache:
                 self._cache[key] = _value(gguf, self._ids[key])
-            return self._cache[key]
+            value = self._cache[key]
+            return list(value) if isinstance(value, list) else value
 
     def __contains__(self, key: object) -> bool:
         return key in self._ids

@@ -57,15 +57,18 @@ class Model:
         `check`: refuse a file whose tensors lie beyond its end. `on_progress`: called with 0.0 to 1.0 as the weights
         come in; returning False stops the load, which then raises `Cancelled`.
 
-        Raises `ModelLoadError` (no model in that file), `DeviceError` (a GPU was asked for and there is none).
+        Raises `ModelLoadError` (no model in that file), `DeviceError` (a GPU was asked for and there is none),
+        `Cancelled`, and `TypeError` or `ValueError` for an argument out of range.
         """
         path = Path(path)
         gguf = GGUF(path)
         if check and not vocab_only:
             gguf.check_tensors()
         parameters = lib.llama_model_default_params()
-        layers = _resolve_gpu_layers(gpu_layers, devices)
+        if isinstance(devices, str):
+            raise TypeError(f"devices must be a list of names, not a str: [{devices!r}]")
         chosen = select(list(devices)) if devices is not None else ffi.NULL
+        layers = _resolve_gpu_layers(gpu_layers, has_gpu() and (devices is None or len(chosen) > 1))
         stopped = False
 
         # Also where nobody watches: entering Python lets a pending Ctrl-C take effect during a long load.
@@ -96,9 +99,9 @@ class Model:
         return cls(path, gguf, handle, layers, vocab_only)
 
     @classmethod
-    def demo(cls) -> "Self":
+    def demo(cls, *, gpu_layers: Literal["auto"] | int = "auto") -> "Self":
         """Load the small trained model inside the package (see `demo/MODEL_CARD.md`)."""
-        return cls.load(DEMO)
+        return cls.load(DEMO, gpu_layers=gpu_layers)
 
     def context(
         self,
@@ -115,7 +118,8 @@ class Model:
 
         `n_ctx`: tokens that all its sequences may hold together. `n_seq`: sequences at one time. `n_batch`: tokens
         evaluated in one call; `n_ubatch`: in one pass through the model. `n_threads`: by default the CPUs that this
-        process may use. `kv_type`: the element type of the KV cache, such as "f16" or "q8_0".
+        process may use. `kv_type`: the element type of the KV cache, such as "f16" or "q8_0". `flash_attention`: "auto"
+        uses it where the model and the device can.
 
         Raises `ValueError` or `TypeError` for an argument out of range, `ContextError` where libllama refuses.
         """
@@ -136,7 +140,7 @@ class Model:
         """Return the numbers, one or one a layer, of the file's `<architecture>.<name>` key; else `default`, or 0."""
         value = self.metadata.get(f"{self.architecture}.{name}", 0)
         values = value if isinstance(value, list) else [value]
-        numbers = [float(number) for number in values if isinstance(number, int | float)]
+        numbers = [float(number) for number in values if isinstance(number, int | float) and math.isfinite(number)]
         return numbers if any(numbers) else list(default) or [0.0]
 
     @property
@@ -213,20 +217,18 @@ class Model:
         return f"<Model {self.path.name}: {state}>"
 
 
-def _resolve_gpu_layers(gpu_layers: Literal["auto"] | int, devices: Sequence[str] | None) -> int:
+def _resolve_gpu_layers(gpu_layers: Literal["auto"] | int, has_device: bool) -> int:
     """Return libllama's number: 0 for the CPU alone, negative for every layer."""
-    if isinstance(devices, str):
-        raise TypeError(f"devices must be a list of names, not a str: [{devices!r}]")
     if gpu_layers == "auto":
-        return -1 if has_gpu() and devices != [] else 0
+        return -1 if has_device else 0
     if isinstance(gpu_layers, str):
         raise ValueError(f'gpu_layers must be "auto" or a number of layers, not {gpu_layers!r}')
     layers = operator.index(gpu_layers)
     if not -1 <= layers < 2**31:
         raise ValueError(f"gpu_layers must be 0 or more, or -1 for all, not {layers}")
-    if layers and not has_gpu():
+    if layers and not has_device:
         raise DeviceError(
-            f"gpu_layers={layers} asks for a GPU, but this build finds none: install with the flags of your GPU "
-            "(see the README), or leave gpu_layers out to run on the CPU"
+            f"gpu_layers={layers} asks for a GPU, but there is none in this build or among the devices named: install "
+            "with the flags of your GPU (see the README), or leave gpu_layers out to run on the CPU"
         )
     return layers

@@ -95,14 +95,13 @@ class Sequence:
             if not new.size:
                 return 0
             context._check_room(len(new))
-            length, pending = len(self._tokens), len(self._tokens) - self._n_cached
+            length = len(self._tokens)
             try:
                 self._add(new)
-                self._evaluate_pending(on_progress)
+                return self._evaluate_pending(on_progress)
             except BaseException:
                 self._cut(length)
                 raise
-            return pending + len(new)
 
     def truncate(self, n: int) -> None:
         """Keep the first `n` tokens, and forget the rest. Raises `ValueError` unless 0 <= n <= len."""
@@ -139,8 +138,8 @@ class Sequence:
             length = len(self._tokens)
             if not self._settled:
                 self._forget_from(self._n_cached)
-            scores[0] = logprob(self.logits, int(new[0])) if length else np.nan
             context._check_room(len(new))
+            scores[0] = logprob(self.logits, int(new[0])) if length else np.nan
             rows = max(1, min(context.n_batch, _SCORE_BYTES // (4 * context._n_vocab)))
             context._begin()
             self._settled = False
@@ -188,8 +187,8 @@ class Sequence:
         del self._tokens[n:]
         self._forget_from(self._n_cached)
 
-    def _evaluate_pending(self, on_progress: Callable[[int, int], object] | None = None) -> None:
-        """Bring the cache up to the list, at least by its last token, so that its logits can be read."""
+    def _evaluate_pending(self, on_progress: Callable[[int, int], object] | None = None) -> int:
+        """Bring the cache up to the list, at least by its last token; return how many tokens that evaluated."""
         context, total = self.context, len(self._tokens)
         if not total:
             raise ContextError("the sequence is empty: extend it with a prompt first (a BOS token at the least)")
@@ -216,6 +215,7 @@ class Sequence:
             self._forget_from(self._n_cached)
             raise
         self._settled = True
+        return total - first
 
     def _forget_from(self, n: int) -> None:
         """Make the cache hold the first `n` tokens, or nothing where this kind of memory cannot forget a part."""

@@ -2,6 +2,7 @@
 
 import codecs
 import operator
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ TYPES = {
     lib.LLAMA_VOCAB_TYPE_RWKV: "rwkv",
     lib.LLAMA_VOCAB_TYPE_PLAMO2: "plamo2",
 }
+
+_SPACE_SIGN = "▁".encode()  # what SentencePiece writes for a space
 
 _MAX_TEXT_BYTES = 1 << 30  # libllama counts bytes and tokens in 32-bit integers
 
@@ -56,7 +59,11 @@ class Tokenizer:
         self._pieces: tuple[dict[int, bytes], dict[int, bytes]] = ({}, {})  # without and with special tokens
         self._texts: tuple[dict[int, str | None], dict[int, str | None]] = ({}, {})
         # Some vocabularies (SentencePiece) put a space where a text begins, which must not come back on decoding.
-        first = self.encode("a", add_special=False)[:1] if self.type != "none" else []
+        self._missing_bytes = self._find_missing_bytes() if self.type == "spm" else frozenset()
+        try:
+            first = self.encode("a", add_special=False)[:1]
+        except TokenizerError:  # no vocabulary, or one without the letter
+            first = []
         self._adds_space = any(self._piece(token, False)[:1] == b" " for token in first)
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
@@ -75,6 +82,8 @@ class Tokenizer:
         if len(data) > _MAX_TEXT_BYTES:
             raise TokenizerError(f"the text has {len(data):,} bytes; encode at most {_MAX_TEXT_BYTES:,} at a time")
         capacity = len(data) + 8
+        if self._missing_bytes and not self._missing_bytes.isdisjoint(data + _SPACE_SIGN):
+            raise TokenizerError("the vocabulary has no tokens for some of the text's bytes")
         if add_special:
             self._require_special_tokens()
         with self._model:
@@ -90,7 +99,10 @@ class Tokenizer:
                 capacity = -count
 
     def decode(self, ids: TokenIds, special: bool = False) -> str:
-        """Turn token ids into text; bytes that are not UTF-8 become U+FFFD. `special` also shows control tokens."""
+        """Turn token ids into text; bytes that are not UTF-8 become U+FFFD. `special` also shows control tokens.
+
+        The space that some vocabularies put before every text is left out; for a token amid a text see `piece`.
+        """
         return self.decode_bytes(ids, special).decode(errors="replace")
 
     def decode_bytes(self, ids: TokenIds, special: bool = False) -> bytes:
@@ -101,6 +113,10 @@ class Tokenizer:
             pieces.append(piece[1:] if at_start and piece[:1] == b" " else piece)
             at_start = self._adds_space and self.is_control(token)
         return b"".join(pieces)
+
+    def piece(self, token: int, special: bool = False) -> bytes:
+        """Return the bytes of one token as it stands amid a text (`llama_token_to_piece`)."""
+        return self._piece(self.check(token), special)
 
     def stream(self, special: bool = False, after: int | None = None) -> "StreamDecoder":
         """Return a decoder that takes one token at a time.
@@ -155,6 +171,20 @@ class Tokenizer:
     def _require_vocabulary(self) -> None:
         if self.type == "none":
             raise TokenizerError("this model has no vocabulary: give it token ids, and read token ids back")
+
+    def _find_missing_bytes(self) -> frozenset[int]:
+        """Return the bytes that have no token: libllama would end the process where a text needs one."""
+        missing = set(range(256))
+        with self._model:
+            for token in range(self.n_vocab):
+                name = ffi.string(lib.llama_vocab_get_text(self._vocab, token))
+                if len(name) == 1:
+                    missing.discard(name[0])
+                elif re.fullmatch(rb"<0x[0-9A-F]{2}>", name):
+                    missing.discard(int(name[3:5], 16))
+                if not missing:
+                    break
+        return frozenset(missing)
 
     def _require_special_tokens(self) -> None:
         """Refuse what libllama would abort on: a token that it is to add and that the vocabulary does not have."""

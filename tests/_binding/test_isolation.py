@@ -64,6 +64,6 @@ def test_the_module_exports_nothing_but_its_init_function() -> None:
         assert not hasattr(module, name)
 
 
-def test_the_package_works_from_any_folder_without_the_checkout(tmp_path: Path) -> None:
+def test_the_package_works_from_any_folder(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run([sys.executable, "-c", GENERATE], cwd=tmp_path, env=environment, check=True, timeout=120)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import minerva_native as mn
+
 MINERVA = [sys.executable, "-m", "minerva_native"]
 
 
@@ -72,7 +74,7 @@ def test_tokens_can_be_seen() -> None:
     without = json.loads(run("tokenize", "-p", "One day", "--no-bos", "--json").stdout)
     assert without["ids"] == ids["ids"][1:]
     assert len(run("tokenize", text="One day").stdout.splitlines()) == len(ids["ids"])
-    special = json.loads(run("tokenize", "-p", "<|im_start|>", "--no-bos", "--special", "--json").stdout)
+    special = json.loads(run("tokenize", "-p", "<|im_start|>", "--no-bos", "--parse-special", "--json").stdout)
     assert special["pieces"] == ["<|im_start|>"]
 
 
@@ -137,13 +139,12 @@ def test_wrong_usage_is_status_2(arguments: tuple[str, ...]) -> None:
 
 
 def test_a_gpu_that_is_asked_for_and_not_there_is_an_error() -> None:
-    import minerva_native as mn
-
     if any(device.type in ("gpu", "igpu") for device in mn.devices()):
         pytest.skip("this machine has a GPU")
-    result = run("generate", "-ngl", "99", "-m", str(mn.Model.demo().path))
-    assert result.returncode == 1
-    assert "asks for a GPU" in result.stderr
+    for arguments in (("-m", str(mn.Model.demo().path)), ()):
+        result = run("generate", "-ngl", "99", *arguments)
+        assert result.returncode == 1
+        assert "asks for a GPU" in result.stderr
 
 
 def heed_ctrl_c() -> None:

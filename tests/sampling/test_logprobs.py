@@ -25,7 +25,7 @@ def test_a_banned_token_has_logprob_minus_infinity() -> None:
 
 @pytest.mark.parametrize("token", [-1, 3])
 def test_a_token_outside_the_vocabulary_is_refused(token: int) -> None:
-    with pytest.raises(IndexError, match="vocabulary"):
+    with pytest.raises(ValueError, match="vocabulary"):
         logprob(np.zeros(3, np.float32), token)
 
 

@@ -179,5 +179,5 @@ class TestFromModel:
     def test_bad_advice_is_refused_with_its_key(self) -> None:
         with pytest.raises(ValueError, match=r"general\.sampling\.temp"):
             SamplingParams.from_model(SimpleNamespace(metadata={"general.sampling.temp": -2.0}))
-        with pytest.raises(TypeError, match=r"general\.sampling\.top_k"):
+        with pytest.raises(ValueError, match=r"general\.sampling\.top_k"):
             SamplingParams.from_model(SimpleNamespace(metadata={"general.sampling.top_k": "many"}))

@@ -88,8 +88,8 @@ class Words:
     pieces = (b"a", b"b", b"\n", b"ab\n", b"x\nb", b"\n\n", b"end", b" en", b"d")
     n_vocab = len(pieces)
 
-    def decode_bytes(self, ids: Sequence[int], special: bool = False) -> bytes:
-        return b"".join(self.pieces[i] for i in ids)
+    def piece(self, token: int, special: bool = False) -> bytes:
+        return self.pieces[token]
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
         ids, rest = [], text.encode()

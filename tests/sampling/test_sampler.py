@@ -337,3 +337,10 @@ def test_the_mixture_of_xtc_penalises_each_case_once() -> None:
         for token, probability in zip(*case, strict=True):
             mixed[int(token)] -= share * float(probability)
     assert max(map(abs, mixed.values())) < 1e-12
+
+
+@pytest.mark.parametrize("change", [{"version": 2}, {"seed": None}, {"drawn": -1}, {"mu": float("nan")}, {"seed": "x"}])
+def test_a_state_that_was_tampered_with_is_refused(change: dict[str, object]) -> None:
+    sampler = Sampler(SamplingParams(seed=1))
+    with pytest.raises(ValueError, match="state"):
+        sampler.load_state_dict({**sampler.state_dict(), **change})

@@ -77,7 +77,9 @@ def run(options: argparse.Namespace) -> int:
             text, finish_reason = [], "length"
             try:
                 with prefilling() as on_progress:
-                    clock.prefill(sequence, model.tokenizer.encode(prompt, parse_special=options.special), on_progress)
+                    clock.prefill(
+                        sequence, model.tokenizer.encode(prompt, parse_special=options.parse_special), on_progress
+                    )
                 limit = None if options.predict == -1 else options.predict
                 for step in mn.generate(sequence, sampler, max_tokens=limit, stop=options.stop):
                     clock.tick()

@@ -18,7 +18,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def load_model(options: argparse.Namespace, vocab_only: bool = False) -> Model:
     """Load what `-m` names, with a progress bar on a terminal where that takes a while."""
     if options.model is None:
-        return Model.demo()
+        return Model.demo(gpu_layers=options.gpu_layers)
     from .progress import loading
 
     with loading() as on_progress:
@@ -36,12 +36,12 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_text(parser: argparse.ArgumentParser) -> None:
-    """Add `-p`, `-f` and `--special`."""
+    """Add `-p`, `-f` and `--parse-special`."""
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("-p", "--prompt", metavar="TEXT", help="the text (default: standard input)")
+    source.add_argument("-p", "--prompt", metavar="TEXT", help="the text (default: standard input, unless a terminal)")
     source.add_argument("-f", "--file", metavar="FILE", help="read the text from a file; - is standard input")
     special = "read the names of special tokens in the text, such as <|im_start|>, as those tokens"
-    parser.add_argument("--special", action="store_true", help=special)
+    parser.add_argument("--parse-special", action="store_true", help=special)
 
 
 def read_text(options: argparse.Namespace) -> str:
@@ -49,6 +49,8 @@ def read_text(options: argparse.Namespace) -> str:
     if options.prompt is not None:
         return str(options.prompt)
     name = options.file
+    if name in (None, "-") and sys.stdin is None:
+        return ""
     if name is None and sys.stdin.isatty():
         return ""
     data = sys.stdin.buffer.read() if name in (None, "-") else Path(name).read_bytes()

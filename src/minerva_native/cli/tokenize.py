@@ -18,8 +18,8 @@ def run(options: argparse.Namespace) -> int:
     """Print one token a line, id and text; or one JSON object."""
     with load_model(options, vocab_only=True) as model:
         tokenizer = model.tokenizer
-        ids = tokenizer.encode(read_text(options), add_special=not options.no_bos, parse_special=options.special)
-        pieces = [tokenizer.decode_bytes([token], special=True).decode(errors="replace") for token in ids]
+        ids = tokenizer.encode(read_text(options), add_special=not options.no_bos, parse_special=options.parse_special)
+        pieces = [tokenizer.piece(token, special=True).decode(errors="replace") for token in ids]
     if options.json:
         print(json.dumps({"ids": ids, "pieces": pieces}))
         return 0

@@ -31,11 +31,11 @@ def logprob(logits: Floats, token: int, scratch: Scratch | None = None) -> float
     """log(softmax(logits)[token]), natural, to about 1e-7.
 
     Raises:
-        IndexError: the token is outside the vocabulary.
+        ValueError: the token is outside the vocabulary.
         SamplingError: the logits contain NaN or +inf, or are all -inf.
     """
     if not 0 <= token < logits.size:
-        raise IndexError(f"token {token} is outside a vocabulary of {logits.size}")
+        raise ValueError(f"token {token} is outside a vocabulary of {logits.size}")
     return float(logits[token]) - log_sum_exp(logits, scratch)
 
 

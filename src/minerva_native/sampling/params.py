@@ -132,7 +132,7 @@ class SamplingParams:
         """What the model's own GGUF metadata recommends, libllama's defaults elsewhere.
 
         Reads the `general.sampling.*` keys that llama.cpp reads (`common_init_sampler_from_model`). An explicit
-        keyword wins over the metadata. Metadata that is out of range raises `ValueError` or `TypeError` with the key.
+        keyword wins over the metadata. Metadata of the wrong type or out of range raises `ValueError` with the key.
         """
         metadata = model.metadata
         values: dict[str, Any] = {}
@@ -142,13 +142,13 @@ class SamplingParams:
             if value is None or name in overrides:
                 continue
             if name == "order":
-                value = tuple(step for step in value.split(";") if step)
+                value = tuple(step for step in str(value).split(";") if step)
             elif isinstance(value, float):
                 value = _shortest_float32(value)
             try:
                 values |= {name: getattr(cls(**dict[str, Any]({name: value})), name)}
             except (TypeError, ValueError) as error:
-                raise type(error)(f"{key}: {error}") from None
+                raise ValueError(f"{key}: {error}") from None
         return cls(**values, **overrides)
 
     def replace(self, **changes: Any) -> SamplingParams:

@@ -187,7 +187,7 @@ class BreakerTokenizer(Protocol):
         """How many tokens there are."""
         ...
 
-    def decode_bytes(self, ids: Sequence[int], special: bool = ...) -> bytes:
+    def piece(self, token: int, special: bool = ...) -> bytes:
         """The bytes of these tokens."""
         ...
 
@@ -212,7 +212,7 @@ def string_breakers(tokenizer: BreakerTokenizer, strings: Sequence[str]) -> dict
     Looks at each token of the vocabulary, which takes a second for a large one. A string counts up to its 40th byte,
     a tail up to its 20th token, as in libllama.
     """
-    pieces = [tokenizer.decode_bytes([token], special=True) for token in range(tokenizer.n_vocab)]
+    pieces = [tokenizer.piece(token, special=True) for token in range(tokenizer.n_vocab)]
     return {string: _spellings(tokenizer, pieces, string) for string in strings}
 
 

@@ -179,13 +179,15 @@ class Sampler:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from a `state_dict`; `ValueError` when it is none."""
-        if state.get("version") != 1:
-            raise ValueError(f"state: version 1 is expected, not {state.get('version')!r}")
         try:
-            seed, drawn = int(state["seed"]), int(state["drawn"])
+            version, seed, drawn = (int(state[name]) for name in ("version", "seed", "drawn"))
             values = [float(state[name]) for name in ("mu", "weighted_sum", "total_weight")]
-        except KeyError as missing:
-            raise ValueError(f"state: {missing} is missing") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"state: {error!r}: not what state_dict() returns") from None
+        if version != 1:
+            raise ValueError(f"state: version 1 is expected, not {version}")
+        if seed < 0 or drawn < 0 or not np.isfinite(values).all():
+            raise ValueError("state: a number is out of range")
         self._stream = Stream(seed, drawn)
         self._mu, self._weighted_sum, self._total_weight = values
 
