@@ -537,7 +537,8 @@ def assert_same_chain(params: SamplingParams, case: Case, length: int) -> None:
     rest_mine = sorted((p for t, p in mine.items() if t not in common and p > 1e-37), reverse=True)
     rest_yours = sorted((p for t, p in yours.items() if t not in common and p > 1e-37), reverse=True)
     assert len(rest_mine) == len(rest_yours)
-    np.testing.assert_allclose(rest_mine, rest_yours, atol=TOLERANCE)
+    # However unlikely they are: tied tokens are equally likely, others are not.
+    np.testing.assert_allclose(rest_mine, rest_yours, rtol=1e-3, atol=0.0)
     if rest_mine:
         event("ties differ")
 
