@@ -400,3 +400,10 @@ def test_a_chooser_may_return_numpys_integers(tiny: mn.Model) -> None:
         sequence.extend([1, 2])
         step = next(mn.generate(sequence, lambda logits, tokens: logits.argmax()))  # type: ignore[arg-type,return-value]
         assert type(step.token) is int
+
+
+def test_stop_may_be_any_iterable(demo: mn.Model) -> None:
+    with demo.context(n_ctx=128, n_threads=1) as context, context.sequence() as sequence:
+        sequence.extend(demo.tokenizer.encode("Once upon a time"))
+        steps = list(mn.generate(sequence, mn.Sampler(mn.SamplingParams(seed=1)), stop=(text for text in [" "])))  # type: ignore[arg-type]
+        assert steps[-1].finish_reason == "stop"

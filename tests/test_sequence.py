@@ -3,6 +3,7 @@
 Work is counted (`Context.stats.tokens_evaluated`), never timed.
 """
 
+import copy
 import gc
 import subprocess
 import sys
@@ -608,3 +609,23 @@ def test_a_score_that_does_not_fit_evaluates_nothing(tiny: mn.Model) -> None:
         with pytest.raises(mn.ContextFullError):
             sequence.score([4] * 15)
         assert context.stats.tokens_evaluated == before
+
+
+@pytest.mark.parametrize("close", ["sequence", "context"])
+def test_closing_from_within_a_call_ends_the_call_and_nothing_else(tiny: mn.Model, close: str) -> None:
+    with tiny.context(n_ctx=64, n_batch=4, n_threads=1) as context, context.sequence() as sequence:
+
+        def close_it(done: int, total: int) -> None:
+            (sequence if close == "sequence" else context).close()
+
+        with pytest.raises(mn.ClosedError):
+            sequence.extend(list(range(20)), close_it)
+        if close == "sequence":
+            assert context.sequence().extend([1, 2]) == 2
+
+
+def test_what_owns_memory_cannot_be_copied(tiny: mn.Model) -> None:
+    with tiny.context(n_ctx=16, n_threads=1) as context, context.sequence() as sequence:
+        for thing in (tiny, context, sequence):
+            with pytest.raises(TypeError, match="cannot be copied"):
+                copy.copy(thing)

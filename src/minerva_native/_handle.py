@@ -44,18 +44,25 @@ class Handle:
         """Give the pointer back."""
         with self._lock:
             self._users -= 1
-            self._free_if_unused()
+            pointer = self._take_if_unused()
+        self._finish(pointer)
 
     def close(self) -> None:
         """Forbid further use, and free the object as soon as nobody uses it."""
         with self._lock:
-            if not self.closed:
-                self.closed = True
-                self._free_if_unused()
+            self.closed = True
+            pointer = self._take_if_unused()
+        self._finish(pointer)
 
-    def _free_if_unused(self) -> None:
-        if self.closed and self._users == 0 and self.pointer is not None:
+    def _take_if_unused(self) -> Any:
+        pointer = None
+        if self.closed and self._users == 0:
             pointer, self.pointer = self.pointer, None
+        return pointer
+
+    def _finish(self, pointer: Any) -> None:
+        """Free what was taken, outside the lock: libllama logs as it frees, and log handlers have their own locks."""
+        if pointer is not None:
             self._free(pointer)
             if self._parent is not None:
                 self._parent.__exit__()

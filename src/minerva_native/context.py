@@ -11,7 +11,7 @@ from array import array
 from collections import deque
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from ._binding import callbacks, ffi, lib
 from ._handle import Handle
 from .devices import available_cpus, devices, physical_memory_bytes
-from .errors import Cancelled, ContextError, ContextFullError
+from .errors import Cancelled, ClosedError, ContextError, ContextFullError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -95,6 +95,7 @@ class Context:
         self._abort = ffi.new("minerva_abort_state *")
         self._abort.poll_interval_us = _POLL_INTERVAL_US
         self._was_cancelled = False
+        self._computing = False
 
         parameters = lib.llama_context_default_params()
         # A multiple of libllama's step, so that it grants exactly this many cells; `n_ctx` is kept to in Python.
@@ -121,6 +122,7 @@ class Context:
                 )
             self._handle = Handle("Context", pointer, lib.llama_free, parent=model._handle)
             self._encodes = lib.llama_model_has_encoder(model_pointer)
+        callbacks.raise_kept()
         self._pointer = pointer
         self._memory = lib.llama_get_memory(pointer)
         self._n_vocab = model.tokenizer.n_vocab
@@ -181,6 +183,7 @@ class Context:
     def close(self) -> None:
         """Free the context and close its sequences. Closing twice is no error."""
         with self._lock:
+            self._check_idle()
             for sequence in list(self._sequences):
                 sequence.close()
             self._handle.close()
@@ -191,12 +194,20 @@ class Context:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Context cannot be copied or pickled: it owns memory outside Python")
+
     def __repr__(self) -> str:
         if self.closed:
             return "<Context: closed>"
         return f"<Context of {self.model.path.name}: {self.cells_used} of {self.n_ctx} cells used>"
 
     # What follows is for `Sequence`. The caller holds the lock, and the handle is open.
+
+    def _check_idle(self) -> None:
+        """Refuse what a signal handler or a callback asks for amid a computation on its own thread."""
+        if self._computing:
+            raise ContextError("this context is computing: it cannot be used or closed from within")
 
     def _begin(self) -> None:
         """Start a call: a `cancel` that came before it does not concern it."""
@@ -224,17 +235,24 @@ class Context:
         self._run(sequence, self._single.struct, 1)
 
     def _run(self, sequence: "Sequence", batch: Any, count: int) -> None:
+        self._check_idle()
+        if sequence._closed:  # by a callback amid the call
+            raise ClosedError("this Sequence is closed")
         unread = self._unread
         if unread is not None:
             self._unread = None
             if unread is not sequence._reference and (other := unread()) is not None:
                 other._keep_logits()
-        before = time.perf_counter()
-        code = lib.llama_decode(self._pointer, batch)
-        if not code:
-            self._last_row = lib.llama_get_logits_ith(self._pointer, -1)  # waits for the result
         stats = self.stats
-        stats.decode_seconds += time.perf_counter() - before
+        try:
+            self._computing = True
+            before = time.perf_counter()
+            code = lib.llama_decode(self._pointer, batch)
+            if not code:
+                self._last_row = lib.llama_get_logits_ith(self._pointer, -1)  # waits for the result
+            stats.decode_seconds += time.perf_counter() - before
+        finally:
+            self._computing = False
         stats.decode_calls += 1
         if callbacks.kept:
             callbacks.raise_kept()
@@ -278,6 +296,9 @@ class Context:
 
     def _remove(self, sequence_id: int, start: int) -> bool:
         """Forget a sequence's tokens from position `start` on; False where this kind of memory cannot."""
+        self._check_idle()
+        if self.closed:
+            return True
         return bool(lib.llama_memory_seq_rm(self._memory, sequence_id, start, -1))
 
     def _release(self, sequence: "Sequence") -> None:
@@ -290,9 +311,10 @@ class Context:
 
     def _collect_orphans(self) -> None:
         while self._orphans:
+            if self._computing:  # a signal handler looks at the context: not now
+                return
             sequence_id = self._orphans.popleft()
-            if not self.closed:
-                self._remove(sequence_id, -1)
+            self._remove(sequence_id, -1)
             self._tokens.pop(sequence_id, None)
             self._free_ids.append(sequence_id)
 

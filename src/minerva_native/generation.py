@@ -68,17 +68,17 @@ def generate(
     Raises `ValueError` where the sequence is empty or an argument is out of range, `ContextFullError` where not even
     one token fits, `ClosedError`, `SamplingError`, and `Cancelled` (by `Context.cancel`).
     """
-    if isinstance(stop, str):
-        stop = [stop]
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(isinstance(text, str) and text for text in stop):
         raise ValueError("stop must be strings that are not empty")
-    if max_tokens is not None and operator.index(max_tokens) < 0:
+    max_tokens = None if max_tokens is None else operator.index(max_tokens)
+    if max_tokens is not None and max_tokens < 0:
         raise ValueError(f"max_tokens must be 0 or more, or None, not {max_tokens}")
     if sequence.closed:
         raise ClosedError("this Sequence is closed")
     if not len(sequence):
         raise ValueError("the sequence is empty: extend it with a prompt first (a BOS token at the least)")
-    return _decode_loop(sequence, sampler or Sampler(), max_tokens, tuple(stop), cancel)
+    return _decode_loop(sequence, Sampler() if sampler is None else sampler, max_tokens, stop, cancel)
 
 
 def _decode_loop(

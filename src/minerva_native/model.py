@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from ._binding import BUILD_INFO, callbacks, ffi, lib, text
 from ._handle import Handle
@@ -211,6 +211,9 @@ class Model:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Model cannot be copied or pickled: load the file again")
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.architecture}, {self.file_type}, {self.n_params:,} weights"

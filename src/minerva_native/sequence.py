@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as AbstractSequence
 from types import TracebackType
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, NoReturn, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -162,6 +162,7 @@ class Sequence:
         """Free the cells and the place in the context. Closing twice is no error."""
         with self.context._lock:
             if not self._closed:
+                self.context._check_idle()
                 self._closed = True
                 self.context._release(self)
 
@@ -219,6 +220,8 @@ class Sequence:
 
     def _forget_from(self, n: int) -> None:
         """Make the cache hold the first `n` tokens, or nothing where this kind of memory cannot forget a part."""
+        if self._closed:  # by a callback amid the call: the cells are someone else's by now
+            return
         self._settled = False
         self._n_cached = n
         self._forget_logits()
@@ -247,6 +250,9 @@ class Sequence:
         # A collection may come at any point of another call: the context takes the id back when it next looks.
         if not getattr(self, "_closed", True):
             self.context._orphans.append(self._id)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Sequence cannot be copied or pickled: its keys and values are the context's")
 
     def __repr__(self) -> str:
         return "<Sequence: closed>" if self._closed else f"<Sequence of {len(self)} tokens>"

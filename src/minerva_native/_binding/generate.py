@@ -73,7 +73,7 @@ static void minerva_log(enum ggml_log_level level, const char * text, void * dat
 // libllama asks this at every node of the compute graph: Python is consulted a few times a second, no more.
 static bool minerva_abort(void * data) {
     minerva_abort_state * state = (minerva_abort_state *) data;
-    if (state->cancelled) {
+    if (state->cancelled || minerva_muted) {
         return true;
     }
     int64_t now = llama_time_us();
@@ -84,7 +84,7 @@ static bool minerva_abort(void * data) {
     return minerva_on_poll();
 }
 
-// The interpreter is going away: a log line from a library thread must not enter it.
+// The interpreter is going away: no library thread may enter it, to log or to ask, and computations stop.
 static void minerva_mute(void) {
     minerva_muted = 1;
 }

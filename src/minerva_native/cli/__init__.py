@@ -14,6 +14,9 @@ COMMANDS = {"generate": generate, "info": info, "devices": devices, "tokenize": 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0, 1 (an error), 2 (usage), 130 (Ctrl-C)."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     parser = argparse.ArgumentParser(prog="minerva", description="Run GGUF models in-process, over libllama.")
     parser.add_argument("--version", action="version", version=f"minerva-native {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
