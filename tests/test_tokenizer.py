@@ -286,3 +286,14 @@ def test_bytes_without_a_token_are_refused_before_libllama_ends_the_process(tmp_
     path = write_gguf(tmp_path / "few.gguf", "llama", vocabulary)
     with mn.Model.load(path, vocab_only=True) as model, pytest.raises(mn.TokenizerError, match="has no tokens"):
         model.tokenizer.encode("abc")
+
+
+@pytest.mark.parametrize(("name", "character"), [("deepseek-llm", "a"), ("gpt-neox", "1"), ("falcon", "!")])
+def test_a_long_run_of_one_kind_of_character_does_not_overflow_the_stack(
+    vocabulary: Callable[[str], mn.Tokenizer], name: str, character: str
+) -> None:
+    tokenizer = vocabulary(name)
+    text = f"one {character * 50_000} two"
+    assert tokenizer.decode(tokenizer.encode(text, add_special=False)) == text
+    with pytest.raises(mn.TokenizerError, match="characters of one kind"):
+        tokenizer.encode(character * 1_000_001)

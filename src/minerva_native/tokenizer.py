@@ -1,9 +1,11 @@
 """Text to token ids and back, by the vocabulary that the model's file carries."""
 
 import codecs
+import functools
 import operator
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,15 @@ TYPES = {
 }
 
 _SPACE_SIGN = "▁".encode()  # what SentencePiece writes for a space
+
+# Some pre-tokenizers of libllama split with std::regex, which recurses for every character of a match, at some 300
+# bytes of stack: a long run of one kind of character overflows the stack of an ordinary thread.
+_RUNS = re.compile(r"[^\W\d_]+|\d+|\s+|(?:[^\w\s]|_)+")
+_UNBROKEN = re.compile(r"\S{1000}|\s{1000}")  # a cheap look before the real one
+_LONG_RUN = 1000  # characters
+_LONGEST_RUN = 1_000_000
+_DEEP_STACK_BYTES = 1 << 30  # reserved, not used, until the run needs it
+_stack_size_lock = threading.Lock()
 
 _MAX_TEXT_BYTES = 1 << 30  # libllama counts bytes and tokens in 32-bit integers
 
@@ -86,11 +97,18 @@ class Tokenizer:
             raise TokenizerError("the vocabulary has no tokens for some of the text's bytes")
         if add_special:
             self._require_special_tokens()
+        tokenize = lib.llama_tokenize
+        if self.type == "bpe" and _UNBROKEN.search(text) and (run := _longest_run(text)) > _LONG_RUN:
+            if run > _LONGEST_RUN:
+                raise TokenizerError(
+                    f"the text has a run of {run:,} characters of one kind; {_LONGEST_RUN:,} is the most"
+                )
+            tokenize = functools.partial(_on_a_deep_stack, tokenize)
         with self._model:
             while True:
                 buffer = np.empty(capacity, np.int32)
                 array = ffi.from_buffer("llama_token[]", buffer, require_writable=True)
-                count = lib.llama_tokenize(self._vocab, data, len(data), array, capacity, add_special, parse_special)
+                count = tokenize(self._vocab, data, len(data), array, capacity, add_special, parse_special)
                 if count >= 0:
                     ids: list[int] = buffer[:count].tolist()
                     if ids and min(ids) < 0:
@@ -254,6 +272,25 @@ class StreamDecoder:
         """Return what is left at the end: U+FFFD where the last character is incomplete, else nothing."""
         self._mid_character = False
         return self._decoder.decode(b"", final=True)
+
+
+def _longest_run(text: str) -> int:
+    """Return the length of the longest run of letters, digits, white space or other characters."""
+    return max(len(match[0]) for match in _RUNS.finditer(text))
+
+
+def _on_a_deep_stack(function: Callable[..., int], *arguments: Any) -> int:
+    """Call a function on a thread of its own whose stack is `_DEEP_STACK_BYTES` large."""
+    results: list[int] = []
+    with _stack_size_lock:
+        before = threading.stack_size(_DEEP_STACK_BYTES)
+        try:
+            thread = threading.Thread(target=lambda: results.append(function(*arguments)))
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    thread.join()
+    return results[0]
 
 
 def _optional(token: int) -> int | None:
