@@ -54,7 +54,14 @@ def test_sequences_agree_with_a_fresh_evaluation(
     tiny: mn.Model, alarm: Callable[[float], None], interrupted: bool
 ) -> None:
     choice = random.Random(1)
-    options = {"n_ctx": 600, "n_seq": 3, "n_threads": 1, "kv_type": "f32", "flash_attention": "off"}
+    options = {
+        "n_ctx": 600,
+        "n_seq": 3,
+        "n_threads": 1,
+        "kv_type": "f32",
+        "flash_attention": "off",
+        "prefix_cache": False,
+    }
     with tiny.context(**options) as context:  # type: ignore[arg-type]
         sequences, fresh = [context.sequence(), context.sequence()], context.sequence()
         interrupts = 0

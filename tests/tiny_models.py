@@ -3,10 +3,12 @@
 `ARCHITECTURES` is the table: a row says which hyperparameters and which tensors an architecture has.
 """
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import gguf
@@ -15,6 +17,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float32]
 Shape = tuple[int, ...]
+Tensor = tuple[str, Shape]
 Key = int | float | bool | str | list[int] | list[float] | list[str]
 
 
@@ -27,22 +30,33 @@ class TinyModel:
     n_embd: int = 128
     n_head: int = 4
     n_head_kv: int = 2
-    n_ff: int = 192
+    n_ff: int = 192  # of each expert, where there are experts
     n_ctx_train: int = 512
     rope_base: float = 10_000.0
     rms_epsilon: float = 1e-5
     tied: bool = False  # whether the output matrix is the embedding matrix
     seed: int = 1
+    sliding_window: int = 16
+    n_expert: int = 6
+    n_expert_used: int = 2
+    ssm_state: int = 16
+    ssm_conv: int = 4
+    ssm_dt_rank: int = 8
+    n_buckets: int = 32  # of relative positions
 
     @property
     def head_size(self) -> int:
         return self.n_embd // self.n_head
 
+    @property
+    def ssm_inner(self) -> int:
+        return 2 * self.n_embd
+
     @cached_property
     def weights(self) -> dict[str, Array]:
         """Every tensor by its GGUF name; a matrix has one row for each output."""
-        rng = np.random.default_rng(self.seed)
-        return {name: draw(rng, name, shape) for name, shape in ARCHITECTURES[self.architecture].tensors(self)}
+        rng, row = np.random.default_rng(self.seed), ARCHITECTURES[self.architecture]
+        return {name: draw(rng, name, shape, row.scales) for name, shape in row.tensors(self)}
 
     def write(self, path: Path) -> Path:
         """Write the model as a GGUF file."""
@@ -54,55 +68,183 @@ class TinyModel:
         return ARCHITECTURES[self.architecture].hyperparameters(self)
 
 
-def draw(rng: np.random.Generator, name: str, shape: Shape) -> Array:
+def draw(rng: np.random.Generator, name: str, shape: Shape, scales: Mapping[str, float]) -> Array:
     """Random weights at a scale at which every part of the model matters to its logits."""
-    if len(shape) == 1:
-        return rng.uniform(0.5, 1.5, shape).astype(np.float32)
+    scale = scales.get(re.sub(r".*blk\.\d+\.", "", name), 1.0)
+    if len(shape) == 1 or name.endswith("ssm_a"):
+        return (scale * rng.uniform(0.5, 1.5, shape)).astype(np.float32)
     spread = 1.0 if name.startswith("token_embd") else 1.5 / np.sqrt(shape[-1])
-    return (spread * rng.standard_normal(shape)).astype(np.float32)
+    return (scale * spread * rng.standard_normal(shape)).astype(np.float32)
 
 
-def llama_hyperparameters(model: TinyModel) -> dict[str, Key]:
+def common_hyperparameters(model: TinyModel) -> dict[str, Key]:
     return {
         "context_length": model.n_ctx_train,
         "embedding_length": model.n_embd,
         "block_count": model.n_layer,
-        "feed_forward_length": model.n_ff,
-        "attention.head_count": model.n_head,
-        "attention.head_count_kv": model.n_head_kv,
         "attention.layer_norm_rms_epsilon": model.rms_epsilon,
-        "rope.dimension_count": model.head_size,
-        "rope.freq_base": model.rope_base,
         "vocab_size": len(TOKENS),
     }
 
 
-def llama_tensors(model: TinyModel) -> Iterator[tuple[str, Shape]]:
+def llama_hyperparameters(model: TinyModel) -> dict[str, Key]:
+    return {
+        **common_hyperparameters(model),
+        "feed_forward_length": model.n_ff,
+        "attention.head_count": model.n_head,
+        "attention.head_count_kv": model.n_head_kv,
+        "rope.dimension_count": model.head_size,
+        "rope.freq_base": model.rope_base,
+    }
+
+
+def gemma2_hyperparameters(model: TinyModel) -> dict[str, Key]:
+    return {**llama_hyperparameters(model), "attention.sliding_window": model.sliding_window}
+
+
+def qwen3moe_hyperparameters(model: TinyModel) -> dict[str, Key]:
+    return {
+        **llama_hyperparameters(model),
+        "expert_count": model.n_expert,
+        "expert_used_count": model.n_expert_used,
+        "expert_feed_forward_length": model.n_ff,
+    }
+
+
+def mamba_hyperparameters(model: TinyModel) -> dict[str, Key]:
+    return {
+        **common_hyperparameters(model),
+        "ssm.conv_kernel": model.ssm_conv,
+        "ssm.inner_size": model.ssm_inner,
+        "ssm.state_size": model.ssm_state,
+        "ssm.time_step_rank": model.ssm_dt_rank,
+    }
+
+
+def jamba_hyperparameters(model: TinyModel) -> dict[str, Key]:
+    heads = [model.n_head_kv if attends(layer) else 0 for layer in range(model.n_layer)]
+    return {**llama_hyperparameters(model), **mamba_hyperparameters(model), "attention.head_count_kv": heads}
+
+
+def t5_hyperparameters(model: TinyModel) -> dict[str, Key]:
+    return {
+        **common_hyperparameters(model),
+        "feed_forward_length": model.n_ff,
+        "attention.head_count": model.n_head,
+        "attention.relative_buckets_count": model.n_buckets,
+        "decoder_start_token_id": END,
+    }
+
+
+def attention(model: TinyModel, prefix: str) -> Iterator[Tensor]:
     wide, narrow = model.n_head * model.head_size, model.n_head_kv * model.head_size
+    yield f"{prefix}.attn_q.weight", (wide, model.n_embd)
+    yield f"{prefix}.attn_k.weight", (narrow, model.n_embd)
+    yield f"{prefix}.attn_v.weight", (narrow, model.n_embd)
+    yield f"{prefix}.attn_output.weight", (model.n_embd, wide)
+
+
+def feed_forward(model: TinyModel, prefix: str, kind: str = "", *n_expert: int) -> Iterator[Tensor]:
+    yield f"{prefix}.ffn_norm.weight", (model.n_embd,)
+    yield f"{prefix}.ffn_gate{kind}.weight", (*n_expert, model.n_ff, model.n_embd)
+    yield f"{prefix}.ffn_up{kind}.weight", (*n_expert, model.n_ff, model.n_embd)
+    yield f"{prefix}.ffn_down{kind}.weight", (*n_expert, model.n_embd, model.n_ff)
+
+
+def llama_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
+    yield f"blk.{layer}.attn_norm.weight", (model.n_embd,)
+    yield from attention(model, f"blk.{layer}")
+    yield from feed_forward(model, f"blk.{layer}")
+
+
+def gemma2_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
+    """Every second layer attends to all positions, the others, beginning with the first, to the window."""
+    assert model.tied, "gemma2 has no output matrix of its own"
+    yield from llama_layer(model, layer)
+    yield f"blk.{layer}.post_attention_norm.weight", (model.n_embd,)
+    yield f"blk.{layer}.post_ffw_norm.weight", (model.n_embd,)
+
+
+def qwen3moe_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
+    yield f"blk.{layer}.attn_norm.weight", (model.n_embd,)
+    yield from attention(model, f"blk.{layer}")
+    yield f"blk.{layer}.attn_q_norm.weight", (model.head_size,)
+    yield f"blk.{layer}.attn_k_norm.weight", (model.head_size,)
+    yield f"blk.{layer}.ffn_gate_inp.weight", (model.n_expert, model.n_embd)
+    yield from feed_forward(model, f"blk.{layer}", "_exps", model.n_expert)
+
+
+def mamba_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
+    yield f"blk.{layer}.attn_norm.weight", (model.n_embd,)
+    yield f"blk.{layer}.ssm_in.weight", (2 * model.ssm_inner, model.n_embd)
+    yield f"blk.{layer}.ssm_conv1d.weight", (model.ssm_inner, model.ssm_conv)
+    yield f"blk.{layer}.ssm_conv1d.bias", (model.ssm_inner,)
+    yield f"blk.{layer}.ssm_x.weight", (model.ssm_dt_rank + 2 * model.ssm_state, model.ssm_inner)
+    yield f"blk.{layer}.ssm_dt.weight", (model.ssm_inner, model.ssm_dt_rank)
+    yield f"blk.{layer}.ssm_dt.bias", (model.ssm_inner,)
+    yield f"blk.{layer}.ssm_a", (model.ssm_inner, model.ssm_state)
+    yield f"blk.{layer}.ssm_d", (model.ssm_inner,)
+    yield f"blk.{layer}.ssm_out.weight", (model.n_embd, model.ssm_inner)
+
+
+def attends(layer: int) -> bool:
+    """Whether this layer of a hybrid is an attention layer rather than a recurrent one."""
+    return layer % 2 == 1
+
+
+def jamba_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
+    if attends(layer):
+        yield from llama_layer(model, layer)
+        return
+    yield from mamba_layer(model, layer)
+    yield f"blk.{layer}.ssm_dt_norm.weight", (model.ssm_dt_rank,)
+    yield f"blk.{layer}.ssm_b_norm.weight", (model.ssm_state,)
+    yield f"blk.{layer}.ssm_c_norm.weight", (model.ssm_state,)
+    yield from feed_forward(model, f"blk.{layer}")
+
+
+def decoder(layer_tensors: Callable[[TinyModel, int], Iterator[Tensor]], model: TinyModel) -> Iterator[Tensor]:
     yield "token_embd.weight", (len(TOKENS), model.n_embd)
     for layer in range(model.n_layer):
-        yield f"blk.{layer}.attn_norm.weight", (model.n_embd,)
-        yield f"blk.{layer}.attn_q.weight", (wide, model.n_embd)
-        yield f"blk.{layer}.attn_k.weight", (narrow, model.n_embd)
-        yield f"blk.{layer}.attn_v.weight", (narrow, model.n_embd)
-        yield f"blk.{layer}.attn_output.weight", (model.n_embd, wide)
-        yield f"blk.{layer}.ffn_norm.weight", (model.n_embd,)
-        yield f"blk.{layer}.ffn_gate.weight", (model.n_ff, model.n_embd)
-        yield f"blk.{layer}.ffn_up.weight", (model.n_ff, model.n_embd)
-        yield f"blk.{layer}.ffn_down.weight", (model.n_embd, model.n_ff)
+        yield from layer_tensors(model, layer)
     yield "output_norm.weight", (model.n_embd,)
     if not model.tied:
         yield "output.weight", (len(TOKENS), model.n_embd)
+
+
+def t5_tensors(model: TinyModel) -> Iterator[Tensor]:
+    yield "token_embd.weight", (len(TOKENS), model.n_embd)
+    for stack, kinds in ("enc", ("attn",)), ("dec", ("attn", "cross_attn")):
+        for prefix in (f"{stack}.blk.{layer}" for layer in range(model.n_layer)):
+            for kind in kinds:
+                yield f"{prefix}.{kind}_norm.weight", (model.n_embd,)
+                yield from ((f"{prefix}.{kind}_{part}.weight", (model.n_embd, model.n_embd)) for part in "qkvo")
+            yield f"{prefix}.attn_rel_b.weight", (model.n_buckets, model.n_head)
+            yield from feed_forward(model, prefix)
+        yield f"{stack}.output_norm.weight", (model.n_embd,)
+    yield "output.weight", (len(TOKENS), model.n_embd)
 
 
 class Architecture(NamedTuple):
     """One row of the table."""
 
     hyperparameters: Callable[[TinyModel], dict[str, Key]]  # without the "<architecture>." before each key
-    tensors: Callable[[TinyModel], Iterator[tuple[str, Shape]]]
+    tensors: Callable[[TinyModel], Iterator[Tensor]]
+    scales: Mapping[str, float] = MappingProxyType({})  # what to multiply draws with, by the name in its layer
 
 
-ARCHITECTURES = {"llama": Architecture(llama_hyperparameters, llama_tensors)}
+SSM_SCALES = {"ssm_a": -0.5, "ssm_dt.bias": -2.0, "ssm_x.weight": 0.3}  # a state halves in about ten tokens
+GEMMA_SCALES = {"token_embd.weight": 0.02, "output_norm.weight": 6.0}  # it multiplies embeddings by sqrt(n_embd)
+T5_SCALES = {"attn_q.weight": 0.2, "cross_attn_q.weight": 0.2}  # it does not divide by sqrt(head_size)
+
+ARCHITECTURES = {
+    "llama": Architecture(llama_hyperparameters, partial(decoder, llama_layer)),
+    "gemma2": Architecture(gemma2_hyperparameters, partial(decoder, gemma2_layer), GEMMA_SCALES),
+    "qwen3moe": Architecture(qwen3moe_hyperparameters, partial(decoder, qwen3moe_layer)),
+    "mamba": Architecture(mamba_hyperparameters, partial(decoder, mamba_layer), SSM_SCALES),
+    "jamba": Architecture(jamba_hyperparameters, partial(decoder, jamba_layer), SSM_SCALES),
+    "t5": Architecture(t5_hyperparameters, t5_tensors, T5_SCALES),
+}
 
 
 def byte_characters() -> list[str]:

@@ -17,6 +17,7 @@ from .errors import (
 )
 from .generation import Step, generate
 from .gguf import GGUF
+from .memory import Memory
 from .model import Model
 from .sampling import Sampler, SamplingParams
 from .sequence import Sequence
@@ -34,6 +35,7 @@ __all__ = [
     "ContextFullError",
     "Device",
     "DeviceError",
+    "Memory",
     "MinervaError",
     "Model",
     "ModelLoadError",

@@ -3,15 +3,16 @@
 import functools
 import math
 import operator
+import os
 import struct
 import threading
 import time
-import weakref
 from array import array
 from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,10 @@ import numpy.typing as npt
 from ._binding import callbacks, ffi, lib
 from ._handle import Handle
 from .devices import available_cpus, devices, physical_memory_bytes
-from .errors import Cancelled, ClosedError, ContextError, ContextFullError
+from .errors import Cancelled, ContextError, ContextFullError
+from .memory import Memory
+from .slot import Slot, SlotPool, no_place
+from .tokenizer import TokenIds
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -37,7 +41,12 @@ FLASH_ATTENTION = {
 
 _CELLS_STEP = 256  # libllama rounds the number of cells up to a multiple of this
 
+_MIN_STRIDE = 16  # so many tokens evaluated at once are worth a checkpoint of their own
+
 _POLL_INTERVAL_US = 50_000  # how often a long computation looks for Ctrl-C
+
+OnFull: TypeAlias = 'Literal["error", "shift"] | Callable[[Sequence, int], object]'
+"""What to do when no cell is free: raise, shift, or call a function of the sequence and how many cells it lacks."""
 
 
 @dataclass
@@ -45,7 +54,11 @@ class Stats:
     """What a context has done since it was made."""
 
     tokens_evaluated: int = 0
-    tokens_reused: int = 0  # tokens that were asked for and were in the KV cache already: none, as yet
+    tokens_reused: int = 0  # that were asked for and were in the KV cache already
+    tokens_reevaluated: int = (
+        0  # of those evaluated: again, as their state was gone, or logits were wanted in their midst
+    )
+    tokens_discarded: int = 0  # by `shift`
     decode_calls: int = 0
     decode_seconds: float = 0.0  # in `llama_decode` and the wait for its result
 
@@ -72,22 +85,38 @@ class Context:
         n_batch: int = 2048,
         n_ubatch: int = 512,
         n_threads: int | None = None,
-        kv_type: str = "f16",
+        kv_type: str | tuple[str, str] = "f16",
         flash_attention: Literal["auto", "on", "off"] | bool = "auto",
+        kv_unified: bool = True,
+        swa_full: bool = True,
+        prefix_cache: bool = True,
+        on_full: "OnFull" = "error",
+        n_keep: int = 4,
+        checkpoint_interval: int = 512,
+        checkpoint_bytes: int = 1 << 30,
     ):
         self.model = model
         self.n_ctx = _in_range("n_ctx", n_ctx, 2, 2**31 - _CELLS_STEP)
         self.n_seq = _in_range("n_seq", n_seq, 1, lib.llama_max_parallel_sequences())
+        n_cells = self.n_ctx if kv_unified else self.n_ctx // self.n_seq
+        if n_cells < 2:
+            raise ValueError(f"n_ctx={n_ctx} leaves each of n_seq={n_seq} sequences less than 2 cells of its own")
         self.n_batch = min(_in_range("n_batch", n_batch, 1, 2**31 - 1), self.n_ctx)
         n_ubatch = _in_range("n_ubatch", n_ubatch, 1, 2**31 - 1)
         if n_threads is None:
             n_threads = min(available_cpus(), lib.GGML_MAX_N_THREADS)
         self.n_threads = _in_range("n_threads", n_threads, 1, lib.GGML_MAX_N_THREADS)
-        if kv_type not in KV_TYPES:
-            raise ValueError(f"kv_type must be one of {', '.join(KV_TYPES)}, not {kv_type!r}")
         flash = {True: "on", False: "off"}[flash_attention] if isinstance(flash_attention, bool) else flash_attention
         if flash not in FLASH_ATTENTION:
             raise ValueError(f'flash_attention must be "auto", "on" or "off", not {flash_attention!r}')
+        self.kv_type = _kv_types(kv_type, flash)
+        if on_full not in ("error", "shift") and not callable(on_full):
+            raise ValueError(f'on_full must be "error", "shift" or a function, not {on_full!r}')
+        self.on_full: OnFull = on_full
+        self.n_keep = _in_range("n_keep", n_keep, 0, 2**31 - 1)
+        self._checkpoint_interval = _in_range("checkpoint_interval", checkpoint_interval, 1, 2**31 - 1)
+        # Each sequence has its share, so that none can take another's away.
+        self._checkpoint_bytes = _in_range("checkpoint_bytes", checkpoint_bytes, 0, 2**63 - 1) // self.n_seq
         if model.vocab_only:
             raise ContextError("the model was loaded with vocab_only=True: it has no weights to compute with")
         self.stats = Stats()
@@ -95,47 +124,45 @@ class Context:
         self._abort = ffi.new("minerva_abort_state *")
         self._abort.poll_interval_us = _POLL_INTERVAL_US
         self._was_cancelled = False
-        self._computing = False
 
         parameters = lib.llama_context_default_params()
         # A multiple of libllama's step, so that it grants exactly this many cells; `n_ctx` is kept to in Python.
-        parameters.n_ctx = math.ceil(self.n_ctx / _CELLS_STEP) * _CELLS_STEP
+        parameters.n_ctx = math.ceil(n_cells / _CELLS_STEP) * _CELLS_STEP * (1 if kv_unified else self.n_seq)
         parameters.n_batch = self.n_batch
         parameters.n_ubatch = min(n_ubatch, self.n_batch)
         parameters.n_seq_max = self.n_seq
         parameters.n_threads = parameters.n_threads_batch = self.n_threads
-        parameters.type_k = parameters.type_v = getattr(lib, f"GGML_TYPE_{kv_type.upper()}")
+        parameters.type_k, parameters.type_v = map(_ggml_type, self.kv_type)
         parameters.flash_attn_type = FLASH_ATTENTION[flash]
-        parameters.kv_unified = True  # sequences share one pool of cells, so a lone one may use all of it
+        parameters.kv_unified, parameters.swa_full = kv_unified, swa_full
         parameters.no_perf = True
         parameters.abort_callback = lib.minerva_abort
         parameters.abort_callback_data = self._abort
         with model._handle as model_pointer:
-            _check_memory(model, self.n_ctx, kv_type)
+            _check_heads(model, self.kv_type)
+            _check_memory(model, self.n_ctx, self.kv_type)
             with callbacks.captured_errors() as errors:
                 pointer = lib.llama_init_from_model(model_pointer, parameters)
             if pointer == ffi.NULL:
                 why = callbacks.reason(errors, "libllama gives no reason")
                 raise ContextError(
                     f"no context could be made with n_ctx={n_ctx}, n_batch={n_batch}, n_seq={n_seq}, "
-                    f"kv_type={kv_type!r}, flash_attention={flash!r} ({why}): ask for less, or another type"
+                    f"kv_type={self.kv_type}, flash_attention={flash!r} ({why}): ask for less, or another type"
                 )
             self._handle = Handle("Context", pointer, lib.llama_free, parent=model._handle)
             self._encodes = lib.llama_model_has_encoder(model_pointer)
         callbacks.raise_kept()
         self._pointer = pointer
-        self._memory = lib.llama_get_memory(pointer)
+        self.memory = Memory(model, self._handle, kv_unified, swa_full)
+        self._pool = SlotPool(self.memory, n_cells, self.n_seq, prefix_cache)
+        self._stride = self.n_batch if self.memory.can_truncate else min(self.n_batch, self._checkpoint_interval)
         self._n_vocab = model.tokenizer.n_vocab
         self._last_row = self._seen_at = ffi.NULL
-        self._seen: npt.NDArray[np.float32] = np.empty(
-            0, np.float32
-        )  # libllama's memory at `_seen_at`: never given out
+        # libllama's memory at `_seen_at`: never given out
+        self._seen: npt.NDArray[np.float32] = np.empty(0, np.float32)
         self._batch, self._single = _Batch(self.n_batch), _SingleToken()
-        self._sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
-        self._unread: weakref.ref[Sequence] | None = None  # whose logits lie in libllama's buffer and nowhere else
-        self._free_ids = list(range(self.n_seq - 1, -1, -1))
-        self._tokens: dict[int, array[int]] = {}  # of every sequence, by its id
-        self._orphans: deque[int] = deque()  # ids of sequences that were collected without `close`
+        self._unread: Slot | None = None  # whose logits lie in libllama's buffer and nowhere else
+        self._orphans: deque[Slot] = deque()  # of sequences that were collected without `close`
         model._contexts.add(self)
 
     def sequence(self) -> "Sequence":
@@ -143,33 +170,76 @@ class Context:
         from .sequence import Sequence
 
         with self._lock, self._handle:
-            if self._memory == ffi.NULL or self._encodes:
+            if not self.memory.exists or self._encodes:
                 raise ContextError(
                     f"this model ({self.model.architecture}) has an encoder: it cannot continue a text by itself"
                 )
             self._collect_orphans()
-            if not self._free_ids:
-                raise ContextError(
-                    f"all {self.n_seq} sequences of this context are in use: close one, or make a context with more "
-                    f"room, such as n_seq={self.n_seq + 1}"
-                )
-            sequence = Sequence(self, self._free_ids.pop())
-            self._sequences.add(sequence)
-            self._tokens[sequence._id] = sequence._tokens
-            return sequence
+            slot = self._pool.new()
+            if slot is None:
+                raise no_place(self.n_seq)
+            return Sequence(self, slot)
 
-    @property
-    def cells_used(self) -> int:
-        """How many KV cells the tokens of all sequences take."""
-        with self._lock:
-            if self._orphans:
-                self._collect_orphans()
-            return sum(map(len, self._tokens.values()))
+    def extend(
+        self, texts: "Mapping[Sequence, TokenIds]", on_progress: Callable[[int, int], object] | None = None
+    ) -> int:
+        """Add tokens to several sequences and evaluate them together; return how many were evaluated.
+
+        As `Sequence.extend` of each, but in shared batches, where a token more costs little. Raises what that does,
+        and `ValueError` for sequences of another context; whatever is raised,
+        every sequence is as it was before.
+        """
+        with self._lock, self._handle:
+            self._collect_orphans()
+            arrays = []
+            for sequence, ids in texts.items():
+                if sequence.context is not self:
+                    raise ValueError(f"{sequence!r} belongs to another context")
+                sequence._slot.check_open()
+                arrays.append((sequence, self.model.tokenizer.as_array(ids)))
+            arrays = [(sequence, new) for sequence, new in arrays if new.size]
+            grown: list[tuple[Slot, int]] = []
+            try:
+                for sequence, new in arrays:
+                    grown.append((sequence._slot, sequence._grow(new)))
+                return self._evaluate([slot for slot, _ in grown], on_progress)
+            except BaseException:
+                for slot, length in grown:
+                    slot.cut(length)
+                raise
+
+    def restore(self, path: str | os.PathLike[str]) -> "Sequence":
+        """Return a new sequence as `Sequence.save` wrote it; nothing is evaluated.
+
+        Raises `StateError` for a file that is damaged, or was saved from another model, by another version, or with a
+        KV cache of another form; `ContextFullError` where it does not fit, `OSError` where it cannot be read.
+        """
+        from .state import restore
+
+        return restore(self, path)
 
     @property
     def is_full(self) -> bool:
-        """Whether every cell is taken."""
-        return sum(map(len, self._tokens.values())) >= self.n_ctx
+        """Whether the tokens of its sequences take every cell."""
+        return self.cells_used >= self.n_ctx
+
+    def clear_cache(self, pinned: bool = False) -> None:
+        """Forget what closed sequences have left in the KV cache, pinned ones only if asked to."""
+        with self._lock, self._handle:
+            self._collect_orphans()
+            for slot in list(self._pool.finished):
+                if pinned or not slot.pinned:
+                    self._pool.drop(slot)
+
+    @property
+    def cells_used(self) -> int:
+        """How many KV cells the tokens of all sequences take, each shared one counted once.
+
+        What closed sequences have left is not counted, as it is dropped when room is needed, unless it is pinned.
+        """
+        with self._lock:
+            self._collect_orphans()
+            return self._pool.used()
 
     @property
     def closed(self) -> bool:
@@ -183,9 +253,8 @@ class Context:
     def close(self) -> None:
         """Free the context and close its sequences. Closing twice is no error."""
         with self._lock:
-            self._check_idle()
-            for sequence in list(self._sequences):
-                sequence.close()
+            self.memory.check_idle()
+            self._pool.clear()
             self._handle.close()
 
     def __enter__(self) -> "Self":
@@ -204,62 +273,149 @@ class Context:
 
     # What follows is for `Sequence`. The caller holds the lock, and the handle is open.
 
-    def _check_idle(self) -> None:
-        """Refuse what a signal handler or a callback asks for amid a computation on its own thread."""
-        if self._computing:
-            raise ContextError("this context is computing: it cannot be used or closed from within")
-
     def _begin(self) -> None:
         """Start a call: a `cancel` that came before it does not concern it."""
         if self._was_cancelled:
             self._abort.cancelled, self._was_cancelled = 0, False
 
-    def _decode(
-        self, sequence: "Sequence", tokens: npt.NDArray[np.int32], start: int, all_logits: bool = False
-    ) -> None:
-        """Evaluate at most `n_batch` tokens at positions from `start`; on an error nothing of them is kept."""
-        batch = self._batch
-        count = len(tokens)
-        batch.tokens[:count] = tokens
-        batch.positions[:count] = batch.steps[:count]
-        batch.positions[:count] += start
-        batch.sequences[:count] = sequence._id
-        batch.outputs[: count - 1] = all_logits
-        batch.outputs[count - 1] = True
-        batch.struct.n_tokens = count
-        self._run(sequence, batch.struct, count)
+    def _evaluate(self, slots: "Iterable[Slot]", on_progress: Callable[[int, int], object] | None = None) -> int:
+        """Bring the cache of slots up to their lists, at least by the last token; return how many tokens that took."""
+        queue = deque(slots)
+        alone = len(queue) == 1
+        for slot in queue:
+            if not slot.tokens:
+                raise ContextError("the sequence is empty: extend it with a prompt first (a BOS token at the least)")
+            if not slot.settled:
+                slot.forget_from(slot.n_cached)
+            if slot.n_cached == len(slot.tokens):
+                slot.forget_from(slot.n_cached - 1)
+            if lacking := self._pool.lacks(slot, 0):  # cells that were shared may have to be evaluated anew
+                raise self._full(lacking, slot)
+            self._pool.place(slot)
+        started = list(queue)
+        total, done = sum(len(slot.tokens) - slot.n_cached for slot in queue), 0
+        self._begin()
+        try:
+            while queue:
+                parts, count = [], 0
+                for slot in queue:
+                    slot.check_open()
+                    size = min(len(slot.tokens) - slot.n_cached, self._stride, self.n_batch - count)
+                    if not size:
+                        break
+                    self._batch.put(count, slot.tokens[slot.n_cached : slot.n_cached + size], slot.n_cached, slot.id)
+                    count += size
+                    parts.append((slot, size, count - 1))
+                    slot.settled = False
+                self._batch.struct.n_tokens = count
+                self._run([slot for slot, _, _ in parts], self._batch.struct, count)
+                for slot, size, row in parts:
+                    finished = slot.n_cached + size == len(slot.tokens)
+                    self._advance(slot, size)
+                    if finished and not alone:
+                        slot.logits = self._read_logits(row)
+                    slot.unread = finished and alone
+                    self._checkpoint(slot, size)
+                    slot.settled = True
+                    if finished:
+                        queue.remove(slot)
+                if alone and not queue:
+                    self._unread = started[0]
+                done += count
+                if on_progress is not None:
+                    on_progress(done, total)
+        except BaseException:
+            for slot in started:
+                if not slot.settled:
+                    slot.forget_from(slot.n_cached)
+            raise
+        return total
 
-    def _decode_one(self, sequence: "Sequence", token: int, start: int) -> None:
-        """Evaluate one token, as `_decode` does, at the least cost: the decode loop's case."""
-        self._single.set(token, start, sequence._id)
-        self._run(sequence, self._single.struct, 1)
+    def _decode(self, slot: "Slot", tokens: npt.NDArray[np.int32], all_logits: bool) -> None:
+        """Evaluate at most `n_batch` tokens that follow what is cached; the caller has unsettled the slot."""
+        self._batch.put(0, tokens, slot.n_cached, slot.id, all_logits)
+        self._batch.struct.n_tokens = len(tokens)
+        self._run([slot], self._batch.struct, len(tokens))
+        self._advance(slot, len(tokens))
+        self._checkpoint(slot, len(tokens))
 
-    def _run(self, sequence: "Sequence", batch: Any, count: int) -> None:
-        self._check_idle()
-        if sequence._closed:  # by a callback amid the call
-            raise ClosedError("this Sequence is closed")
+    def _decode_one(self, slot: "Slot") -> None:
+        """Evaluate a settled slot's last token, all before it being cached, at the least cost: the loop's case."""
+        slot.settled = False
+        position = slot.n_cached
+        self._single.set(slot.tokens[position], position, slot.id)
+        self._run((slot,), self._single.struct, 1)
+        slot.n_cached = position + 1
+        if slot.n_seen <= position:
+            slot.n_seen = position + 1
+        else:
+            self.stats.tokens_reevaluated += 1
+        slot.unread, self._unread = True, slot
+        if not self.memory.can_truncate:
+            self._checkpoint(slot, 1)
+        slot.settled = True
+
+    def _advance(self, slot: "Slot", size: int) -> None:
+        """Take note that so many tokens more are cached."""
+        start, slot.n_cached = slot.n_cached, slot.n_cached + size
+        self.stats.tokens_reevaluated += max(0, min(slot.n_seen, slot.n_cached) - start)
+        slot.n_seen = max(slot.n_seen, slot.n_cached)
+
+    def _checkpoint(self, slot: "Slot", n_evaluated: int) -> None:
+        """Where the memory cannot be cut, keep the state: every so many tokens, and after a text of some length."""
+        if not self.memory.can_truncate:
+            self._keep_logits(slot)
+            stride = (
+                min(_MIN_STRIDE, self._checkpoint_interval) if n_evaluated >= _MIN_STRIDE else self._checkpoint_interval
+            )
+            slot.checkpoint(stride, self._checkpoint_bytes)
+
+    def _run(self, slots: "Collection[Slot]", batch: Any, count: int) -> None:
+        memory = self.memory
+        memory.check_idle()
+        for slot in slots:
+            slot.check_open()
         unread = self._unread
         if unread is not None:
             self._unread = None
-            if unread is not sequence._reference and (other := unread()) is not None:
-                other._keep_logits()
+            if unread.unread:
+                self._keep_logits(unread)
         stats = self.stats
         try:
-            self._computing = True
+            memory.computing = True
             before = time.perf_counter()
             code = lib.llama_decode(self._pointer, batch)
             if not code:
                 self._last_row = lib.llama_get_logits_ith(self._pointer, -1)  # waits for the result
             stats.decode_seconds += time.perf_counter() - before
         finally:
-            self._computing = False
+            memory.computing = False
         stats.decode_calls += 1
+        if self._pool.shifted:
+            self._end_shift(bool(code))
         if callbacks.kept:
             callbacks.raise_kept()
         if code:
             self._raise_for(code, count)
         stats.tokens_evaluated += count
-        self._unread = sequence._reference
+
+    def _end_shift(self, failed: bool) -> None:
+        """A decode has turned shifted keys to their positions; one that failed may have turned some of them."""
+        shifted, self._pool.shifted = self._pool.shifted, []
+        if failed:
+            for slot in shifted:
+                slot.forget_from(0)
+
+    def _apply_shift(self, slot: "Slot") -> None:
+        """Have shifted keys turned now, before they are copied: by evaluating the slot's last token again."""
+        if self._pool.shifted and slot.n_cached:
+            logits, tokens = slot.logits, slot.tokens
+            slot.tokens = tokens[: slot.n_cached]
+            try:
+                self._evaluate([slot])
+            finally:
+                slot.tokens = tokens
+            slot.logits, slot.unread = logits, False
 
     def _raise_for(self, code: int, count: int) -> None:
         """Turn libllama's return code into an exception."""
@@ -269,18 +425,11 @@ class Context:
             raise self._full(count)
         raise ContextError(f"libllama could not evaluate a batch of {count} tokens (code {code}); see its log")
 
-    def _check_room(self, wanted: int) -> None:
-        """Raise `ContextFullError` unless `wanted` more tokens fit."""
-        if self._orphans:
-            self._collect_orphans()
-        if sum(map(len, self._tokens.values())) + wanted > self.n_ctx:
-            raise self._full(wanted)
-
-    def _full(self, wanted: int) -> ContextFullError:
-        used = self.cells_used
+    def _full(self, wanted: int, slot: "Slot | None" = None) -> ContextFullError:
+        used = self._pool.used(slot)
         return ContextFullError(
             f"the context is full: {used} of n_ctx={self.n_ctx} cells are used, {wanted} more are wanted, "
-            f"{self.n_ctx - used} are free: shorten the text, or make a context with a larger n_ctx"
+            f"{max(0, self.n_ctx - used)} are free: shorten the text, or make a context with a larger n_ctx"
         )
 
     def _read_logits(self, row: int | None = None) -> npt.NDArray[np.float32]:
@@ -294,29 +443,42 @@ class Context:
         logits: npt.NDArray[np.float32] = self._seen.copy()
         return logits
 
-    def _remove(self, sequence_id: int, start: int) -> bool:
-        """Forget a sequence's tokens from position `start` on; False where this kind of memory cannot."""
-        self._check_idle()
-        if self.closed:
-            return True
-        return bool(lib.llama_memory_seq_rm(self._memory, sequence_id, start, -1))
+    def _keep_logits(self, slot: "Slot") -> None:
+        """Copy a slot's logits before libllama's buffer is used for something else."""
+        if slot.unread:
+            slot.logits = self._read_logits()
+            slot.unread = False
 
-    def _release(self, sequence: "Sequence") -> None:
-        """Take a sequence's id and cells back."""
-        if self._unread is sequence._reference:
-            self._unread = None
-        self._sequences.discard(sequence)
-        self._orphans.append(sequence._id)
-        self._collect_orphans()
+    def _attach_prefix(self, slot: "Slot") -> None:
+        """Give a slot the longest beginning of its tokens that another one has cached, where that saves work."""
+        source, n = self._pool.find_prefix(slot)
+        if source is not None:
+            before = slot.n_cached
+            self._share(source, slot, n)
+            self.stats.tokens_reused += max(0, slot.n_cached - before)
+
+    def _share(self, source: "Slot", slot: "Slot", n: int) -> None:
+        self._keep_logits(source)
+        if not self.memory.can_share:
+            self._apply_shift(source)
+        self._pool.share(source, slot, n)
+
+    def _retain(self, slot: "Slot") -> None:
+        """Keep a copy of a slot in the prefix cache, where there is a place, before it becomes something else."""
+        if slot.settled and (kept := self._pool.new_finished()):
+            kept.tokens = slot.tokens[: slot.n_cached]
+            self._share(slot, kept, slot.n_cached)
+            self._pool.keep(kept)
+
+    def _release(self, slot: "Slot") -> None:
+        """Take a slot back: its sequence is closed, or was collected."""
+        if not slot.closed:
+            self._keep_logits(slot)
+            self._pool.release(slot)
 
     def _collect_orphans(self) -> None:
-        while self._orphans:
-            if self._computing:  # a signal handler looks at the context: not now
-                return
-            sequence_id = self._orphans.popleft()
-            self._remove(sequence_id, -1)
-            self._tokens.pop(sequence_id, None)
-            self._free_ids.append(sequence_id)
+        while self._orphans and not self.memory.computing:  # amid a computation a signal handler looks: not now
+            self._release(self._orphans.popleft())
 
 
 class _Batch:
@@ -336,6 +498,23 @@ class _Batch:
         self.struct.n_seq_id = ffi.from_buffer("int32_t[]", self._counts)
         self.struct.seq_id = ffi.cast("llama_seq_id **", self._addresses.ctypes.data)
         self.struct.logits = ffi.from_buffer("int8_t[]", self.outputs)
+
+    def put(
+        self,
+        at: int,
+        tokens: "array[int] | npt.NDArray[np.int32]",
+        start: int,
+        sequence_id: int,
+        all_logits: bool = False,
+    ) -> None:
+        """Set the entries from `at` on: tokens at positions from `start`, of which the last is to have logits."""
+        end = at + len(tokens)
+        self.tokens[at:end] = tokens
+        self.positions[at:end] = self.steps[: end - at]
+        self.positions[at:end] += start
+        self.sequences[at:end] = sequence_id
+        self.outputs[at:end] = all_logits
+        self.outputs[end - 1] = True
 
 
 class _SingleToken:
@@ -370,7 +549,43 @@ def _in_range(name: str, value: int, low: int, high: int) -> int:
     return value
 
 
-def _check_memory(model: "Model", n_cells: int, kv_type: str) -> None:
+def _kv_types(kv_type: str | tuple[str, str], flash: str) -> tuple[str, str]:
+    """Return the types of keys and of values."""
+    types = tuple(kv_type) if isinstance(kv_type, tuple | list) else (kv_type, kv_type)
+    if len(types) != 2 or not all(kind in KV_TYPES for kind in types):
+        raise ValueError(f"kv_type must be one of {', '.join(KV_TYPES)}, or a pair of them, not {kv_type!r}")
+    key, value = types
+    if flash == "off" and lib.ggml_is_quantized(_ggml_type(value)):
+        raise ContextError(
+            f'values of type {value!r} need flash attention: leave it "auto", or use kv_type=({key!r}, "f16")'
+        )
+    return key, value
+
+
+def _ggml_type(name: str) -> int:
+    kind: int = getattr(lib, f"GGML_TYPE_{name.upper()}")
+    return kind
+
+
+def _check_heads(model: "Model", kv_type: tuple[str, str]) -> None:
+    """Refuse a quantised type whose blocks do not divide a head."""
+    for name, kind, size in zip(("keys", "values"), kv_type, _head_sizes(model), strict=True):
+        block = lib.ggml_blck_size(_ggml_type(kind))
+        if size % block:
+            raise ContextError(
+                f"{name} of type {kind!r} come in blocks of {block} numbers, and a head of this model has {size:.0f}: "
+                "ask for another kv_type"
+            )
+
+
+def _head_sizes(model: "Model") -> tuple[float, float]:
+    """Return how many numbers a head's key and value have."""
+    width = model.n_embd // max(1.0, max(model.hyperparameter("attention.head_count")))
+    key = max(model.hyperparameter("attention.key_length", width))
+    return key, max(model.hyperparameter("attention.value_length", width))
+
+
+def _check_memory(model: "Model", n_cells: int, kv_type: tuple[str, str]) -> None:
     """Refuse a KV cache that this machine cannot hold: the system would promise the memory, then kill the process."""
     kv_bytes_per_token = _kv_bytes_per_token(model, kv_type)
     memory = physical_memory_bytes() + sum(device.memory_total_bytes for device in devices() if device.type == "gpu")
@@ -381,15 +596,11 @@ def _check_memory(model: "Model", n_cells: int, kv_type: str) -> None:
         )
 
 
-def _kv_bytes_per_token(model: "Model", kv_type: str) -> float:
+def _kv_bytes_per_token(model: "Model", kv_type: tuple[str, str]) -> float:
     """Return the bytes that one token's keys and values take, by the model's metadata; at least 1."""
-    kind = getattr(lib, f"GGML_TYPE_{kv_type.upper()}")
-    element = lib.ggml_type_size(kind) / lib.ggml_blck_size(kind)
-    n_head = model.hyperparameter("attention.head_count")
-    width = model.n_embd / max(1.0, max(n_head))
-    key = max(model.hyperparameter("attention.key_length", width))
-    value = max(model.hyperparameter("attention.value_length", width))
-    heads = model.hyperparameter("attention.head_count_kv", *n_head)
+    of_key, of_value = (lib.ggml_type_size(kind) / lib.ggml_blck_size(kind) for kind in map(_ggml_type, kv_type))
+    key, value = _head_sizes(model)
+    heads = model.hyperparameter("attention.head_count_kv", *model.hyperparameter("attention.head_count"))
     heads = heads if len(heads) > 1 else heads * model.n_layer
     compressed = max(model.hyperparameter("attention.kv_lora_rank")) * model.n_layer
-    return max(1.0, (compressed or sum(heads) * (key + value)) * element)
+    return max(1.0, compressed * of_key or sum(heads) * (key * of_key + value * of_value))

@@ -106,7 +106,7 @@ def _decode_loop(
                 step.finish_reason = "stop"
             elif cancel is not None and cancel.is_set():
                 step.finish_reason = "cancelled"
-            elif count == max_tokens or sequence.context.is_full:
+            elif count == max_tokens or sequence.is_full:
                 step.finish_reason = "length"
         if step.finish_reason is not None and step.finish_reason != "stop":
             rest = decoder.flush() if decoder else ""

@@ -19,7 +19,7 @@ from .tokenizer import Tokenizer
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from .context import Context
+    from .context import Context, OnFull
 
 DEMO = Path(__file__).parent / "demo" / "minerva-demo.gguf"
 
@@ -35,6 +35,7 @@ class Model:
         self.path, self._gguf, self._handle, self.vocab_only = path, gguf, handle, vocab_only
         self._contexts: weakref.WeakSet[Context] = weakref.WeakSet()
         self.tokenizer = Tokenizer(handle)
+        self._fingerprint: str | None = None  # of the file, once a sequence is saved or restored
         self.gpu_layers = min(gpu_layers, self.n_layer + 1) if gpu_layers >= 0 else self.n_layer + 1
 
     @classmethod
@@ -111,15 +112,34 @@ class Model:
         n_batch: int = 2048,
         n_ubatch: int = 512,
         n_threads: int | None = None,
-        kv_type: str = "f16",
+        kv_type: str | tuple[str, str] = "f16",
         flash_attention: Literal["auto", "on", "off"] | bool = "auto",
+        kv_unified: bool = True,
+        swa_full: bool = True,
+        prefix_cache: bool = True,
+        on_full: "OnFull" = "error",
+        n_keep: int = 4,
+        checkpoint_interval: int = 512,
+        checkpoint_bytes: int = 1 << 30,
     ) -> "Context":
         """Make a context, which holds the KV cache and computes.
 
         `n_ctx`: tokens that all its sequences may hold together. `n_seq`: sequences at one time. `n_batch`: tokens
         evaluated in one call; `n_ubatch`: in one pass through the model. `n_threads`: by default the CPUs that this
-        process may use. `kv_type`: the element type of the KV cache, such as "f16" or "q8_0". `flash_attention`: "auto"
-        uses it where the model and the device can.
+        process may use.
+
+        `kv_type`: the element type of the KV cache, such as "f16" or "q8_0", or a pair, of keys and of values.
+        `flash_attention`: "auto" uses it where the model and the device can. `kv_unified`: sequences share one pool of
+        cells; where False each has n_ctx / n_seq of its own, which is faster for many that have little in common.
+        `swa_full`: sliding-window layers keep all tokens; where False only what the window and a batch need, which
+        saves memory, and going back is then by checkpoints.
+
+        `prefix_cache`: start a text from the longest beginning of it that another sequence, open or closed, has cached.
+        `on_full`: what happens when a token finds no cell: "error" raises `ContextFullError`; "shift" has
+        `Sequence.shift` keep the first `n_keep` tokens and discard the older half of the rest (attention sinks:
+        arXiv:2309.17453); a function is called with the sequence and how many cells it lacks, to make room.
+        Where the memory cannot be cut (`Context.memory`), its state is kept every `checkpoint_interval` tokens, in at
+        most `checkpoint_bytes` for all sequences.
 
         Raises `ValueError` or `TypeError` for an argument out of range, `ContextError` where libllama refuses.
         """
@@ -134,6 +154,13 @@ class Model:
             n_threads=n_threads,
             kv_type=kv_type,
             flash_attention=flash_attention,
+            kv_unified=kv_unified,
+            swa_full=swa_full,
+            prefix_cache=prefix_cache,
+            on_full=on_full,
+            n_keep=n_keep,
+            checkpoint_interval=checkpoint_interval,
+            checkpoint_bytes=checkpoint_bytes,
         )
 
     def hyperparameter(self, name: str, *default: float) -> list[float]:

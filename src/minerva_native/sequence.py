@@ -1,7 +1,7 @@
 """A sequence: a list of tokens that happens to be evaluated."""
 
 import operator
-import weakref
+import os
 from array import array
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as AbstractSequence
@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, NoReturn, overload
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ClosedError, ContextError
+from ._binding import callbacks
+from .errors import ContextError
 from .sampling import logprob
+from .slot import Slot, clipped, common_prefix
 from .tokenizer import TokenIds
 
 if TYPE_CHECKING:
@@ -23,24 +25,21 @@ if TYPE_CHECKING:
 _SCORE_BYTES = 64 << 20  # how much libllama's logits buffer may take while a text is scored
 
 
-class Sequence:
+class Sequence(AbstractSequence[int]):
     """Tokens and, in the context's KV cache, their keys and values; make one with `Context.sequence`.
 
-    The KV cache may lag behind the list (after `append`) but never contradicts it: what is missing is evaluated when
-    logits are asked for. A context manager, safe to use from any thread.
+    It reads like a list of token ids: indices, slices, `in`, equality with lists and other sequences. The KV cache may
+    lag behind the list (after `append`) but never contradicts it: what is missing is evaluated when logits are asked
+    for. What another sequence of the context has cached, open or closed, is not evaluated again.
+    A context manager, safe to use from any thread.
     """
 
-    def __init__(self, context: "Context", sequence_id: int):
+    def __init__(self, context: "Context", slot: Slot):
         self.context = context
-        self._id = sequence_id
-        self._tokens = array("i")
-        # How many of the tokens, from the first, have their keys and values in the cache. An interrupt may strike
-        # between any two lines below: the cache then holds more than that, never less, and `_settled` stays False.
-        self._n_cached = 0
-        self._settled = True
-        self._logits: npt.NDArray[np.float32] | None = None  # of the last token, once they are read
-        self._closed = False
-        self._reference = weakref.ref(self)
+        self._slot = slot
+        self._tokens = slot.tokens
+
+    # Reading
 
     @property
     def tokens(self) -> "Tokens":
@@ -55,18 +54,58 @@ class Sequence:
         After `truncate` or `rewind` the last token is evaluated again to have them, which `Context.stats` counts.
         Raises `ContextError` where the sequence is empty.
         """
-        context = self.context
+        context, slot = self.context, self._slot
         with context._lock:
-            self._check_open()
-            if self._logits is None:
-                if context._unread is not self._reference or self._n_cached != len(self._tokens):
-                    self._evaluate_pending()
-                self._logits = context._read_logits()
-                context._unread = None
-            return self._logits
+            slot.check_open()
+            if slot.unread:
+                context._keep_logits(slot)
+            elif slot.logits is None:
+                if len(self._tokens) - slot.n_cached == 1 and slot.settled and slot.id >= 0:
+                    context._begin()
+                    context._decode_one(slot)
+                    context._keep_logits(slot)
+                else:
+                    self._find_logits()
+            assert slot.logits is not None
+            return slot.logits
+
+    def _find_logits(self) -> None:
+        """Have the logits, by the least work that gives them."""
+        context, slot = self.context, self._slot
+        if not slot.settled:
+            slot.forget_from(slot.n_cached)
+        context._attach_prefix(slot)
+        if slot.logits is None:
+            slot.logits = slot.at_checkpoint()
+        if slot.logits is None:
+            context._evaluate([slot])
+            context._keep_logits(slot)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether one token more would raise `ContextFullError`."""
+        context = self.context
+        if context._pool.spare > 0 or context.on_full != "error":
+            return False
+        with context._lock:
+            return not self.closed and context._pool.lacks(self._slot, 1) > 0
 
     def __len__(self) -> int:
         return len(self._tokens)
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        return self.tokens[index]
+
+    def __eq__(self, other: object) -> bool:
+        return self.tokens == (other.tokens if isinstance(other, Sequence) else other)
+
+    __hash__ = object.__hash__  # by identity: a sequence that grows stays the same key
+
+    # Growing
 
     def append(self, token: int) -> None:
         """Add one token without evaluating it yet: that happens when logits are asked for, or with the next `extend`.
@@ -75,10 +114,13 @@ class Sequence:
         """
         context = self.context
         with context._lock:
-            self._check_open()
+            self._slot.check_open()
             token = context.model.tokenizer.check(token)
-            context._check_room(1)
-            self._forget_logits()
+            pool, slot = context._pool, self._slot
+            if pool.spare <= 0:
+                self._make_room(1)
+            pool.spare -= 1
+            slot.logits, slot.unread = None, False
             self._tokens.append(token)
 
     def extend(self, ids: TokenIds, on_progress: Callable[[int, int], object] | None = None) -> int:
@@ -90,37 +132,36 @@ class Sequence:
         """
         context = self.context
         with context._lock:
-            self._check_open()
+            self._slot.check_open()
             new = context.model.tokenizer.as_array(ids)
-            if not new.size:
+            return self._extend(new, on_progress) if new.size else 0
+
+    def assign(self, ids: TokenIds, on_progress: Callable[[int, int], object] | None = None) -> int:
+        """Make the sequence these tokens, evaluating only what is not cached already; return how many that were.
+
+        Kept is the longest beginning that it has in common with them, or that another sequence has, open or closed.
+        What is given up stays in the prefix cache while there is room, so that switching back costs nothing.
+        Raises what `extend` does; whatever is raised, the tokens are as they were before.
+        """
+        context, slot = self.context, self._slot
+        with context._lock:
+            slot.check_open()
+            new = context.model.tokenizer.as_array(ids)
+            n = common_prefix(self._tokens, new)
+            given_up = self._tokens[n:]
+            if given_up:
+                if slot.n_cached > n:
+                    context._retain(slot)
+                slot.cut(n)
+            context.stats.tokens_reused += min(n, slot.n_cached)
+            if n == len(new):
                 return 0
-            context._check_room(len(new))
-            length = len(self._tokens)
             try:
-                self._add(new)
-                return self._evaluate_pending(on_progress)
+                return self._extend(new[n:], on_progress)
             except BaseException:
-                self._cut(length)
+                slot.add(np.array(given_up, np.int32))
+                context._pool.spare = 0
                 raise
-
-    def truncate(self, n: int) -> None:
-        """Keep the first `n` tokens, and forget the rest. Raises `ValueError` unless 0 <= n <= len."""
-        with self.context._lock:
-            self._check_open()
-            n = operator.index(n)
-            if not 0 <= n <= len(self._tokens):
-                raise ValueError(f"n must be from 0 to the sequence's length {len(self._tokens)}, not {n}")
-            if n < len(self._tokens):
-                self._cut(n)
-
-    def rewind(self, n: int) -> None:
-        """Forget the last `n` tokens. Raises `ValueError` unless 0 <= n <= len."""
-        with self.context._lock:
-            self._check_open()
-            n = operator.index(n)
-            if not 0 <= n <= len(self._tokens):
-                raise ValueError(f"cannot rewind by {n}: the sequence has {len(self._tokens)} tokens")
-            self.truncate(len(self._tokens) - n)
 
     def score(self, ids: TokenIds) -> npt.NDArray[np.float32]:
         """Add tokens as `extend` does, and return the log-probability of each given all before it.
@@ -128,117 +169,268 @@ class Sequence:
         float32, shape (len(ids),), natural logarithm. In an empty sequence the first token has nothing before it: its
         entry is NaN.
         """
-        context = self.context
+        context, slot = self.context, self._slot
         with context._lock:
-            self._check_open()
+            slot.check_open()
             new = context.model.tokenizer.as_array(ids)
             scores = np.empty(len(new), np.float32)
             if not new.size:
                 return scores
-            length = len(self._tokens)
-            if not self._settled:
-                self._forget_from(self._n_cached)
-            context._check_room(len(new))
-            scores[0] = logprob(self.logits, int(new[0])) if length else np.nan
-            rows = max(1, min(context.n_batch, _SCORE_BYTES // (4 * context._n_vocab)))
+            if not slot.settled:
+                slot.forget_from(slot.n_cached)
+            if context._pool.spare < len(new):
+                self._make_room(len(new))
+            scores[0] = logprob(self.logits, int(new[0])) if self._tokens else np.nan
+            rows = max(1, min(context._stride, _SCORE_BYTES // (4 * context._n_vocab)))
             context._begin()
-            self._settled = False
+            context._pool.place(slot)
+            length = len(self._tokens)
             try:
                 for start in range(0, len(new), rows):
                     chunk = new[start : start + rows]
-                    self._add(chunk)
-                    context._decode(self, chunk, length + start, all_logits=True)
-                    self._n_cached = len(self._tokens)
+                    slot.add(chunk)
+                    context._pool.spare = 0
+                    slot.settled = False
+                    context._decode(slot, chunk, all_logits=True)
+                    slot.settled = True
                     following = new[start + 1 : start + 1 + len(chunk)]
                     for row, token in enumerate(following.tolist()):
                         scores[start + 1 + row] = logprob(context._read_logits(row), token)
             except BaseException:
-                self._cut(length)
+                slot.cut(length)
                 raise
-            self._settled = True
+            slot.unread, context._unread = True, slot
             return scores
 
-    def close(self) -> None:
-        """Free the cells and the place in the context. Closing twice is no error."""
+    # Shrinking
+
+    def truncate(self, n: int) -> None:
+        """Keep the first `n` tokens, and forget the rest. Raises `ValueError` unless 0 <= n <= len."""
         with self.context._lock:
-            if not self._closed:
-                self.context._check_idle()
-                self._closed = True
-                self.context._release(self)
+            self._slot.check_open()
+            n = operator.index(n)
+            if not 0 <= n <= len(self._tokens):
+                raise ValueError(f"n must be from 0 to the sequence's length {len(self._tokens)}, not {n}")
+            if n < len(self._tokens):
+                self._slot.cut(n)
+
+    def rewind(self, n: int) -> None:
+        """Forget the last `n` tokens. Raises `ValueError` unless 0 <= n <= len."""
+        with self.context._lock:
+            self._slot.check_open()
+            n = operator.index(n)
+            if not 0 <= n <= len(self._tokens):
+                raise ValueError(f"cannot rewind by {n}: the sequence has {len(self._tokens)} tokens")
+            self.truncate(len(self._tokens) - n)
+
+    def shift(self, keep: int, discard: int) -> None:
+        """Take the `discard` tokens after the first `keep` out, and move the rest to their positions.
+
+        Nothing is evaluated: keys are turned to their new positions (with the next evaluation), values stay, so what
+        follows still remembers what was discarded and is not what a fresh evaluation would give. A recurrent state
+        cannot forget: there only the list becomes shorter. Where tokens would come into a sliding window again that it
+        has dropped, those after `keep` are evaluated anew when logits are asked for.
+        Raises `ValueError` for a range outside the sequence, `ContextError` where the memory cannot shift
+        (`Context.memory`), `ContextFullError` where cells are shared with another sequence, so that this one needs some
+        of its own, and there are too few.
+        """
+        context, slot = self.context, self._slot
+        with context._lock:
+            slot.check_open()
+            keep, discard = operator.index(keep), operator.index(discard)
+            if keep < 0 or discard < 0 or keep + discard > len(self._tokens):
+                raise ValueError(
+                    f"cannot discard {discard} tokens after the first {keep}: there are {len(self._tokens)}"
+                )
+            if not slot.settled:
+                slot.forget_from(slot.n_cached)
+            if not discard or keep + discard == len(self._tokens):
+                self.truncate(len(self._tokens) - discard)
+                return
+            if keep + discard >= slot.n_cached:  # what is behind is not evaluated yet
+                if keep < slot.n_cached:
+                    slot.forget_from(keep)
+                del self._tokens[keep : keep + discard]
+            else:
+                if not context.memory.can_shift:
+                    raise ContextError(
+                        f"the memory of this model ({context.model.architecture}, {context.memory.kind}) cannot shift: "
+                        "truncate and extend instead"
+                    )
+                self._own_cells(keep + discard)
+                self._shift_cells(keep, discard)
+            slot.n_seen = slot.n_cached
+            context.stats.tokens_discarded += discard
+
+    # Copying
+
+    def fork(self, n: int | None = None) -> "Sequence":
+        """Return a new sequence of the first `n` tokens, by default of all; nothing is evaluated.
+
+        Where the memory can share (`Context.memory`), no key or value is copied: the cells are in use until both have
+        let go of them. Raises `ValueError` unless 0 <= n <= len, `ContextError` where all `n_seq` sequences are in use,
+        `ContextFullError` where what cannot be shared does not fit.
+        """
+        context, slot = self.context, self._slot
+        with context._lock:
+            slot.check_open()
+            n = len(self._tokens) if n is None else operator.index(n)
+            if not 0 <= n <= len(self._tokens):
+                raise ValueError(f"n must be from 0 to the sequence's length {len(self._tokens)}, not {n}")
+            if not slot.settled:
+                slot.forget_from(slot.n_cached)
+            forked = context.sequence()
+            try:
+                forked._tokens.extend(self._tokens[:n])
+                if shared := min(n, slot.n_cached):
+                    context._share(slot, forked._slot, shared)
+                context._pool.spare = 0
+                if lacking := context._pool.lacks(forked._slot, 0):
+                    raise context._full(lacking, forked._slot)
+            except BaseException:
+                forked._discard()
+                raise
+            return forked
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write tokens, keys and values to a file that `Context.restore` reads.
+
+        It is written beside the path and then renamed, so that there is always the old file or the new one.
+        Raises `OSError` where it cannot be written, `StateError` where libllama does not give the state.
+        """
+        from .state import save
+
+        save(self, path)
+
+    # The end
+
+    @property
+    def pinned(self) -> bool:
+        """Whether what this sequence holds stays in the KV cache when it is closed, however full the context is.
+
+        Set it on a system prompt; it then takes one of the `n_seq` places until `Context.clear_cache(pinned=True)`.
+        """
+        return self._slot.pinned
+
+    @pinned.setter
+    def pinned(self, pinned: bool) -> None:
+        with self.context._lock:
+            self._slot.check_open()
+            self._slot.pinned = bool(pinned)
+
+    def close(self) -> None:
+        """Give the place back; what was evaluated stays cached while there is room. Closing twice is no error."""
+        with self.context._lock:
+            if not self.closed:
+                self.context.memory.check_idle()
+                self.context._release(self._slot)
 
     @property
     def closed(self) -> bool:
         """Whether `close` was called, here or on the context or the model."""
-        return self._closed
+        return self._slot.closed
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedError("this Sequence is closed")
+    # The caller holds the lock.
 
-    def _add(self, tokens: npt.NDArray[np.int32]) -> None:
-        """Put tokens at the end of the list."""
-        self._forget_logits()
-        self._tokens.frombytes(tokens.tobytes())
-
-    def _cut(self, n: int) -> None:
-        """Make list and cache end after the first `n` tokens."""
-        self._forget_logits()
-        self._settled = False
-        self._n_cached = min(n, self._n_cached)
-        del self._tokens[n:]
-        self._forget_from(self._n_cached)
-
-    def _evaluate_pending(self, on_progress: Callable[[int, int], object] | None = None) -> int:
-        """Bring the cache up to the list, at least by its last token; return how many tokens that evaluated."""
-        context, total = self.context, len(self._tokens)
-        if not total:
-            raise ContextError("the sequence is empty: extend it with a prompt first (a BOS token at the least)")
-        if not self._settled:
-            self._forget_from(self._n_cached)
-        if self._n_cached == total:
-            self._forget_from(total - 1)
-        first = self._n_cached
-        context._begin()
-        self._settled = False
+    def _extend(self, new: npt.NDArray[np.int32], on_progress: Callable[[int, int], object] | None) -> int:
+        length = self._grow(new)
         try:
-            if total - first == 1:
-                context._decode_one(self, self._tokens[-1], first)
-                self._n_cached = total
-            else:
-                tokens = np.array(self._tokens[first:], np.int32)
-                for start in range(0, total - first, context.n_batch):
-                    chunk = tokens[start : start + context.n_batch]
-                    context._decode(self, chunk, first + start)
-                    self._n_cached += len(chunk)
-                    if on_progress is not None:
-                        on_progress(self._n_cached - first, total - first)
+            return self.context._evaluate([self._slot], on_progress)
         except BaseException:
-            self._forget_from(self._n_cached)
+            self._slot.cut(length)
             raise
-        self._settled = True
-        return total - first
 
-    def _forget_from(self, n: int) -> None:
-        """Make the cache hold the first `n` tokens, or nothing where this kind of memory cannot forget a part."""
-        if self._closed:  # by a callback amid the call: the cells are someone else's by now
+    def _grow(self, new: npt.NDArray[np.int32]) -> int:
+        """Put tokens at the end, with a cell for each; return the length before. On an error the list is as it was."""
+        slot, pool = self._slot, self.context._pool
+        if not slot.settled:
+            slot.forget_from(slot.n_cached)
+        if not self._try_to_grow(new):
+            self._make_room(len(new))
+            pool.spare = 0
+            slot.add(new)
+        return len(self._tokens) - len(new)
+
+    def _try_to_grow(self, new: npt.NDArray[np.int32]) -> bool:
+        """Put tokens at the end, share what others have cached of the whole, and say whether all of it fits."""
+        slot, pool, length = self._slot, self.context._pool, len(self._tokens)
+        logits, unread = slot.logits, slot.unread
+        fits = False
+        try:
+            pool.spare = 0
+            slot.add(new)
+            self.context._attach_prefix(slot)
+            fits = not pool.lacks(slot, 0)
+        finally:
+            if not fits:
+                slot.cut(length)
+                if slot.n_cached == length:
+                    slot.logits, slot.unread = logits, unread
+        return fits
+
+    def _make_room(self, wanted: int) -> None:
+        """Have room for so many tokens more: drop what may be dropped, then do as `on_full` says, or raise."""
+        context, pool = self.context, self.context._pool
+        lacking = pool.lacks(self._slot, wanted)
+        if lacking and context.on_full != "error":
+            if callable(context.on_full):
+                context.on_full(self, lacking)
+                self._slot.check_open()
+            else:
+                keep = min(context.n_keep, len(self._tokens))
+                discard = max(lacking, (len(self._tokens) - keep) // 2)
+                if keep + discard <= len(self._tokens):
+                    callbacks.logger.info(
+                        "the context is full: %d tokens after the first %d are discarded", discard, keep
+                    )
+                    self.shift(keep, discard)
+            lacking = pool.lacks(self._slot, wanted)
+        if lacking:
+            raise context._full(wanted, self._slot)
+
+    def _shift_cells(self, keep: int, discard: int) -> None:
+        context, slot = self.context, self._slot
+        n, logits, unread = slot.n_cached, slot.logits, slot.unread
+        slot.settled, slot.n_cached = False, keep
+        del self._tokens[keep : keep + discard]
+        if not context.memory.shift(slot.id, n, keep, discard):
+            slot.forget_from(keep)
             return
-        self._settled = False
-        self._n_cached = n
-        self._forget_logits()
-        if not self.context._remove(self._id, n):
-            self._n_cached = 0
-            self.context._remove(self._id, -1)
-        self._settled = True
+        if context.memory.kind != "recurrent":
+            context._pool.shifted.append(slot)
+        slot.pieces = clipped(slot.pieces, keep)
+        slot.n_pure = keep if slot.n_pure is None else min(keep, slot.n_pure)
+        slot.checkpoints = [checkpoint for checkpoint in slot.checkpoints if checkpoint.n <= slot.n_pure]
+        slot.n_cached, slot.logits, slot.unread, slot.settled = n - discard, logits, unread, True
+        if not context.memory.can_truncate:  # to go back as far as here, and not to before the shift
+            context._keep_logits(slot)
+            slot.checkpoint(0, context._checkpoint_bytes)
 
-    def _forget_logits(self) -> None:
-        """Drop the logits, also those that nobody has read yet: the last token is about to be another."""
-        self._logits = None
-        if self.context._unread is self._reference:
-            self.context._unread = None
+    def _own_cells(self, start: int) -> None:
+        """Make sure that no other sequence holds the cells from `start` on: those are about to change."""
+        context, slot = self.context, self._slot
+        if shared := context._pool.is_shared(slot, start):
+            if lacking := context._pool.lacks(slot, shared):
+                raise context._full(lacking, slot)
+            context._apply_shift(slot)
+            state, n = context.memory.read(slot.id), slot.n_cached
+            if state is None:
+                raise ContextError("libllama does not give the state of this sequence; see its log")
+            logits, n_pure, checkpoints = slot.logits, slot.n_pure, slot.checkpoints
+            slot.forget_from(0)
+            slot.settled = False
+            context._pool.spare = 0
+            if reason := context.memory.write(slot.id, state):
+                slot.forget_from(0)
+                raise ContextError(f"libllama could not copy this sequence ({reason})")
+            slot.n_cached, slot.n_pure, slot.checkpoints, slot.logits = n, n_pure, checkpoints, logits
+            slot.settled = True
 
-    def _keep_logits(self) -> None:
-        """Copy the logits before libllama's buffer is used for something else."""
-        self._logits = self.context._read_logits()
+    def _discard(self) -> None:
+        """Close without leaving anything in the KV cache."""
+        if not self.closed:
+            self._slot.n_cached = 0
+            self.context._release(self._slot)
 
     def __enter__(self) -> "Self":
         return self
@@ -247,15 +439,16 @@ class Sequence:
         self.close()
 
     def __del__(self) -> None:
-        # A collection may come at any point of another call: the context takes the id back when it next looks.
-        if not getattr(self, "_closed", True):
-            self.context._orphans.append(self._id)
+        # A collection may come at any point of another call: the context takes the slot back when it next looks.
+        slot = getattr(self, "_slot", None)
+        if slot is not None and not slot.closed:
+            self.context._orphans.append(slot)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Sequence cannot be copied or pickled: its keys and values are the context's")
 
     def __repr__(self) -> str:
-        return "<Sequence: closed>" if self._closed else f"<Sequence of {len(self)} tokens>"
+        return "<Sequence: closed>" if self.closed else f"<Sequence of {len(self)} tokens>"
 
 
 class Tokens(AbstractSequence[int]):

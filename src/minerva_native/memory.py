@@ -1,0 +1,114 @@
+"""A context's memory: what of it can be cut, shifted, shared and copied, and the libllama calls that do it."""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ._binding import callbacks, ffi, lib
+from ._handle import Handle
+from .errors import ContextError
+
+if TYPE_CHECKING:
+    from .model import Model
+
+Kind = Literal["attention", "sliding window", "recurrent", "hybrid"]
+
+State = npt.NDArray[np.uint8]
+
+
+class Memory:
+    """What the memory of a context can do, which depends on the model's architecture.
+
+    `kind`: "attention" keeps keys and values of every token, "sliding window" in some layers only of the last `window`
+    tokens, "recurrent" one state that every token changes, "hybrid" the last and one of the others.
+    `can_truncate`: whether the end of a sequence can be forgotten at any point. Where not, a copy of the state is kept
+    every so many tokens (a checkpoint), and `truncate` goes back to the nearest one before.
+    `can_shift`: whether tokens can be taken out of the middle and the rest moved up without evaluating them again.
+    `can_share`: whether sequences share the cells of what they have in common, rather than copy them.
+    """
+
+    def __init__(self, model: "Model", handle: Handle, unified: bool, swa_full: bool):
+        self._handle = handle
+        self._context = handle.pointer
+        self._memory = lib.llama_get_memory(self._context)
+        with model._handle as pointer:
+            hybrid, recurrent = lib.llama_model_is_hybrid(pointer), lib.llama_model_is_recurrent(pointer)
+            self.window: int = max(0, lib.llama_model_n_swa(pointer))
+        self.kind: Kind = "attention"
+        if hybrid or recurrent:
+            self.kind = "hybrid" if hybrid else "recurrent"
+        elif self.window:
+            self.kind = "sliding window"
+        self.exists = self._memory != ffi.NULL
+        self.can_truncate = self.kind == "attention" or (self.kind == "sliding window" and swa_full)
+        self.can_shift: bool = self.exists and lib.llama_memory_can_shift(self._memory)
+        self.can_share = unified
+        self.computing = False
+
+    def __repr__(self) -> str:
+        able = [name for name in ("truncate", "shift", "share") if getattr(self, f"can_{name}")]
+        return f"<Memory: {self.kind}, can {', '.join(able) or 'do nothing but grow'}>"
+
+    # What follows is for `Slot` and its pool. The caller holds the context's lock.
+
+    def check_idle(self) -> None:
+        """Refuse what a signal handler or a callback asks for amid a computation on its own thread."""
+        if self.computing:
+            raise ContextError("this context is computing: it cannot be used or closed from within")
+
+    def remove(self, sequence_id: int, start: int, stop: int = -1) -> bool:
+        """Forget a sequence's tokens from position `start` on, or up to `stop`; False where this kind cannot."""
+        self.check_idle()
+        return self._handle.closed or bool(lib.llama_memory_seq_rm(self._memory, sequence_id, start, stop))
+
+    def holds(self, sequence_id: int, n: int) -> bool:
+        """Whether a sequence's first `n` tokens, and no more, can be continued: all that `n` attends to is there."""
+        if self._handle.closed or lib.llama_memory_seq_pos_max(self._memory, sequence_id) != n - 1:
+            return n == 0 or self._handle.closed
+        if self.kind != "sliding window":
+            return True
+        # libllama reuses the cells of tokens that have left the window, which is then not there to go back to.
+        return bool(lib.llama_memory_seq_pos_min(self._memory, sequence_id) <= max(0, n + 1 - self.window))
+
+    def copy(self, source_id: int, target_id: int) -> bool:
+        """Let an empty sequence hold what another does: the same cells, or copies where each has its own."""
+        self.check_idle()
+        if not self.can_share:  # libllama's own copy is of the whole buffer, and only made by the next decode
+            state = self.read(source_id)
+            return state is not None and not self.write(target_id, state)
+        lib.llama_memory_seq_cp(self._memory, source_id, target_id, -1, -1)
+        return True
+
+    def shift(self, sequence_id: int, n: int, keep: int, discard: int) -> bool:
+        """Forget the tokens at positions `keep` to `keep + discard` of `n`, and move those behind to their place.
+
+        False where tokens that have left the window would come into it again, and are no longer there.
+        """
+        self.check_idle()
+        seen = max(0, n - discard + 1 - self.window)
+        if self.kind == "sliding window" and keep > seen < lib.llama_memory_seq_pos_min(self._memory, sequence_id):
+            return False
+        self.remove(sequence_id, keep, keep + discard)
+        lib.llama_memory_seq_add(self._memory, sequence_id, keep + discard, -1, -discard)
+        return True
+
+    def read(self, sequence_id: int, partial: bool = False) -> State | None:
+        """Copy a sequence's state, or that part of it which cannot be cut; None where libllama could not."""
+        self.check_idle()
+        flags = lib.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY if partial else 0
+        state = np.empty(lib.llama_state_seq_get_size_ext(self._context, sequence_id, flags), np.uint8)
+        size = lib.llama_state_seq_get_data_ext(self._context, _pointer(state), state.size, sequence_id, flags)
+        return state if size == state.size else None
+
+    def write(self, sequence_id: int, state: State, partial: bool = False) -> str:
+        """Replace a sequence's state by one that was read; return why it could not be, or nothing."""
+        self.check_idle()
+        flags = lib.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY if partial else 0
+        with callbacks.captured_errors() as errors:
+            size = lib.llama_state_seq_set_data_ext(self._context, _pointer(state), state.size, sequence_id, flags)
+        return "" if size == state.size else callbacks.reason(errors, "libllama gives no reason")
+
+
+def _pointer(state: State) -> Any:
+    return ffi.from_buffer("uint8_t[]", state)

@@ -1,0 +1,329 @@
+"""Slots: libllama's sequence ids, each with its tokens and what of them the KV cache holds."""
+
+import itertools
+from array import array
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import ClosedError, ContextError
+from .memory import Memory, State
+
+Piece = tuple[int, int]
+"""A run of cells that several slots may hold, by its number, and how many of them, from the first, this one holds."""
+
+
+class Checkpoint(NamedTuple):
+    """The state after the first `n` tokens, and the logits there where they were at hand."""
+
+    n: int
+    state: State
+    logits: npt.NDArray[np.float32] | None
+
+
+class Slot:
+    """A list of tokens, how many of them are in the KV cache, and under which sequence id.
+
+    An interrupt may strike between any two lines: the cache then holds more than `n_cached` tokens, never less, and
+    `settled` stays False until `forget_from` has made them agree again.
+    """
+
+    def __init__(self, memory: Memory):
+        self._memory = memory
+        self.id = -1  # none, before anything is evaluated
+        self.tokens = array("i")
+        self.n_cached = 0  # of the tokens, from the first
+        self.settled = True
+        self.logits: npt.NDArray[np.float32] | None = None  # after the last token, once they are read
+        self.unread = False  # whether they lie in libllama's buffer
+        self.n_seen = 0  # how many tokens, from the first, were evaluated at some time
+        self.n_pure: int | None = None  # once shifted: how many of the cached are what a fresh evaluation would give
+        self.pieces: list[Piece] = []  # of the cells, from the first; those after are this slot's alone
+        self.checkpoints: list[Checkpoint] = []  # by rising n
+        self.pinned = False
+        self.closed = False
+
+    def check_open(self) -> None:
+        """Raise `ClosedError` where the sequence was closed, be it by a callback amid the call."""
+        if self.closed:
+            raise ClosedError("this Sequence is closed")
+
+    def add(self, tokens: npt.NDArray[np.int32]) -> None:
+        """Put tokens at the end of the list."""
+        self.forget_logits()
+        self.tokens.frombytes(tokens.tobytes())
+
+    def cut(self, n: int) -> None:
+        """Make list and cache end after the first `n` tokens."""
+        self.forget_logits()
+        agree = self.settled and n >= self.n_cached
+        self.settled = False
+        self.n_cached, self.n_seen = min(n, self.n_cached), min(n, self.n_seen)
+        del self.tokens[n:]
+        self.checkpoints = [checkpoint for checkpoint in self.checkpoints if checkpoint.n <= n]
+        if agree:
+            self.settled = True
+        else:
+            self.forget_from(self.n_cached)
+
+    def forget_from(self, n: int) -> None:
+        """Have the cache hold the first `n` tokens; where it cannot, those up to a checkpoint before, or none."""
+        self.settled = False
+        self.forget_logits()
+        if self.id < 0:
+            self.n_cached = 0
+        else:
+            self.n_cached = n if self._cut_cells(n) else self._return_to_checkpoint(n)
+        self.pieces = clipped(self.pieces, self.n_cached)
+        if self.n_pure is not None and self.n_pure >= self.n_cached:
+            self.n_pure = None
+        self.settled = True
+
+    def _cut_cells(self, n: int) -> bool:
+        return self._memory.remove(self.id, n if n else -1) and self._memory.holds(self.id, n)
+
+    def _return_to_checkpoint(self, n: int) -> int:
+        for checkpoint in reversed(self.checkpoints):
+            if checkpoint.n <= n:
+                self._memory.remove(self.id, checkpoint.n)  # of a hybrid this fails: it is cut after the state is back
+                if not self._memory.write(self.id, checkpoint.state, partial=True) and self._cut_cells(checkpoint.n):
+                    return checkpoint.n
+        self._memory.remove(self.id, -1)
+        return 0
+
+    def forget_logits(self) -> None:
+        """Drop the logits, also those that nobody has read yet: the last token is about to be another."""
+        self.logits, self.unread = None, False
+
+    def at_checkpoint(self) -> npt.NDArray[np.float32] | None:
+        """Return the logits after the last token, where a checkpoint has them and the cache is there."""
+        last = self.checkpoints[-1] if self.checkpoints else None
+        return last.logits if last and last.n == self.n_cached == len(self.tokens) else None
+
+    def checkpoint(self, stride: int, max_bytes: int) -> None:
+        """Keep the state, unless one nearby is kept; of too many, drop the one whose neighbours are nearest."""
+        last = self.checkpoints[-1].n if self.checkpoints else 0
+        if self.n_cached - last < stride:
+            return
+        state = self._memory.read(self.id, partial=True)
+        if state is None or state.size > max_bytes:
+            return
+        kept = [*self.checkpoints, Checkpoint(self.n_cached, state, self.logits)]
+        while sum(checkpoint.state.size for checkpoint in kept) > max_bytes:
+            starts = [0, *(checkpoint.n for checkpoint in kept)]
+            gaps = [after - before for before, after in zip(starts[:-2], starts[2:], strict=True)]
+            del kept[min(range(len(gaps)), key=gaps.__getitem__) if gaps else 0]
+        self.checkpoints = kept
+
+    def usable(self, wanted: npt.NDArray[np.int32], at_least: int) -> int:
+        """Return how many of the wanted tokens, from the first, this slot has cached; 0 where not over `at_least`."""
+        limit = min(len(wanted), self.n_cached if self.n_pure is None else self.n_pure)
+        if not self.settled or limit <= at_least or self.tokens[at_least] != wanted[at_least]:
+            return 0
+        n = common_prefix(self.tokens[:limit], wanted)
+        if not self._memory.can_truncate and n < self.n_cached:
+            n = max((checkpoint.n for checkpoint in self.checkpoints if checkpoint.n <= n), default=0)
+        return n if n > at_least else 0
+
+
+class SlotPool:
+    """The slots of a context: which are in use, which are kept as a prefix cache, and how many cells are left."""
+
+    def __init__(self, memory: Memory, n_cells: int, n_seq: int, prefix_cache: bool):
+        self._memory = memory
+        self._n_cells, self._n_seq = n_cells, n_seq
+        self._prefix_cache = prefix_cache
+        self.open: list[Slot] = []
+        self.finished: list[Slot] = []  # least recently used first
+        self.shifted: list[Slot] = []  # whose keys the next decode will turn to their new positions
+        self.spare = 0  # how many tokens may be added before the cells are to be counted again
+        self._free_ids = list(range(n_seq - 1, -1, -1))
+        self._run_numbers = itertools.count()
+
+    def new(self) -> Slot | None:
+        """Return a new empty slot; None where all places are taken."""
+        if len(self.open) + sum(slot.pinned for slot in self.finished) >= self._n_seq:
+            return None
+        slot = Slot(self._memory)
+        self.open.append(slot)
+        return slot
+
+    def place(self, slot: Slot) -> None:
+        """Give a slot a sequence id, if need be that of the finished one that was least recently used."""
+        if slot.id < 0:
+            if not self._free_ids:
+                oldest = self._oldest()
+                if oldest is None:
+                    raise no_place(self._n_seq)
+                self.drop(oldest)
+            slot.id = self._free_ids.pop()
+
+    def release(self, slot: Slot) -> None:
+        """Take a slot out of use: what it holds stays as long as there is room for it."""
+        slot.closed = True
+        if slot in self.open:
+            self.open.remove(slot)
+        if self._prefix_cache and slot.settled:
+            slot.tokens = slot.tokens[: slot.n_cached]
+            self.keep(slot)
+        else:
+            self.drop(slot)
+
+    def drop(self, slot: Slot) -> None:
+        """Free a slot's cells and its id."""
+        if slot in self.finished:
+            self.finished.remove(slot)
+        sequence_id, slot.id = slot.id, -1
+        slot.forget_logits()
+        slot.n_cached, slot.pieces, slot.checkpoints = 0, [], []
+        if sequence_id >= 0:
+            self._memory.remove(sequence_id, -1)
+            self._free_ids.append(sequence_id)
+
+    def _oldest(self) -> Slot | None:
+        """Return the finished slot to drop first."""
+        return next((old for old in self.finished if not old.pinned), None)
+
+    def new_finished(self) -> Slot | None:
+        """Return a new slot for the prefix cache, to fill and then to `keep`; None where there is no place for it."""
+        if not self._prefix_cache or (not self._free_ids and self._oldest() is None):
+            return None
+        slot = Slot(self._memory)
+        slot.closed = True
+        return slot
+
+    def keep(self, slot: Slot) -> None:
+        """Put a slot among the finished ones, unless it adds nothing to them; drop those that add nothing to it."""
+        if not slot.n_cached:
+            self.drop(slot)
+            return
+        for old in list(self.finished):
+            n = common_prefix(old.tokens, slot.tokens)
+            if n == len(old.tokens) and not old.pinned and slot.n_pure is None:
+                self.drop(old)
+            elif n == len(slot.tokens) and not slot.pinned and old.n_pure is None:
+                self.drop(slot)
+                return
+        self.finished.append(slot)
+
+    def share(self, source: Slot, slot: Slot, n: int) -> None:
+        """Let a slot hold the first `n` cached tokens of another in place of what it has; its list has them already."""
+        self.spare = 0
+        logits = source.logits if n == source.n_cached == len(source.tokens) == len(slot.tokens) else None
+        slot.forget_from(0)
+        if source in self.finished:  # it is used: the last to be dropped from now on
+            self.finished.remove(source)
+            self.finished.append(source)
+        if slot.id < 0 and not self._free_ids and self._oldest() is source:  # no other place: it becomes this one
+            self.finished.remove(source)
+            slot.settled = False
+            slot.id, source.id, slot.pieces = source.id, -1, source.pieces
+        else:
+            self.place(slot)
+            slot.settled = False
+            if self._memory.can_share:
+                held = sum(length for _, length in source.pieces)
+                if n > held:
+                    source.pieces = [*source.pieces, (next(self._run_numbers), n - held)]
+                slot.pieces = source.pieces
+            if not self._memory.copy(source.id, slot.id):
+                slot.forget_from(0)
+                return
+        slot.n_pure = source.n_pure
+        slot.checkpoints = [checkpoint for checkpoint in source.checkpoints if checkpoint.n <= n]
+        if n == source.n_cached:
+            slot.n_cached, slot.settled = n, True
+        else:
+            slot.forget_from(n)
+        slot.n_seen = max(slot.n_seen, n)
+        if slot.n_cached == n:
+            slot.logits = logits
+
+    def find_prefix(self, slot: Slot) -> tuple[Slot | None, int]:
+        """Return which other slot has most of this one's tokens cached, from the first, and how many."""
+        total, best, n = len(slot.tokens), None, slot.n_cached
+        if not self._prefix_cache or total - n < 2 or not slot.settled or slot.n_pure is not None:
+            return None, 0
+        wanted = np.array(slot.tokens, np.int32)
+        for other in (*self.open, *self.finished):
+            if other is not slot and (usable := other.usable(wanted, n)):
+                best, n = other, usable
+        return best, n
+
+    def lacks(self, slot: Slot, wanted: int) -> int:
+        """Return how many cells are missing for `wanted` tokens more, when all that may be dropped is dropped."""
+        if not self._memory.can_share:
+            return max(0, len(slot.tokens) + wanted - self._n_cells)
+        while (over := count_cells([*self.open, *self.finished]) + wanted - self._n_cells) > 0:
+            oldest = self._oldest()
+            if oldest is None:
+                return over
+            self.drop(oldest)
+        self.spare = wanted - over
+        return 0
+
+    def used(self, slot: Slot | None = None) -> int:
+        """Return how many cells hold, or wait for, the tokens of open and pinned sequences."""
+        if slot is not None and not self._memory.can_share:
+            return len(slot.tokens)
+        return count_cells([*self.open, *(old for old in self.finished if old.pinned)])
+
+    def is_shared(self, slot: Slot, start: int) -> int:
+        """Return how many of a slot's cells it shares, where any of those from `start` on is among them, else 0."""
+        others = {run: 0 for run, _ in slot.pieces}
+        for other in (*self.open, *self.finished):
+            if other is not slot:
+                for run, length in other.pieces:
+                    if run in others:
+                        others[run] = max(others[run], length)
+        end, shared, reaches = 0, 0, False
+        for run, length in slot.pieces:
+            held = min(length, others[run])
+            reaches |= held > 0 and end + held > start
+            end, shared = end + length, shared + held
+        return shared if reaches else 0
+
+    def clear(self) -> None:
+        """Drop every slot: the context is closing."""
+        for slot in self.open:
+            slot.closed = True
+        self.open, self.finished = [], []
+
+
+def count_cells(slots: list[Slot]) -> int:
+    """Return how many cells the tokens of some slots take together."""
+    runs: dict[int, int] = {}
+    total = 0
+    for slot in slots:
+        total += len(slot.tokens)
+        for run, length in slot.pieces:
+            total -= length
+            runs[run] = max(length, runs.get(run, 0))
+    return total + sum(runs.values())
+
+
+def clipped(pieces: list[Piece], n: int) -> list[Piece]:
+    """Return the pieces that hold the first `n` tokens of what these hold."""
+    kept = []
+    for run, length in pieces:
+        if n > 0:
+            kept.append((run, min(length, n)))
+        n -= length
+    return kept
+
+
+def common_prefix(one: "array[int] | npt.NDArray[np.int32]", other: "array[int] | npt.NDArray[np.int32]") -> int:
+    """Return how many tokens, from the first, two texts have in common."""
+    n = min(len(one), len(other))
+    differs = np.array(one[:n], np.int32) != np.array(other[:n], np.int32)
+    first = int(differs.argmax()) if n else 0
+    return first if n and differs[first] else n
+
+
+def no_place(n_seq: int) -> ContextError:
+    """Return the error of a context whose sequences are all in use."""
+    return ContextError(
+        f"all {n_seq} sequences of this context are in use: close one, or make a context with more room, such as "
+        f"n_seq={n_seq + 1}"
+    )

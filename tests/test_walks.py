@@ -1,0 +1,343 @@
+"""Random walks over every operation on several sequences, on each kind of memory, against evaluations from scratch.
+
+After every step the tokens of all sequences are as a plain list would be, and the logits are those of a context that
+evaluated the same tokens and nothing else. A shifted sequence is by nature not what a fresh evaluation gives: it is
+compared with the same removals and shifts made by hand, by calls of libllama in an order of their own.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import hypothesis
+import hypothesis.stateful as stateful
+import hypothesis.strategies as st
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import minerva_native as mn
+from minerva_native._binding import lib
+from tiny_models import TinyModel
+
+Logits = npt.NDArray[np.float32]
+
+WALKS_OF_EACH, STEPS = 50, 40
+N_CTX, N_SEQ, MAX_TOKENS = 176, 4, 56
+TOLERANCE = 1e-3  # of the logits' size: batches of other sizes add in another order, and keys and values are float16
+FEW = st.sampled_from([40, 41, 42])  # so few that texts often begin alike
+TEXT = st.lists(FEW, min_size=1, max_size=24)
+
+
+class Kind(NamedTuple):
+    """A kind of memory: a model that has it, and how its context is made."""
+
+    model: TinyModel
+    options: Mapping[str, Any] = MappingProxyType({})
+
+
+# The router of a mixture of experts leaps at small differences, so that one keeps its keys and values in float32.
+KINDS = {
+    "attention": Kind(TinyModel()),
+    "attention in cells of its own": Kind(TinyModel(), {"kv_unified": False, "n_ctx": N_SEQ * 64}),
+    "mixture of experts": Kind(TinyModel("qwen3moe"), {"kv_type": "f32"}),
+    "sliding window": Kind(TinyModel("gemma2", tied=True)),
+    "sliding window, small cache": Kind(TinyModel("gemma2", tied=True), {"swa_full": False, "n_ctx": 600}),
+    "recurrent": Kind(TinyModel("mamba")),
+    "hybrid": Kind(TinyModel("jamba")),
+}
+
+OPTIONS: dict[str, Any] = {"n_threads": 1, "n_batch": 16, "n_ubatch": 8, "flash_attention": "off"}
+
+
+class ByHand:
+    """Runs programs by libllama's calls: ("evaluate", tokens), ("cut", n), ("redo",), ("shift", keep, discard)"""
+
+    def __init__(self, model: mn.Model, options: Mapping[str, Any]):
+        unshared = {"kv_unified": True, "n_ctx": 256, "swa_full": True}
+        self.context = model.context(**{**OPTIONS, **options, **unshared}, prefix_cache=False)
+        self.known: dict[tuple[Any, ...], Logits | None] = {}
+
+    def logits(self, program: list[tuple[Any, ...]]) -> Logits | None:
+        """The logits after a program; None where a sliding window had dropped what a cut brings back into it."""
+        key = tuple(program)
+        if key not in self.known:
+            self.known[key] = self._run(program)
+        return self.known[key]
+
+    def _run(self, program: list[tuple[Any, ...]]) -> Logits | None:
+        window = self.context.memory.window
+        memory = lib.llama_get_memory(self.context._pointer)
+        lib.llama_memory_seq_rm(memory, 0, -1, -1)
+        tokens: list[int] = []
+        for name, *arguments in program:
+            if name == "evaluate":
+                self._evaluate(arguments[0], len(tokens))
+                tokens += arguments[0]
+            elif name == "cut":
+                del tokens[arguments[0] :]
+                lib.llama_memory_seq_rm(memory, 0, len(tokens), -1)
+                if window and lib.llama_memory_seq_pos_min(memory, 0) > max(0, len(tokens) - window):
+                    return None
+            elif name == "redo":
+                lib.llama_memory_seq_rm(memory, 0, len(tokens) - 1, -1)
+                self._evaluate(tokens[-1:], len(tokens) - 1)
+            else:
+                keep, discard = arguments
+                del tokens[keep : keep + discard]
+                lib.llama_memory_seq_rm(memory, 0, keep, keep + discard)
+                lib.llama_memory_seq_add(memory, 0, keep + discard, -1, -discard)
+        return self.context._read_logits()
+
+    def _evaluate(self, tokens: list[int], start: int) -> None:
+        batch = self.context._batch
+        for at in range(0, len(tokens), 7):
+            part = tokens[at : at + 7]
+            batch.put(0, np.array(part, np.int32), start + at, 0)
+            batch.struct.n_tokens = len(part)
+            assert lib.llama_decode(self.context._pointer, batch.struct) == 0
+            self.context._last_row = lib.llama_get_logits_ith(self.context._pointer, -1)
+
+
+class Text:
+    """What a sequence should hold, and how that came about."""
+
+    def __init__(self, tokens: list[int], program: list[tuple[Any, ...]] | None = None):
+        self.tokens = tokens
+        self.shifts = program  # once shifted
+        self.waits = False  # whether its logits are not looked at yet, as that would evaluate what should wait
+
+    @property
+    def program(self) -> list[tuple[Any, ...]]:
+        return [("evaluate", tuple(self.tokens))] if self.shifts is None else self.shifts
+
+    def look(self, evaluated: int) -> None:
+        """Logits were asked for: after a cut, that takes evaluating the last token again, or a window all of it."""
+        self.waits = False
+        if self.shifts is not None and self.shifts[-1][0] == "cut":
+            self.shifts = [*self.shifts, ("redo",)] if evaluated == 1 else None
+
+    def extend(self, ids: list[int]) -> None:
+        self.tokens += ids
+        if self.shifts is not None:
+            self.shifts.append(("evaluate", tuple(ids)))
+
+    def cut(self, n: int, can_truncate: bool) -> None:
+        removed = len(self.tokens) - n
+        del self.tokens[n:]
+        if removed and self.shifts is not None:
+            if can_truncate and n:
+                self.shifts = [*self.shifts, ("cut", n)]
+            else:  # a recurrent state goes back to after the last shift, or to before the first
+                self.shifts = self._without(removed)
+
+    def _without(self, removed: int) -> list[tuple[Any, ...]] | None:
+        """The program without its last tokens; None where some of them are from before a shift."""
+        program = list(self.shifts or [])
+        while removed and program[-1][0] == "evaluate":
+            ids = program.pop()[1]
+            if len(ids) > removed:
+                program.append(("evaluate", ids[:-removed]))
+            removed = max(0, removed - len(ids))
+        return None if removed else program
+
+    def shift(self, keep: int, discard: int) -> None:
+        self.shifts = [*self.program, ("shift", keep, discard)]
+        del self.tokens[keep : keep + discard]
+
+    def copy(self) -> "Text":
+        return Text(list(self.tokens), None if self.shifts is None else list(self.shifts))
+
+
+class Walk(stateful.RuleBasedStateMachine):
+    """Sequences of one context beside the texts that they should hold."""
+
+    def __init__(self, model: mn.Model, by_hand: ByHand, options: Mapping[str, Any], folder: Path):
+        super().__init__()
+        options = {"n_ctx": N_CTX, "n_seq": N_SEQ, "checkpoint_interval": 8, **OPTIONS, **options}
+        self.context, self.by_hand, self.folder = model.context(**options), by_hand, folder
+        self.can_truncate = self.context.memory.can_truncate
+        self.texts: dict[mn.Sequence, Text] = {self.context.sequence(): Text([])}
+
+    def teardown(self) -> None:
+        for text in self.texts.values():
+            text.waits = False
+        self.agree()
+        self.context.close()
+
+    def pick(self, data: st.DataObject) -> tuple[mn.Sequence, Text]:
+        return data.draw(st.sampled_from(list(self.texts.items())), label="sequence")
+
+    def attempt(self, change: Callable[[], Any], text: Text) -> int | None:
+        """How many tokens a change evaluates; None where there is no room: then nothing may have changed."""
+        before = self.context.stats.tokens_evaluated
+        try:
+            change()
+        except mn.ContextFullError:
+            return None
+        text.waits = False
+        return self.context.stats.tokens_evaluated - before
+
+    def look(self, sequence: mn.Sequence, text: Text) -> Logits | None:
+        """The logits of a sequence, where there is room to have them."""
+        evaluated = self.attempt(lambda: sequence.logits, text)
+        if evaluated is None:
+            return None
+        text.look(evaluated)
+        return sequence.logits
+
+    @stateful.rule(data=st.data(), ids=TEXT)
+    def extend(self, data: st.DataObject, ids: list[int]) -> None:
+        sequence, text = self.pick(data)
+        hypothesis.assume(len(text.tokens) + len(ids) <= MAX_TOKENS)
+        if self.attempt(lambda: sequence.extend(ids), text) is not None:
+            text.extend(ids)
+
+    @stateful.rule(data=st.data(), ids=TEXT)
+    def score(self, data: st.DataObject, ids: list[int]) -> None:
+        sequence, text = self.pick(data)
+        hypothesis.assume(len(text.tokens) + len(ids) <= MAX_TOKENS)
+        if text.tokens and self.look(sequence, text) is None:
+            return
+        if self.attempt(lambda: sequence.score(ids), text) is not None:
+            text.extend(ids)
+
+    @stateful.rule(data=st.data(), token=FEW)
+    def append(self, data: st.DataObject, token: int) -> None:
+        sequence, text = self.pick(data)
+        hypothesis.assume(len(text.tokens) < MAX_TOKENS)
+        if self.attempt(lambda: sequence.append(token), text) is not None:
+            text.extend([token])
+            text.waits = True
+
+    @stateful.rule(data=st.data(), lazily=st.booleans())
+    def truncate(self, data: st.DataObject, lazily: bool) -> None:
+        sequence, text = self.pick(data)
+        n = data.draw(st.integers(0, len(text.tokens)), label="n")
+        sequence.truncate(n)
+        text.cut(n, self.can_truncate)
+        text.waits |= lazily and text.shifts is None
+
+    @stateful.rule(data=st.data(), n=st.integers(1, 3))
+    def rewind(self, data: st.DataObject, n: int) -> None:
+        sequence, text = self.pick(data)
+        n = min(n, len(text.tokens))
+        sequence.rewind(n)
+        text.cut(len(text.tokens) - n, self.can_truncate)
+
+    @stateful.rule(data=st.data(), edit=TEXT)
+    def assign(self, data: st.DataObject, edit: list[int]) -> None:
+        sequence, text = self.pick(data)
+        other = self.pick(data)[1]
+        kept = data.draw(st.integers(0, len(other.tokens)), label="kept")
+        ids = (other.tokens[:kept] + edit)[:MAX_TOKENS]
+        common = sum(
+            1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text.tokens, ids, strict=False))
+        )
+        if text.shifts is not None and self.look(sequence, text) is None:
+            return
+        evaluated = self.attempt(lambda: sequence.assign(ids), text)
+        if evaluated is not None:
+            text.cut(common, self.can_truncate)
+            if ids[common:]:
+                text.extend(ids[common:])
+            if evaluated > len(ids) - common:
+                text.shifts = None
+
+    @stateful.rule(data=st.data())
+    def shift(self, data: st.DataObject) -> None:
+        sequence, text = self.pick(data)
+        hypothesis.assume(len(text.tokens) >= 2 and self.context.memory.can_shift)
+        keep = data.draw(st.integers(0, len(text.tokens) - 2), label="keep")
+        discard = data.draw(st.integers(1, len(text.tokens) - keep - 1), label="discard")
+        # What waits is evaluated before, and something right after, so that both sides do so at the same points.
+        if self.look(sequence, text) is None or self.attempt(lambda: sequence.shift(keep, discard), text) is None:
+            return
+        text.shift(keep, discard)
+        evaluated = self.attempt(lambda: sequence.extend([40]), text)
+        if evaluated is not None:
+            text.extend([40])
+            if evaluated > 1:  # its window had dropped what was to come back into it
+                text.shifts = None
+
+    @stateful.rule(data=st.data(), whole=st.booleans())
+    def fork(self, data: st.DataObject, whole: bool) -> None:
+        sequence, text = self.pick(data)
+        hypothesis.assume(len(self.texts) < N_SEQ)
+        n = None if whole else data.draw(st.integers(0, len(text.tokens)), label="n")
+        copy = text.copy()
+        if self.attempt(lambda: self.texts.update({sequence.fork(n): copy}), copy) is not None and n is not None:
+            copy.cut(n, self.can_truncate)
+        copy.waits = text.waits
+
+    @stateful.rule(data=st.data())
+    def save_and_restore(self, data: st.DataObject) -> None:
+        sequence, text = self.pick(data)
+        hypothesis.assume(len(self.texts) < N_SEQ and text.shifts is None)
+        sequence.save(self.folder / "sequence")
+        copy = text.copy()
+        self.attempt(lambda: self.texts.update({self.context.restore(self.folder / "sequence"): copy}), copy)
+        copy.waits = text.waits
+
+    @stateful.rule(data=st.data())
+    def close(self, data: st.DataObject) -> None:
+        sequence, _ = self.pick(data)
+        hypothesis.assume(len(self.texts) > 1)
+        sequence.close()
+        del self.texts[sequence]
+
+    @stateful.rule(ids=TEXT)
+    def open(self, ids: list[int]) -> None:
+        hypothesis.assume(len(self.texts) < N_SEQ)
+        sequence, text = self.context.sequence(), Text([])
+        self.texts[sequence] = text
+        if self.attempt(lambda: sequence.extend(ids), text) is not None:
+            text.extend(ids)
+
+    @stateful.rule(data=st.data(), texts=st.lists(TEXT, min_size=N_SEQ, max_size=N_SEQ))
+    def extend_several(self, data: st.DataObject, texts: list[list[int]]) -> None:
+        chosen = data.draw(st.sets(st.sampled_from(range(len(self.texts))), min_size=1), label="which")
+        wanted = [(list(self.texts)[index], texts[index]) for index in sorted(chosen)]
+        hypothesis.assume(all(len(sequence) + len(ids) <= MAX_TOKENS for sequence, ids in wanted))
+        try:
+            self.context.extend(dict(wanted))
+        except mn.ContextFullError:
+            return
+        for sequence, ids in wanted:
+            self.texts[sequence].extend(ids)
+            self.texts[sequence].waits = False
+
+    @stateful.invariant()
+    def agree(self) -> None:
+        for sequence, text in self.texts.items():
+            assert list(sequence) == text.tokens
+        assert self.context.cells_used <= sum(len(text.tokens) for text in self.texts.values())
+        for sequence, text in self.texts.items():
+            if text.tokens and not text.waits:
+                logits = self.look(sequence, text)
+                if logits is None:  # what it shared has to be evaluated again, and there is no room for that
+                    continue
+                expected = self.by_hand.logits(text.program)
+                if expected is None:
+                    continue
+                assert np.abs(logits - expected).max() < TOLERANCE * np.abs(expected).max()
+                best, second = np.sort(expected)[[-1, -2]]
+                if best - second > 2 * TOLERANCE * np.abs(expected).max():
+                    assert logits.argmax() == expected.argmax()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_random_walks(name: str, load_tiny: Callable[[TinyModel], mn.Model], tmp_path: Path) -> None:
+    kind = KINDS[name]
+    model = load_tiny(kind.model)
+    by_hand = ByHand(model, kind.options)
+    stateful.run_state_machine_as_test(
+        lambda: Walk(model, by_hand, kind.options, tmp_path),  # type: ignore[arg-type]  # it takes any factory
+        settings=hypothesis.settings(
+            max_examples=WALKS_OF_EACH,
+            stateful_step_count=STEPS,
+            suppress_health_check=list(hypothesis.HealthCheck),
+        ),
+    )
