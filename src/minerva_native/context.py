@@ -21,7 +21,7 @@ from ._binding import callbacks, ffi, lib
 from ._handle import Handle
 from .devices import available_cpus, devices, physical_memory_bytes
 from .errors import Cancelled, ContextError, ContextFullError
-from .memory import Memory
+from .memory import Memory, head_sizes
 from .slot import Slot, SlotPool, no_place
 from .tokenizer import TokenIds
 
@@ -153,9 +153,11 @@ class Context:
             self._encodes = lib.llama_model_has_encoder(model_pointer)
         callbacks.raise_kept()
         self._pointer = pointer
-        self.memory = Memory(model, self._handle, kv_unified, swa_full)
+        self.memory = Memory(model, self._handle, self.kv_type[0], kv_unified, swa_full)
         self._pool = SlotPool(self.memory, n_cells, self.n_seq, prefix_cache)
-        self._stride = self.n_batch if self.memory.can_truncate else min(self.n_batch, self._checkpoint_interval)
+        # With several passes in one call, libllama may drop from a window what the first of them still needs.
+        self._max_batch = parameters.n_ubatch if self.memory.window else self.n_batch
+        self._stride = self._max_batch if self.memory.can_truncate else min(self._max_batch, self._checkpoint_interval)
         self._n_vocab = model.tokenizer.n_vocab
         self._last_row = self._seen_at = ffi.NULL
         # libllama's memory at `_seen_at`: never given out
@@ -202,7 +204,7 @@ class Context:
             try:
                 for sequence, new in arrays:
                     grown.append((sequence._slot, sequence._grow(new)))
-                return self._evaluate([slot for slot, _ in grown], on_progress)
+                return self._evaluate([slot for slot, _ in grown if slot.n_cached < len(slot.tokens)], on_progress)
             except BaseException:
                 for slot, length in grown:
                     slot.cut(length)
@@ -293,15 +295,17 @@ class Context:
                 raise self._full(lacking, slot)
             self._pool.place(slot)
         started = list(queue)
+        one_pass = self.memory.window and not self.memory.can_share  # libllama splits those by the lengths of the parts
         total, done = sum(len(slot.tokens) - slot.n_cached for slot in queue), 0
         self._begin()
         try:
             while queue:
-                parts, count = [], 0
+                parts: list[tuple[Slot, int, int]] = []
+                count = 0
                 for slot in queue:
                     slot.check_open()
-                    size = min(len(slot.tokens) - slot.n_cached, self._stride, self.n_batch - count)
-                    if not size:
+                    size = min(len(slot.tokens) - slot.n_cached, self._stride, self._max_batch - count)
+                    if not size or (parts and one_pass and size != parts[0][1]):
                         break
                     self._batch.put(count, slot.tokens[slot.n_cached : slot.n_cached + size], slot.n_cached, slot.id)
                     count += size
@@ -463,13 +467,6 @@ class Context:
             self._apply_shift(source)
         self._pool.share(source, slot, n)
 
-    def _retain(self, slot: "Slot") -> None:
-        """Keep a copy of a slot in the prefix cache, where there is a place, before it becomes something else."""
-        if slot.settled and (kept := self._pool.new_finished()):
-            kept.tokens = slot.tokens[: slot.n_cached]
-            self._share(slot, kept, slot.n_cached)
-            self._pool.keep(kept)
-
     def _release(self, slot: "Slot") -> None:
         """Take a slot back: its sequence is closed, or was collected."""
         if not slot.closed:
@@ -569,20 +566,13 @@ def _ggml_type(name: str) -> int:
 
 def _check_heads(model: "Model", kv_type: tuple[str, str]) -> None:
     """Refuse a quantised type whose blocks do not divide a head."""
-    for name, kind, size in zip(("keys", "values"), kv_type, _head_sizes(model), strict=True):
+    for name, kind, size in zip(("keys", "values"), kv_type, head_sizes(model), strict=True):
         block = lib.ggml_blck_size(_ggml_type(kind))
         if size % block:
             raise ContextError(
                 f"{name} of type {kind!r} come in blocks of {block} numbers, and a head of this model has {size:.0f}: "
                 "ask for another kv_type"
             )
-
-
-def _head_sizes(model: "Model") -> tuple[float, float]:
-    """Return how many numbers a head's key and value have."""
-    width = model.n_embd // max(1.0, max(model.hyperparameter("attention.head_count")))
-    key = max(model.hyperparameter("attention.key_length", width))
-    return key, max(model.hyperparameter("attention.value_length", width))
 
 
 def _check_memory(model: "Model", n_cells: int, kv_type: tuple[str, str]) -> None:
@@ -599,7 +589,7 @@ def _check_memory(model: "Model", n_cells: int, kv_type: tuple[str, str]) -> Non
 def _kv_bytes_per_token(model: "Model", kv_type: tuple[str, str]) -> float:
     """Return the bytes that one token's keys and values take, by the model's metadata; at least 1."""
     of_key, of_value = (lib.ggml_type_size(kind) / lib.ggml_blck_size(kind) for kind in map(_ggml_type, kv_type))
-    key, value = _head_sizes(model)
+    key, value = head_sizes(model)
     heads = model.hyperparameter("attention.head_count_kv", *model.hyperparameter("attention.head_count"))
     heads = heads if len(heads) > 1 else heads * model.n_layer
     compressed = max(model.hyperparameter("attention.kv_lora_rank")) * model.n_layer

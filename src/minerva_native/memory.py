@@ -1,5 +1,6 @@
 """A context's memory: what of it can be cut, shifted, shared and copied, and the libllama calls that do it."""
 
+import os
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -28,7 +29,7 @@ class Memory:
     `can_share`: whether sequences share the cells of what they have in common, rather than copy them.
     """
 
-    def __init__(self, model: "Model", handle: Handle, unified: bool, swa_full: bool):
+    def __init__(self, model: "Model", handle: Handle, key_type: str, unified: bool, swa_full: bool):
         self._handle = handle
         self._context = handle.pointer
         self._memory = lib.llama_get_memory(self._context)
@@ -42,7 +43,7 @@ class Memory:
             self.kind = "sliding window"
         self.exists = self._memory != ffi.NULL
         self.can_truncate = self.kind == "attention" or (self.kind == "sliding window" and swa_full)
-        self.can_shift: bool = self.exists and lib.llama_memory_can_shift(self._memory)
+        self.can_shift: bool = self.exists and lib.llama_memory_can_shift(self._memory) and _keys_turn(model, key_type)
         self.can_share = unified
         self.computing = False
 
@@ -108,6 +109,25 @@ class Memory:
         with callbacks.captured_errors() as errors:
             size = lib.llama_state_seq_set_data_ext(self._context, _pointer(state), state.size, sequence_id, flags)
         return "" if size == state.size else callbacks.reason(errors, "libllama gives no reason")
+
+
+def head_sizes(model: "Model") -> tuple[float, float]:
+    """Return how many numbers a head's key and value have."""
+    width = model.n_embd // max(1.0, max(model.hyperparameter("attention.head_count")))
+    key = max(model.hyperparameter("attention.key_length", width))
+    return key, max(model.hyperparameter("attention.value_length", width))
+
+
+def _keys_turn(model: "Model", key_type: str) -> bool:
+    """Whether libllama can turn keys of this type to other positions: for some, its shift ends the process.
+
+    Quantised ones it turns through a Hadamard rotation, which it has for whole heads of a multiple of 64 alone.
+    """
+    size = head_sizes(model)[0]
+    turned = model.hyperparameter("rope.dimension_count", size)
+    uniform = {size, *turned, *model.hyperparameter("attention.key_length_swa", size)} == {size}
+    rotates = uniform and size % 64 == 0 and "LLAMA_ATTN_ROT_DISABLE" not in os.environ
+    return key_type in ("f32", "f16") or (key_type != "bf16" and rotates)
 
 
 def _pointer(state: State) -> Any:

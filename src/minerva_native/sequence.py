@@ -147,19 +147,18 @@ class Sequence(AbstractSequence[int]):
         with context._lock:
             slot.check_open()
             new = context.model.tokenizer.as_array(ids)
-            n = common_prefix(self._tokens, new)
-            given_up = self._tokens[n:]
-            if given_up:
-                if slot.n_cached > n:
-                    context._retain(slot)
-                slot.cut(n)
-            context.stats.tokens_reused += min(n, slot.n_cached)
-            if n == len(new):
-                return 0
+            before = self._tokens[:]
+            n = common_prefix(before, new)
+            if n < len(before):
+                context._keep_logits(slot)
+                context._pool.give_up(slot, n)
+            kept = len(self._tokens)
+            context.stats.tokens_reused += min(kept, slot.n_cached)
             try:
-                return self._extend(new[n:], on_progress)
+                return self._extend(new[kept:], on_progress) if kept < len(new) else 0
             except BaseException:
-                slot.add(np.array(given_up, np.int32))
+                slot.cut(kept)
+                slot.add(np.array(before[kept:], np.int32))
                 context._pool.spare = 0
                 raise
 
@@ -334,6 +333,8 @@ class Sequence(AbstractSequence[int]):
 
     def _extend(self, new: npt.NDArray[np.int32], on_progress: Callable[[int, int], object] | None) -> int:
         length = self._grow(new)
+        if self._slot.n_cached == len(self._tokens):
+            return 0
         try:
             return self.context._evaluate([self._slot], on_progress)
         except BaseException:

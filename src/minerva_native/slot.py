@@ -92,6 +92,16 @@ class Slot:
         self._memory.remove(self.id, -1)
         return 0
 
+    def take(self, other: "Slot") -> None:
+        """Take over another slot's cells, in place of none; this list begins with those tokens, and has its logits."""
+        self.settled = False
+        sequence_id, other.id = other.id, -1
+        self.id, self.n_cached, self.n_seen = sequence_id, other.n_cached, other.n_cached
+        self.n_pure, self.pieces, self.checkpoints = other.n_pure, other.pieces, other.checkpoints
+        self.logits = other.logits if len(self.tokens) == self.n_cached else None
+        other.n_cached, other.n_pure, other.pieces, other.checkpoints = 0, None, [], []
+        self.settled = True
+
     def forget_logits(self) -> None:
         """Drop the logits, also those that nobody has read yet: the last token is about to be another."""
         self.logits, self.unread = None, False
@@ -185,13 +195,16 @@ class SlotPool:
         """Return the finished slot to drop first."""
         return next((old for old in self.finished if not old.pinned), None)
 
-    def new_finished(self) -> Slot | None:
-        """Return a new slot for the prefix cache, to fill and then to `keep`; None where there is no place for it."""
-        if not self._prefix_cache or (not self._free_ids and self._oldest() is None):
-            return None
-        slot = Slot(self._memory)
-        slot.closed = True
-        return slot
+    def give_up(self, slot: Slot, n: int) -> None:
+        """Cut an open slot to `n` tokens, or to none where all that it holds goes into the prefix cache instead."""
+        if not self._prefix_cache or not slot.settled or not slot.n_cached:
+            slot.cut(n)
+            return
+        kept = Slot(self._memory)
+        kept.tokens, kept.closed = slot.tokens[: slot.n_cached], True
+        kept.take(slot)
+        slot.cut(0)
+        self.keep(kept)
 
     def keep(self, slot: Slot) -> None:
         """Put a slot among the finished ones, unless it adds nothing to them; drop those that add nothing to it."""
@@ -215,10 +228,9 @@ class SlotPool:
         if source in self.finished:  # it is used: the last to be dropped from now on
             self.finished.remove(source)
             self.finished.append(source)
-        if slot.id < 0 and not self._free_ids and self._oldest() is source:  # no other place: it becomes this one
+        if slot.id < 0 and self._is_better_taken(source, n):
             self.finished.remove(source)
-            slot.settled = False
-            slot.id, source.id, slot.pieces = source.id, -1, source.pieces
+            slot.take(source)
         else:
             self.place(slot)
             slot.settled = False
@@ -230,15 +242,20 @@ class SlotPool:
             if not self._memory.copy(source.id, slot.id):
                 slot.forget_from(0)
                 return
-        slot.n_pure = source.n_pure
-        slot.checkpoints = [checkpoint for checkpoint in source.checkpoints if checkpoint.n <= n]
-        if n == source.n_cached:
-            slot.n_cached, slot.settled = n, True
-        else:
+            slot.n_cached, slot.n_pure, slot.checkpoints = source.n_cached, source.n_pure, source.checkpoints
+        slot.checkpoints = [checkpoint for checkpoint in slot.checkpoints if checkpoint.n <= n]
+        if n < slot.n_cached:
             slot.forget_from(n)
+        slot.settled = True
         slot.n_seen = max(slot.n_seen, n)
         if slot.n_cached == n:
             slot.logits = logits
+
+    def _is_better_taken(self, source: Slot, n: int) -> bool:
+        """Whether a finished slot should become the one that wants its first `n` tokens: else another had to go."""
+        if self._free_ids or source.pinned or source not in self.finished:
+            return False
+        return 2 * n >= source.n_cached or self._oldest() is source
 
     def find_prefix(self, slot: Slot) -> tuple[Slot | None, int]:
         """Return which other slot has most of this one's tokens cached, from the first, and how many."""

@@ -1,0 +1,745 @@
+"""What the KV cache spares: forks, reuse across sequences, shifts, checkpoints, a full context. Work is counted."""
+
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import minerva_native as mn
+from minerva_native.slot import clipped, common_prefix, count_cells
+from tiny_models import TinyModel
+
+Logits = npt.NDArray[np.float32]
+
+IDS = list(range(20, 60))
+OTHER = list(range(100, 130))
+MAMBA, JAMBA, GEMMA = TinyModel("mamba"), TinyModel("jamba"), TinyModel("gemma2", tied=True)
+
+Load = Callable[[TinyModel], mn.Model]
+
+
+def make(model: mn.Model, **options: object) -> mn.Context:
+    options = {"n_ctx": 256, "n_seq": 4, "n_threads": 1, "kv_type": "f32", "flash_attention": "off", **options}
+    return model.context(**options)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def context(tiny: mn.Model) -> Iterator[mn.Context]:
+    with make(tiny) as context:
+        yield context
+
+
+@pytest.fixture
+def sequence(context: mn.Context) -> mn.Sequence:
+    return context.sequence()
+
+
+def fresh(model: mn.Model, ids: list[int]) -> Logits:
+    with make(model) as context:
+        sequence = context.sequence()
+        sequence.extend(ids)
+        return sequence.logits
+
+
+def assert_same(logits: Logits, expected: Logits) -> None:
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-3 * np.abs(expected).max())
+
+
+def evaluated_by(context: mn.Context, action: Callable[[], object]) -> int:
+    before = context.stats.tokens_evaluated
+    action()
+    return context.stats.tokens_evaluated - before
+
+
+# A list
+
+
+def test_a_sequence_reads_like_a_list(sequence: mn.Sequence) -> None:
+    sequence.extend(IDS)
+    assert list(sequence) == IDS
+    assert (sequence[0], sequence[-1]) == (IDS[0], IDS[-1])
+    assert sequence[3:6] == IDS[3:6]
+    assert sequence[::-1] == IDS[::-1]
+    assert IDS[7] in sequence
+    assert sequence.index(IDS[7]) == 7
+    with pytest.raises(IndexError):
+        _ = sequence[len(IDS)]
+
+
+def test_sequences_are_equal_where_their_tokens_are(context: mn.Context, sequence: mn.Sequence) -> None:
+    other = context.sequence()
+    sequence.extend(IDS)
+    other.extend(IDS)
+    assert sequence == other == IDS
+    other.append(1)
+    assert sequence != other
+    assert {sequence: 1, other: 2}[sequence] == 1
+
+
+# Forks
+
+
+@pytest.mark.parametrize("n", [0, 1, 17, len(IDS), None])
+def test_a_fork_costs_no_evaluation_and_no_cell(context: mn.Context, sequence: mn.Sequence, n: int | None) -> None:
+    sequence.extend(IDS)
+    used = context.cells_used
+    assert evaluated_by(context, lambda: sequence.fork(n)) == 0
+    assert sequence.fork(n) == IDS[:n]
+    assert context.cells_used == used == len(IDS)
+
+
+def test_a_fork_of_the_whole_has_the_logits_at_once(context: mn.Context, sequence: mn.Sequence) -> None:
+    sequence.extend(IDS)
+    fork = sequence.fork()
+    assert evaluated_by(context, lambda: fork.logits) == 0
+    assert np.array_equal(fork.logits, sequence.logits)
+
+
+def test_forks_go_their_own_ways(tiny: mn.Model, context: mn.Context, sequence: mn.Sequence) -> None:
+    sequence.extend(IDS)
+    forks = [sequence.fork(), sequence.fork(20)]
+    sequence.extend([1])
+    for number, fork in enumerate(forks):
+        assert evaluated_by(context, lambda fork=fork, number=number: fork.extend([number + 2])) == 1  # type: ignore[misc]
+    assert_same(sequence.logits, fresh(tiny, [*IDS, 1]))
+    assert_same(forks[0].logits, fresh(tiny, [*IDS, 2]))
+    assert_same(forks[1].logits, fresh(tiny, [*IDS[:20], 3]))
+    assert context.cells_used == len(IDS) + 3
+
+
+def test_a_fork_outlives_what_it_was_forked_from(tiny: mn.Model, context: mn.Context, sequence: mn.Sequence) -> None:
+    sequence.extend(IDS)
+    fork = sequence.fork(30)
+    sequence.truncate(0)
+    sequence.close()
+    context.clear_cache()
+    assert context.cells_used == 30
+    assert_same(fork.logits, fresh(tiny, IDS[:30]))
+
+
+def test_tokens_that_wait_are_forked_too(tiny: mn.Model, context: mn.Context, sequence: mn.Sequence) -> None:
+    sequence.extend(IDS)
+    sequence.append(7)
+    fork = sequence.fork()
+    assert fork == [*IDS, 7]
+    assert evaluated_by(context, lambda: fork.logits) == 1
+    assert_same(fork.logits, fresh(tiny, [*IDS, 7]))
+
+
+def test_there_are_no_more_forks_than_places(sequence: mn.Sequence) -> None:
+    sequence.extend(IDS)
+    forks = [sequence.fork() for _ in range(3)]
+    with pytest.raises(mn.ContextError, match="all 4 sequences"):
+        sequence.fork()
+    forks[0].close()
+    sequence.fork()
+
+
+@pytest.mark.parametrize("n", [-1, len(IDS) + 1])
+def test_a_fork_of_what_is_not_there(sequence: mn.Sequence, n: int) -> None:
+    sequence.extend(IDS)
+    with pytest.raises(ValueError, match="from 0 to the sequence's length 40"):
+        sequence.fork(n)
+
+
+def test_parallel_continuations_share_the_cells_of_their_prompt(tiny: mn.Model) -> None:
+    with make(tiny, n_seq=9, n_ctx=len(IDS) + 8 * 5) as context:
+        prompt = context.sequence()
+        prompt.extend(IDS)
+        forks = [prompt.fork() for _ in range(8)]
+        for step in range(5):
+            assert context.extend({fork: [number + step] for number, fork in enumerate(forks)}) == 8
+        assert context.stats.tokens_evaluated == len(IDS) + 8 * 5
+        assert context.stats.decode_calls == 1 + 5
+        assert context.is_full
+        for number, fork in enumerate(forks):
+            assert_same(fork.logits, fresh(tiny, [*IDS, *range(number, number + 5)]))
+
+
+# Several in one batch
+
+
+def test_sequences_extended_together_are_as_if_extended_alone(tiny: mn.Model) -> None:
+    texts = [IDS, OTHER, IDS[:3], [5]]
+    with make(tiny, n_batch=16) as context:
+        sequences = [context.sequence() for _ in texts]
+        wanted = dict(zip(sequences, texts, strict=True))
+        reports: list[tuple[int, int]] = []
+        total = sum(map(len, texts))
+        assert context.extend(wanted, on_progress=lambda done, of: reports.append((done, of))) == total
+        assert reports[-1] == (total, total)
+        assert context.stats.decode_calls == -(-total // 16)
+        assert evaluated_by(context, lambda: [sequence.logits for sequence in sequences]) == 0
+        for sequence, text in wanted.items():
+            assert sequence == text
+            assert_same(sequence.logits, fresh(tiny, text))
+
+
+def test_when_one_text_does_not_fit_none_is_added(context: mn.Context) -> None:
+    one, other = context.sequence(), context.sequence()
+    one.extend(IDS)
+    logits = one.logits
+    with pytest.raises(mn.ContextFullError, match="are used"):
+        context.extend({one: OTHER, other: [6] * 200})
+    assert one == IDS
+    assert other == []
+    assert_same(one.logits, logits)
+
+
+def test_a_sequence_of_another_context_is_refused(tiny: mn.Model, context: mn.Context) -> None:
+    with make(tiny) as stranger, pytest.raises(ValueError, match="another context"):
+        context.extend({stranger.sequence(): [1]})
+
+
+def test_extending_nothing_together_is_no_work(context: mn.Context, sequence: mn.Sequence) -> None:
+    assert context.extend({}) == context.extend({sequence: []}) == 0
+
+
+# Reuse
+
+
+def test_a_chat_evaluates_every_token_once(context: mn.Context, sequence: mn.Sequence) -> None:
+    chat: list[int] = []
+    for turn in range(20):
+        chat += [turn * 5 % 200 + token for token in range(6)]
+        sequence.assign(chat)
+        for _ in range(4):
+            chat.append(int(sequence.logits.argmax()))
+            sequence.append(chat[-1])
+    _ = sequence.logits
+    assert sequence == chat
+    assert context.stats.tokens_evaluated == len(chat) == 200
+
+
+def test_a_chat_whose_every_turn_is_a_new_sequence_evaluates_every_token_once(context: mn.Context) -> None:
+    chat: list[int] = []
+    for turn in range(20):
+        chat += [turn * 5 % 200 + token for token in range(6)]
+        with context.sequence() as sequence:
+            sequence.extend(chat)
+    assert context.stats.tokens_evaluated == len(chat) == 120
+    assert context.stats.tokens_reused == sum(range(0, 120, 6))
+
+
+@pytest.mark.parametrize("n_seq", [2, 4])
+def test_switching_conversations_evaluates_nothing_twice(tiny: mn.Model, n_seq: int) -> None:
+    with make(tiny, n_seq=n_seq) as context:
+        sequence = context.sequence()
+        assert sequence.assign(IDS) == len(IDS)
+        assert sequence.assign(OTHER) == len(OTHER)
+        assert sequence.assign(IDS) == 0
+        assert evaluated_by(context, lambda: sequence.logits) == 0
+        assert_same(sequence.logits, fresh(tiny, IDS))
+        assert sequence.assign([*OTHER, 1, 2]) == 2
+        assert_same(sequence.logits, fresh(tiny, [*OTHER, 1, 2]))
+
+
+def test_switching_between_closed_conversations_evaluates_nothing_twice(tiny: mn.Model, context: mn.Context) -> None:
+    for text, new in ((IDS, len(IDS)), (OTHER, len(OTHER)), (IDS, 0), ([*OTHER, 1], 1), ([*IDS, 2, 3], 2)):
+        with context.sequence() as sequence:
+            assert evaluated_by(context, lambda sequence=sequence, text=text: sequence.extend(text)) == new  # type: ignore[misc]
+            assert_same(sequence.logits, fresh(tiny, text))
+
+
+def test_the_only_place_is_reused_too(tiny: mn.Model) -> None:
+    with make(tiny, n_seq=1) as context:
+        context.sequence().extend(IDS)
+        again = context.sequence()
+        assert again.extend([*IDS[:30], 1]) == 1
+        assert_same(again.logits, fresh(tiny, [*IDS[:30], 1]))
+
+
+def test_an_edit_in_the_middle_evaluates_from_the_edit(
+    tiny: mn.Model, context: mn.Context, sequence: mn.Sequence
+) -> None:
+    sequence.extend(IDS)
+    edited = [*IDS[:25], 1, *IDS[26:]]
+    assert sequence.assign(edited) == len(IDS) - 25
+    assert context.stats.tokens_reused == 25
+    assert_same(sequence.logits, fresh(tiny, edited))
+
+
+def test_assigning_a_beginning_evaluates_nothing(context: mn.Context, sequence: mn.Sequence) -> None:
+    sequence.extend(IDS)
+    assert sequence.assign(IDS[:10]) == 0
+    assert sequence == IDS[:10]
+    assert sequence.assign([]) == 0
+    assert sequence == []
+
+
+@pytest.mark.parametrize("wrong", [[1, 2, -1], [*IDS[:5], *[6] * 300]], ids=["no token", "too long"])
+def test_an_assignment_that_fails_changes_nothing(tiny: mn.Model, sequence: mn.Sequence, wrong: list[int]) -> None:
+    sequence.extend(IDS)
+    with pytest.raises((ValueError, mn.ContextFullError)):
+        sequence.assign(wrong)
+    assert sequence == IDS
+    assert_same(sequence.logits, fresh(tiny, IDS))
+
+
+def test_a_beginning_that_an_open_sequence_has_is_shared(tiny: mn.Model, context: mn.Context) -> None:
+    one, other = context.sequence(), context.sequence()
+    one.extend(IDS)
+    assert other.extend([*IDS[:30], 1, 2]) == 2
+    assert context.cells_used == len(IDS) + 2
+    assert_same(other.logits, fresh(tiny, [*IDS[:30], 1, 2]))
+
+
+def test_what_was_shifted_is_no_beginning_for_others(
+    tiny: mn.Model, context: mn.Context, sequence: mn.Sequence
+) -> None:
+    sequence.extend(IDS)
+    sequence.shift(4, 10)
+    other = context.sequence()
+    text = [*IDS[:4], *IDS[14:]]
+    assert other.extend(text) == len(text) - 4
+    assert_same(other.logits, fresh(tiny, text))
+
+
+def test_without_a_prefix_cache_everything_is_evaluated(tiny: mn.Model) -> None:
+    with make(tiny, prefix_cache=False) as context:
+        for _ in range(3):
+            with context.sequence() as sequence:
+                assert sequence.extend(IDS) == len(IDS)
+        assert context.stats.tokens_reused == 0
+
+
+def test_a_cleared_cache_is_evaluated_anew(context: mn.Context) -> None:
+    context.sequence().extend(IDS)
+    context.clear_cache()
+    assert context.sequence().extend(IDS) == len(IDS)
+
+
+def test_closed_sequences_make_room_oldest_first(tiny: mn.Model) -> None:
+    with make(tiny, n_ctx=100, n_seq=8) as context:
+        for text in (IDS, OTHER):
+            with context.sequence() as sequence:
+                sequence.extend(text)
+        assert context.cells_used == 0
+        with context.sequence() as sequence:
+            assert sequence.extend([6] * 60) == 60  # takes the cells of the first
+        assert evaluated_by(context, lambda: context.sequence().extend([*OTHER, 1])) == 1
+        context.clear_cache()
+        assert evaluated_by(context, lambda: context.sequence().extend(IDS)) == len(IDS)
+
+
+def test_closed_sequences_give_their_places_up(tiny: mn.Model) -> None:
+    with make(tiny, n_seq=2) as context:
+        for first in range(6):
+            context.sequence().extend([first, 1, 2, 3])
+        assert context.sequence().extend([5, 1, 2, 3, 4]) == 1
+        assert context.sequence().extend([2, 1, 2, 3, 4]) == 5
+
+
+def test_a_pinned_sequence_stays_when_room_is_needed(tiny: mn.Model) -> None:
+    with make(tiny, n_ctx=100, n_seq=3) as context:
+        with context.sequence() as system:
+            system.extend(IDS)
+            system.pinned = True
+        assert context.cells_used == len(IDS)
+        for first in range(5):
+            with context.sequence() as sequence:
+                assert sequence.extend([*IDS, *[first] * 50]) == 50
+        two = context.sequence(), context.sequence()
+        with pytest.raises(mn.ContextError, match="all 3 sequences"):
+            context.sequence()
+        with pytest.raises(mn.ContextFullError, match="40 of n_ctx=100 cells are used, 61 more are wanted"):
+            two[0].extend([9] * 61)
+        context.clear_cache(pinned=True)
+        assert context.cells_used == 0
+        context.sequence()
+
+
+# Shifts
+
+
+def test_a_shift_evaluates_nothing_and_frees_cells(context: mn.Context, sequence: mn.Sequence) -> None:
+    sequence.extend(IDS)
+    logits = sequence.logits
+    assert evaluated_by(context, lambda: sequence.shift(4, 10)) == 0
+    assert sequence == [*IDS[:4], *IDS[14:]]
+    assert context.cells_used == len(IDS) - 10
+    assert np.array_equal(sequence.logits, logits)
+    assert evaluated_by(context, lambda: sequence.extend([1, 2])) == 2
+    assert context.stats.tokens_discarded == 10
+
+
+def test_a_shift_to_the_end_is_a_truncation(tiny: mn.Model, sequence: mn.Sequence) -> None:
+    sequence.extend(IDS)
+    sequence.shift(10, 30)
+    assert sequence == IDS[:10]
+    assert_same(sequence.logits, fresh(tiny, IDS[:10]))
+
+
+@pytest.mark.parametrize("keep", [10, 35, 41])
+def test_tokens_that_wait_are_shifted_too(tiny: mn.Model, sequence: mn.Sequence, keep: int) -> None:
+    sequence.extend(IDS)
+    for token in range(5):
+        sequence.append(token)
+    sequence.shift(keep, 3)
+    text = [*IDS, *range(5)]
+    del text[keep : keep + 3]
+    assert sequence == text
+    if keep == 41:  # all that was evaluated is as it was
+        assert_same(sequence.logits, fresh(tiny, text))
+
+
+@pytest.mark.parametrize(("keep", "discard"), [(-1, 2), (0, -1), (39, 2), (41, 0)])
+def test_a_shift_outside_the_sequence(sequence: mn.Sequence, keep: int, discard: int) -> None:
+    sequence.extend(IDS)
+    with pytest.raises(ValueError, match="there are 40"):
+        sequence.shift(keep, discard)
+
+
+def test_a_shift_leaves_those_that_share_its_cells_alone(tiny: mn.Model, sequence: mn.Sequence) -> None:
+    sequence.extend(IDS)
+    fork = sequence.fork()
+    sequence.shift(4, 10)
+    sequence.extend([1])
+    fork.extend([2])
+    assert_same(fork.logits, fresh(tiny, [*IDS, 2]))
+    with make(tiny) as context:
+        alone = context.sequence()
+        alone.extend(IDS)
+        alone.shift(4, 10)
+        alone.extend([1])
+        assert_same(sequence.logits, alone.logits)
+
+
+def test_a_shift_of_shared_cells_needs_room(tiny: mn.Model) -> None:
+    with make(tiny, n_ctx=50) as context:
+        sequence = context.sequence()
+        sequence.extend(IDS)
+        fork = sequence.fork()
+        with pytest.raises(mn.ContextFullError):
+            fork.shift(4, 10)
+        assert fork == sequence == IDS
+        assert_same(fork.logits, fresh(tiny, IDS))
+
+
+def test_a_memory_that_cannot_shift_says_so(load_tiny: Load) -> None:
+    with make(load_tiny(GEMMA), n_ctx=1024, swa_full=False) as context:
+        assert not context.memory.can_shift
+        sequence = context.sequence()
+        sequence.extend(IDS)
+        with pytest.raises(mn.ContextError, match="sliding window\\) cannot shift"):
+            sequence.shift(4, 10)
+        assert sequence == IDS
+
+
+def test_a_cancelled_shift_is_evaluated_anew(tiny: mn.Model, context: mn.Context, sequence: mn.Sequence) -> None:
+    """A decode that was stopped may have turned some of the keys: none of them is trusted."""
+    sequence.extend(IDS)
+    sequence.shift(4, 10)
+    other = context.sequence()
+
+    def cancel(done: int, total: int) -> None:
+        context.cancel()
+
+    context._abort.poll_interval_us = 0
+    with pytest.raises(mn.Cancelled):
+        other.extend(OTHER * 3, on_progress=cancel) if context.n_batch < 90 else _cancelled(context, other)
+    sequence.extend([1])
+    assert_same(sequence.logits, fresh(tiny, [*IDS[:4], *IDS[14:], 1]))
+
+
+def _cancelled(context: mn.Context, sequence: mn.Sequence) -> None:
+    """Have the first decode stop at once, as another thread's `cancel` would."""
+    begin = context._begin
+
+    def begin_cancelled() -> None:
+        begin()
+        context.cancel()
+
+    context._begin = begin_cancelled  # type: ignore[method-assign]
+    try:
+        sequence.extend(OTHER)
+    finally:
+        context._begin = begin  # type: ignore[method-assign]
+
+
+# A full context
+
+
+def test_a_full_context_says_how_full_it_is(context: mn.Context, sequence: mn.Sequence) -> None:
+    sequence.extend([5] * 200)
+    with pytest.raises(mn.ContextFullError, match="200 of n_ctx=256 cells are used, 57 more are wanted, 56 are free"):
+        sequence.extend([6] * 57)
+    assert len(sequence) == 200
+
+
+@pytest.mark.parametrize("grow", ["append", "extend"])
+def test_a_full_context_can_shift(tiny: mn.Model, grow: str) -> None:
+    with make(tiny, n_ctx=40, on_full="shift", n_keep=4) as context:
+        sequence = context.sequence()
+        sequence.extend(IDS)
+        sequence.append(1) if grow == "append" else sequence.extend([1])
+        assert sequence == [*IDS[:4], *IDS[22:], 1]
+        assert evaluated_by(context, lambda: sequence.logits) == (grow == "append")
+        assert context.stats.tokens_discarded == 18
+
+
+def test_a_text_longer_than_the_context_is_refused_also_where_it_may_shift(tiny: mn.Model) -> None:
+    with make(tiny, n_ctx=40, on_full="shift") as context:
+        sequence = context.sequence()
+        sequence.extend([1, 2, 3])
+        with pytest.raises(mn.ContextFullError):
+            sequence.extend([6] * 41)
+        assert sequence == [1, 2, 3]
+
+
+def test_generation_goes_on_where_the_context_shifts(demo: mn.Model) -> None:
+    with demo.context(n_ctx=32, n_threads=1, on_full="shift") as context:
+        sequence = context.sequence()
+        sequence.extend(demo.tokenizer.encode("Once upon a time"))
+        steps = list(mn.generate(sequence, lambda logits, tokens: len(tokens) % 50 + 10, max_tokens=100))
+        assert len(steps) == 100
+        assert len(sequence) <= 32
+        assert context.stats.tokens_discarded > 0
+
+
+def test_a_function_may_make_room(tiny: mn.Model) -> None:
+    calls: list[tuple[int, int]] = []
+
+    def make_room(sequence: mn.Sequence, lacking: int) -> None:
+        calls.append((len(sequence), lacking))
+        sequence.truncate(10)
+
+    with make(tiny, n_ctx=40, on_full=make_room) as context:
+        sequence = context.sequence()
+        sequence.extend(IDS)
+        assert sequence.extend([1, 2, 3]) == 3
+        assert sequence == [*IDS[:10], 1, 2, 3]
+        assert calls == [(40, 3)]
+        assert_same(sequence.logits, fresh(tiny, [*IDS[:10], 1, 2, 3]))
+
+
+def test_a_function_that_makes_no_room(tiny: mn.Model) -> None:
+    with make(tiny, n_ctx=40, on_full=lambda sequence, lacking: None) as context:
+        sequence = context.sequence()
+        sequence.extend(IDS)
+        for grow in (lambda: sequence.append(1), lambda: sequence.extend([1]), lambda: sequence.score([1])):
+            with pytest.raises(mn.ContextFullError):
+                grow()
+        assert sequence == IDS
+
+
+def test_cells_of_its_own_are_not_taken_by_others(tiny: mn.Model) -> None:
+    with make(tiny, n_ctx=100, n_seq=2, kv_unified=False) as context:
+        one, other = context.sequence(), context.sequence()
+        one.extend([5] * 50)
+        assert one.is_full
+        with pytest.raises(mn.ContextFullError, match="1 more are wanted"):
+            one.append(5)
+        other.extend([6] * 50)
+
+
+# Every kind of memory
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "expected"),
+    [
+        (TinyModel(), {}, ("attention", True, True, True)),
+        (TinyModel(), {"kv_unified": False}, ("attention", True, True, False)),
+        (GEMMA, {}, ("sliding window", True, True, True)),
+        (GEMMA, {"swa_full": False, "n_ctx": 1024}, ("sliding window", False, False, True)),
+        (MAMBA, {}, ("recurrent", False, True, True)),
+        (JAMBA, {}, ("hybrid", False, True, True)),
+        (TinyModel("qwen3moe"), {}, ("attention", True, True, True)),
+    ],
+)
+def test_a_memory_says_what_it_can_do(
+    load_tiny: Load, model: TinyModel, options: dict[str, object], expected: tuple[str, bool, bool, bool]
+) -> None:
+    with make(load_tiny(model), **options) as context:
+        memory = context.memory
+        assert (memory.kind, memory.can_truncate, memory.can_shift, memory.can_share) == expected
+        assert memory.kind in repr(memory)
+
+
+@pytest.mark.parametrize("model", [MAMBA, JAMBA], ids=["recurrent", "hybrid"])
+def test_going_back_evaluates_from_the_nearest_checkpoint(load_tiny: Load, model: TinyModel) -> None:
+    text = [token % 250 for token in range(200)]
+    with make(load_tiny(model), checkpoint_interval=50) as context:
+        sequence = context.sequence()
+        sequence.extend(text)
+        sequence.truncate(130)
+        assert evaluated_by(context, lambda: sequence.logits) == 30
+        assert context.stats.tokens_reevaluated == 30
+        assert_same(sequence.logits, fresh(load_tiny(model), text[:130]))
+        sequence.truncate(100)
+        assert evaluated_by(context, lambda: sequence.extend([1, 2])) == 2
+        assert_same(sequence.logits, fresh(load_tiny(model), [*text[:100], 1, 2]))
+
+
+@pytest.mark.parametrize("model", [MAMBA, JAMBA], ids=["recurrent", "hybrid"])
+def test_going_back_to_the_end_of_a_prompt_evaluates_nothing(load_tiny: Load, model: TinyModel) -> None:
+    with make(load_tiny(model)) as context:
+        sequence = context.sequence()
+        sequence.extend(IDS)
+        first = sequence.logits
+        for token in OTHER:
+            sequence.append(token)
+            _ = sequence.logits
+        sequence.truncate(len(IDS))
+        assert evaluated_by(context, lambda: sequence.logits) == 0
+        assert np.array_equal(sequence.logits, first)
+        assert evaluated_by(context, lambda: sequence.fork(len(IDS)).logits) == 0
+
+
+def test_without_room_for_checkpoints_everything_is_evaluated_anew(load_tiny: Load) -> None:
+    with make(load_tiny(MAMBA), checkpoint_bytes=0) as context:
+        sequence = context.sequence()
+        sequence.extend(IDS)
+        sequence.truncate(30)
+        assert evaluated_by(context, lambda: sequence.logits) == 30
+        assert_same(sequence.logits, fresh(load_tiny(MAMBA), IDS[:30]))
+
+
+def test_checkpoints_keep_to_their_room_and_cover_the_text(load_tiny: Load) -> None:
+    with make(load_tiny(MAMBA), checkpoint_interval=5, n_seq=1) as context:
+        sequence = context.sequence()
+        sequence.extend(IDS[:5])
+        size = sequence._slot.checkpoints[0].state.size
+    with make(load_tiny(MAMBA), checkpoint_interval=5, n_seq=1, checkpoint_bytes=4 * size) as context:
+        sequence = context.sequence()
+        sequence.extend([token % 250 for token in range(200)])
+        kept = [checkpoint.n for checkpoint in sequence._slot.checkpoints]
+        assert len(kept) == 4
+        assert kept[-1] == 200
+        assert max(np.diff([0, *kept])) <= 125
+
+
+@pytest.mark.parametrize("model", [MAMBA, JAMBA], ids=["recurrent", "hybrid"])
+def test_recurrent_conversations_are_reused_at_their_checkpoints(load_tiny: Load, model: TinyModel) -> None:
+    with make(load_tiny(model)) as context:
+        sequence = context.sequence()
+        sequence.assign(IDS)
+        sequence.assign(OTHER)
+        assert sequence.assign([*IDS, 1, 2]) == 2
+        assert_same(sequence.logits, fresh(load_tiny(model), [*IDS, 1, 2]))
+
+
+def test_a_window_that_has_dropped_what_is_needed_goes_back_to_a_checkpoint(load_tiny: Load) -> None:
+    text = [token * 7 % 250 for token in range(700)]
+    options: dict[str, object] = {"n_ctx": 1024, "n_ubatch": 16, "n_seq": 1}
+    with make(load_tiny(GEMMA), **options, swa_full=False, checkpoint_interval=64) as context:
+        sequence = context.sequence()
+        sequence.extend(text)
+        for n in (690, 300, 100):
+            sequence.truncate(n)
+            assert evaluated_by(context, lambda: sequence.logits) <= 64 + 16
+            with make(load_tiny(GEMMA), **options) as plain:
+                expected = plain.sequence()
+                expected.extend(text[:n])
+                assert_same(sequence.logits, expected.logits)
+
+
+# Types of keys and values
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0", ("q8_0", "q4_0"), ("f16", "q8_0"), ("q4_0", "q4_0")])
+def test_quantised_keys_and_values(tiny: mn.Model, kv_type: str | tuple[str, str]) -> None:
+    with make(tiny, kv_type=kv_type, flash_attention="auto") as context:
+        assert context.kv_type == ((kv_type, kv_type) if isinstance(kv_type, str) else kv_type)
+        sequence = context.sequence()
+        sequence.extend(IDS)
+        exact = fresh(tiny, IDS)
+        error = np.linalg.norm(sequence.logits - exact) / np.linalg.norm(exact)
+        assert error < (0.5 if "q4_0" in context.kv_type else 0.03)  # another text's are 1.4 away
+        assert sequence.fork(20).extend([1]) == 1
+
+
+@pytest.mark.parametrize(
+    ("key_type", "head_size", "can_shift"),
+    [("f32", 32, True), ("bf16", 64, False), ("q8_0", 32, False), ("q8_0", 64, True)],
+)
+def test_keys_that_libllama_cannot_turn_are_not_shifted(
+    load_tiny: Load, key_type: str, head_size: int, can_shift: bool
+) -> None:
+    model = load_tiny(TinyModel(n_embd=4 * head_size, n_layer=1))
+    with make(model, kv_type=(key_type, "f16"), flash_attention="auto") as context, make(model) as exact:
+        assert context.memory.can_shift == can_shift
+        sequence, expected = context.sequence(), exact.sequence()
+        for shifted in (sequence, expected):
+            shifted.extend(IDS)
+            if not can_shift:
+                with pytest.raises(mn.ContextError, match="cannot shift"):
+                    sequence.shift(4, 10)
+                return
+            shifted.shift(4, 10)
+            shifted.extend([1])
+        error = np.linalg.norm(sequence.logits - expected.logits) / np.linalg.norm(expected.logits)
+        assert error < 0.05
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"kv_type": "q8_0", "flash_attention": "off"}, mn.ContextError, "need flash attention"),
+        ({"kv_type": ("f16", "q9")}, ValueError, "kv_type must be one of"),
+        ({"kv_type": ("f16",)}, ValueError, "or a pair"),
+        ({"on_full": "explode"}, ValueError, "on_full must be"),
+        ({"n_keep": -1}, ValueError, "n_keep must be from"),
+        ({"checkpoint_interval": 0}, ValueError, "checkpoint_interval must be from"),
+        ({"n_ctx": 6, "kv_unified": False}, ValueError, "less than 2 cells"),
+    ],
+)
+def test_options_that_cannot_be(tiny: mn.Model, options: dict[str, object], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        make(tiny, **options)
+
+
+def test_a_type_whose_blocks_do_not_divide_a_head(load_tiny: Load) -> None:
+    model = load_tiny(TinyModel(n_embd=96, n_head=6, n_head_kv=3))
+    with pytest.raises(mn.ContextError, match="blocks of 32 numbers, and a head of this model has 16"):
+        make(model, kv_type=("q8_0", "f16"))
+
+
+# Threads
+
+
+def test_forks_can_be_used_from_threads(tiny: mn.Model, context: mn.Context, sequence: mn.Sequence) -> None:
+    sequence.extend(IDS)
+    forks = [sequence.fork() for _ in range(3)]
+
+    def run(fork: mn.Sequence, first: int) -> None:
+        for step in range(10):
+            fork.extend([first + step])
+            _ = fork.logits
+
+    threads = [threading.Thread(target=run, args=(fork, 50 * number)) for number, fork in enumerate(forks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, fork in enumerate(forks):
+        assert_same(fork.logits, fresh(tiny, [*IDS, *range(50 * number, 50 * number + 10)]))
+
+
+# The bookkeeping itself
+
+
+def test_cells_that_are_shared_are_counted_once() -> None:
+    class Fake:
+        def __init__(self, n: int, pieces: list[tuple[int, int]]):
+            self.tokens, self.pieces = [0] * n, pieces
+
+    slots = [Fake(10, [(1, 4), (2, 3)]), Fake(6, [(1, 4)]), Fake(5, [(1, 4), (2, 1)])]
+    assert count_cells(slots) == 4 + 3 + 3 + 2 + 0  # type: ignore[arg-type]
+
+
+def test_pieces_are_clipped_to_the_tokens_that_are_left() -> None:
+    assert clipped([(1, 4), (2, 3)], 7) == [(1, 4), (2, 3)]
+    assert clipped([(1, 4), (2, 3)], 5) == [(1, 4), (2, 1)]
+    assert clipped([(1, 4), (2, 3)], 4) == [(1, 4)]
+    assert clipped([(1, 4), (2, 3)], 0) == []
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "n"), [([], [1], 0), ([1, 2], [1, 2, 3], 2), ([1, 2], [1, 3], 1), ([1], [2], 0)]
+)
+def test_what_two_texts_have_in_common(one: list[int], other: list[int], n: int) -> None:
+    assert common_prefix(np.array(one, np.int32), np.array(other, np.int32)) == n
