@@ -292,7 +292,7 @@ class Context:
             if slot.n_cached == len(slot.tokens):
                 slot.forget_from(slot.n_cached - 1)
             if lacking := self._pool.lacks(slot, 0):  # cells that were shared may have to be evaluated anew
-                raise self._full(lacking, slot)
+                raise self._full(lacking, slot, lacking)
             self._pool.place(slot)
         started = list(queue)
         one_pass = self.memory.window and not self.memory.can_share  # libllama splits those by the lengths of the parts
@@ -429,11 +429,13 @@ class Context:
             raise self._full(count)
         raise ContextError(f"libllama could not evaluate a batch of {count} tokens (code {code}); see its log")
 
-    def _full(self, wanted: int, slot: "Slot | None" = None) -> ContextFullError:
-        used = self._pool.used(slot)
+    def _full(self, wanted: int, slot: "Slot | None" = None, counted: int = 0) -> ContextFullError:
+        """Return the error; of the cells wanted, so many are counted as used already."""
+        used = self._pool.used(slot) - counted
+        n_cells = self.n_ctx if self.memory.can_share else self.n_ctx // self.n_seq
         return ContextFullError(
-            f"the context is full: {used} of n_ctx={self.n_ctx} cells are used, {wanted} more are wanted, "
-            f"{max(0, self.n_ctx - used)} are free: shorten the text, or make a context with a larger n_ctx"
+            f"the context is full: {used} of n_ctx={n_cells} cells are used, {wanted} more are wanted, "
+            f"{max(0, n_cells - used)} are free: shorten the text, or make a context with a larger n_ctx"
         )
 
     def _read_logits(self, row: int | None = None) -> npt.NDArray[np.float32]:

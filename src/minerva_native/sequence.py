@@ -285,7 +285,7 @@ class Sequence(AbstractSequence[int]):
                     context._share(slot, forked._slot, shared)
                 context._pool.spare = 0
                 if lacking := context._pool.lacks(forked._slot, 0):
-                    raise context._full(lacking, forked._slot)
+                    raise context._full(lacking, forked._slot, lacking)
             except BaseException:
                 forked._discard()
                 raise

@@ -77,10 +77,10 @@ def restore(context: "Context", path: str | os.PathLike[str]) -> "Sequence":
         sequence = context.sequence()
         slot, pool = sequence._slot, context._pool
         try:
-            slot.add(ids)
+            if pool.lacks(slot, n_tokens):
+                raise context._full(n_tokens, slot)
             pool.spare = 0
-            if lacking := pool.lacks(slot, 0):
-                raise context._full(lacking)
+            slot.add(ids)
             if n_cached:
                 pool.place(slot)
                 slot.settled = False

@@ -1,0 +1,263 @@
+"""Saved sequences: what is restored is what was saved, and a file that is not whole restores nothing."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import minerva_native as mn
+from tiny_models import TinyModel
+
+IDS = list(range(20, 60))
+KINDS = {
+    "attention": TinyModel(),
+    "sliding window": TinyModel("gemma2", tied=True),
+    "recurrent": TinyModel("mamba"),
+    "hybrid": TinyModel("jamba"),
+    "mixture of experts": TinyModel("qwen3moe"),
+}
+
+
+def make(model: mn.Model, **options: object) -> mn.Context:
+    options = {"n_ctx": 256, "n_seq": 2, "n_threads": 1, "prefix_cache": False, **options}
+    return model.context(**options)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def context(tiny: mn.Model) -> Iterator[mn.Context]:
+    with make(tiny) as context:
+        yield context
+
+
+@pytest.fixture
+def saved(context: mn.Context, tmp_path: Path) -> Path:
+    with context.sequence() as sequence:
+        sequence.extend(IDS)
+        sequence.save(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("options", [{}, {"kv_unified": False}, {"kv_type": "q8_0"}], ids=str)
+def test_a_restored_sequence_is_the_one_that_was_saved(
+    load_tiny: Callable[[TinyModel], mn.Model], tmp_path: Path, name: str, options: dict[str, object]
+) -> None:
+    model = load_tiny(KINDS[name])
+    with make(model, **options) as context:
+        sequence = context.sequence()
+        sequence.extend(IDS)
+        sequence.save(tmp_path / "saved")
+        logits = sequence.logits
+        sequence.extend([1, 2, 3])
+        further = sequence.logits
+    with make(model, **options) as context:
+        restored = context.restore(tmp_path / "saved")
+        assert restored == IDS
+        assert np.array_equal(restored.logits, logits)
+        assert context.stats.tokens_evaluated == 0
+        assert restored.extend([1, 2, 3]) == 3
+        np.testing.assert_allclose(restored.logits, further, rtol=0, atol=1e-3 * np.abs(further).max())
+
+
+def test_tokens_that_wait_and_logits_that_are_not_known(context: mn.Context, tmp_path: Path) -> None:
+    sequence = context.sequence()
+    sequence.extend(IDS)
+    sequence.truncate(30)
+    sequence.append(7)
+    sequence.save(tmp_path / "saved")
+    restored = context.restore(tmp_path / "saved")
+    assert restored == sequence
+    np.testing.assert_allclose(restored.logits, sequence.logits, atol=1e-3)
+
+
+def test_an_empty_sequence(context: mn.Context, tmp_path: Path) -> None:
+    context.sequence().save(tmp_path / "saved")
+    restored = context.restore(tmp_path / "saved")
+    assert restored == []
+    assert restored.extend(IDS) == len(IDS)
+
+
+def test_a_shifted_sequence_is_saved_as_it_then_is(context: mn.Context, tmp_path: Path) -> None:
+    sequence = context.sequence()
+    sequence.extend(IDS)
+    sequence.shift(4, 10)
+    sequence.save(tmp_path / "saved")
+    restored = context.restore(tmp_path / "saved")
+    assert restored == [*IDS[:4], *IDS[14:]]
+    assert np.array_equal(restored.logits, sequence.logits)
+    sequence.extend([1])
+    restored.extend([1])
+    np.testing.assert_allclose(restored.logits, sequence.logits, atol=1e-3)
+
+
+def test_a_fork_is_saved_whole(context: mn.Context, tmp_path: Path) -> None:
+    sequence = context.sequence()
+    sequence.extend(IDS)
+    fork = sequence.fork(30)
+    fork.extend([1])
+    fork.save(tmp_path / "saved")
+    logits = fork.logits
+    fork.close()
+    assert np.array_equal(context.restore(tmp_path / "saved").logits, logits)
+
+
+def test_saving_replaces_a_file_and_leaves_nothing_else(context: mn.Context, saved: Path) -> None:
+    sequence = context.sequence()
+    sequence.extend([1, 2])
+    sequence.save(str(saved))
+    assert context.restore(saved) == [1, 2]
+    assert [path.name for path in saved.parent.iterdir()] == ["saved"]
+
+
+def refused(context: mn.Context, path: Path, words: str | None = None) -> None:
+    """A file that is refused leaves no cell taken, and no place."""
+    with pytest.raises(mn.StateError, match=words):
+        context.restore(path)
+    assert context.cells_used == 0
+    assert context.restore.__self__._pool.open == []  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("fiftieth", range(50))
+def test_a_file_that_was_cut_is_refused(context: mn.Context, saved: Path, fiftieth: int) -> None:
+    content = saved.read_bytes()
+    saved.write_bytes(content[: len(content) * fiftieth // 50])
+    refused(context, saved)
+
+
+def test_a_file_with_any_byte_changed_is_refused(context: mn.Context, saved: Path) -> None:
+    content = bytearray(saved.read_bytes())
+    choice = random.Random(1)
+    places = {*range(400), *range(len(content) - 100, len(content)), *choice.sample(range(len(content)), 500)}
+    for place in places:
+        byte = content[place]
+        content[place] ^= choice.randrange(1, 256)
+        saved.write_bytes(content)
+        refused(context, saved)
+        content[place] = byte
+
+
+def test_a_longer_file_is_refused(context: mn.Context, saved: Path) -> None:
+    saved.write_bytes(saved.read_bytes() + b"more")
+    refused(context, saved, "checksum")
+
+
+def test_a_file_of_another_kind(context: mn.Context, demo: mn.Model) -> None:
+    refused(context, demo.path, "is not a saved sequence")
+
+
+def test_a_file_that_is_not_there(context: mn.Context, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        context.restore(tmp_path / "nothing")
+
+
+def test_another_model(load_tiny: Callable[[TinyModel], mn.Model], saved: Path) -> None:
+    """Also one of the same shape: only its weights differ."""
+    for other in (TinyModel(seed=2), TinyModel(n_layer=2), TinyModel("mamba")):
+        with make(load_tiny(other)) as context:
+            refused(context, saved, "was saved from another model")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kv_type": "f32"}, r"its kv_type is \['f16', 'f16'\], and here it is \['f32', 'f32'\]"),
+        ({"kv_type": ("f16", "q8_0")}, "kv_type"),
+        ({"kv_unified": False}, "kv_unified is True, and here it is False"),
+        ({"flash_attention": "off"}, "V transposition"),
+    ],
+)
+def test_other_parameters(tiny: mn.Model, saved: Path, options: dict[str, object], words: str) -> None:
+    with make(tiny, **options) as context:
+        refused(context, saved, words)
+
+
+def test_a_context_with_other_sizes_will_do(tiny: mn.Model, saved: Path) -> None:
+    with make(tiny, n_ctx=64, n_seq=1, n_batch=8) as context:
+        assert context.restore(saved) == IDS
+
+
+def test_no_room(tiny: mn.Model, saved: Path) -> None:
+    with make(tiny, n_ctx=39) as context:
+        with pytest.raises(mn.ContextFullError, match="0 of n_ctx=39 cells are used, 40 more are wanted, 39 are free"):
+            context.restore(saved)
+        assert context.cells_used == 0
+        both = context.sequence(), context.sequence()
+        with pytest.raises(mn.ContextError, match="all 2 sequences"):
+            context.restore(saved)
+        assert both[0] == []
+
+
+def test_a_restored_sequence_is_a_beginning_for_others(tiny: mn.Model, saved: Path) -> None:
+    with make(tiny, prefix_cache=True) as context:
+        context.restore(saved)
+        assert context.sequence().extend([*IDS, 1]) == 1
+
+
+def test_a_folder_that_is_not_there(context: mn.Context, tmp_path: Path) -> None:
+    sequence = context.sequence()
+    sequence.extend(IDS)
+    with pytest.raises(FileNotFoundError):
+        sequence.save(tmp_path / "nowhere" / "saved")
+
+
+def test_a_closed_sequence_cannot_be_saved(context: mn.Context, tmp_path: Path) -> None:
+    sequence = context.sequence()
+    sequence.close()
+    with pytest.raises(mn.ClosedError):
+        sequence.save(tmp_path / "saved")
+
+
+def test_a_save_that_fails_leaves_the_old_file(
+    context: mn.Context, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = saved.read_bytes()
+
+    def fail(number: int) -> None:
+        raise OSError("no space left")
+
+    sequence = context.sequence()
+    sequence.extend([1, 2, 3])
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="no space left"):
+        sequence.save(saved)
+    assert saved.read_bytes() == before
+    assert [path.name for path in saved.parent.iterdir()] == ["saved"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on this system")
+def test_a_kill_amid_a_save_leaves_the_old_file_or_the_new(demo: mn.Model, tmp_path: Path) -> None:
+    program = """
+import sys, minerva_native as mn
+context = mn.Model.demo().context(n_ctx=512, n_threads=1)
+sequence = context.sequence()
+sequence.extend([10] * 200)
+number = 0
+while True:
+    number += 1
+    sequence.append(11)
+    _ = sequence.logits
+    sequence.save(sys.argv[1])
+    if number == 1:
+        print("saving", flush=True)
+    if number % 200 == 0:
+        sequence.truncate(200)
+"""
+    choice = random.Random(1)
+    with demo.context(n_ctx=512, n_threads=1) as context:
+        for round_ in range(8):
+            path = tmp_path / "saved"
+            with subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE) as process:
+                assert process.stdout is not None
+                assert process.stdout.readline() == b"saving\n"
+                time.sleep(choice.random() * 0.05)
+                process.kill()
+            with context.restore(path) as restored:
+                assert restored[:200] == [10] * 200
+                assert set(restored[200:]) == {11}, round_
