@@ -287,11 +287,10 @@ class Context:
         for slot in queue:
             if not slot.tokens:
                 raise ContextError("the sequence is empty: extend it with a prompt first (a BOS token at the least)")
-            if not slot.settled:
-                slot.forget_from(slot.n_cached)
-            if slot.n_cached == len(slot.tokens):
-                slot.forget_from(slot.n_cached - 1)
-            if lacking := self._pool.lacks(slot, 0):  # cells that were shared may have to be evaluated anew
+            if not slot.settled or slot.n_cached == len(slot.tokens):
+                slot.forget_from(min(slot.n_cached, len(slot.tokens) - 1))
+                self._pool.spare = 0  # cells that were shared may have to be evaluated anew
+            if self._pool.spare <= 0 and (lacking := self._pool.lacks(slot, 0)):
                 raise self._full(lacking, slot, lacking)
             self._pool.place(slot)
         started = list(queue)
@@ -457,6 +456,8 @@ class Context:
 
     def _attach_prefix(self, slot: "Slot") -> None:
         """Give a slot the longest beginning of its tokens that another one has cached, where that saves work."""
+        if len(slot.tokens) - slot.n_cached < 2:  # the last token is evaluated anyway, to have its logits
+            return
         source, n = self._pool.find_prefix(slot)
         if source is not None:
             before = slot.n_cached
@@ -508,6 +509,14 @@ class _Batch:
     ) -> None:
         """Set the entries from `at` on: tokens at positions from `start`, of which the last is to have logits."""
         end = at + len(tokens)
+        if end - at == 1:  # a slice costs more than a number
+            self.tokens[at], self.positions[at], self.sequences[at], self.outputs[at] = (
+                tokens[0],
+                start,
+                sequence_id,
+                True,
+            )
+            return
         self.tokens[at:end] = tokens
         self.positions[at:end] = self.steps[: end - at]
         self.positions[at:end] += start

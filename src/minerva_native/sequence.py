@@ -355,6 +355,11 @@ class Sequence(AbstractSequence[int]):
     def _try_to_grow(self, new: npt.NDArray[np.int32]) -> bool:
         """Put tokens at the end, share what others have cached of the whole, and say whether all of it fits."""
         slot, pool, length = self._slot, self.context._pool, len(self._tokens)
+        if pool.spare >= len(new):
+            pool.spare -= len(new)
+            slot.add(new)
+            self.context._attach_prefix(slot)
+            return True
         logits, unread = slot.logits, slot.unread
         fits = False
         try:

@@ -259,8 +259,8 @@ class SlotPool:
 
     def find_prefix(self, slot: Slot) -> tuple[Slot | None, int]:
         """Return which other slot has most of this one's tokens cached, from the first, and how many."""
-        total, best, n = len(slot.tokens), None, slot.n_cached
-        if not self._prefix_cache or total - n < 2 or not slot.settled or slot.n_pure is not None:
+        best, n = None, slot.n_cached
+        if not self._prefix_cache or not slot.settled or slot.n_pure is not None:
             return None, 0
         wanted = np.array(slot.tokens, np.int32)
         for other in (*self.open, *self.finished):

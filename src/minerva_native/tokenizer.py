@@ -173,6 +173,10 @@ class Tokenizer:
         """Return token ids as an int32 array; raise `TypeError` or `ValueError` where one is not of this vocabulary."""
         if isinstance(ids, str | bytes):
             raise TypeError(f"token ids must be integers, not {type(ids).__name__}: encode the text first")
+        if (
+            isinstance(ids, list) and len(ids) == 1 and type(ids[0]) is int
+        ):  # what a decode loop over several sequences gives
+            return np.array([self.check(ids[0])], np.int32)
         array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
         if array.ndim != 1:
             raise ValueError(f"token ids must be one-dimensional, not of shape {array.shape}")

@@ -1,0 +1,155 @@
+"""What the KV cache's bookkeeping costs, and batched decoding beside upstream's: `pytest bench/test_kv_cache.py
+--benchmark-enable`.
+
+Bars: 5 microseconds to append a token to 100,000; 1 millisecond for a fork, a truncation, and finding the longest
+beginning among 64 sequences of 8,000 tokens; 0.97 of the speed of `llama-batched-bench`, eight sequences at a time.
+The last needs upstream's tools: see CONTRIBUTING.md; `MINERVA_TOOLS` names their folder.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+import minerva_native as mn
+from tiny_models import TinyModel
+
+ROOT = Path(__file__).parents[1]
+N_SEQUENCES, N_TOKENS = 64, 8_000
+N_LONG = 100_000
+
+BATCH, N_PROMPT, N_STEPS, ROUNDS = 8, 64, 64, 15
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[mn.Model]:
+    """A model that is next to nothing, so that many tokens can be evaluated."""
+    shape = TinyModel(n_layer=1, n_embd=32, n_head=1, n_head_kv=1, n_ff=32, n_ctx_train=2 * N_LONG)
+    with mn.Model.load(shape.write(tmp_path_factory.mktemp("small") / "small.gguf"), gpu_layers=0) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def many(small: mn.Model) -> Iterator[list[mn.Sequence]]:
+    """64 sequences of 8,000 tokens, each alike for one token more than the one before: the most there is to compare."""
+    text = np.random.default_rng(1).integers(0, 200, N_TOKENS).tolist()
+    with small.context(n_ctx=N_TOKENS + N_SEQUENCES**2, n_seq=N_SEQUENCES + 2, n_threads=1) as context:
+        first = context.sequence()
+        first.extend(text)
+        sequences = [first.fork(N_TOKENS - N_SEQUENCES + alike) for alike in range(N_SEQUENCES)]
+        first.close()
+        context.clear_cache()
+        for alike, sequence in enumerate(sequences):
+            sequence.extend([255] * (N_SEQUENCES - alike))
+        yield sequences
+
+
+def test_appending_to_a_long_sequence(benchmark: BenchmarkFixture, small: mn.Model) -> None:
+    with small.context(n_ctx=2 * N_LONG, n_batch=512, n_threads=1) as context, context.sequence() as sequence:
+        for token in range(N_LONG):
+            sequence.append(token % 256)
+
+        def append() -> None:
+            for _ in range(1000):
+                sequence.append(1)
+
+        benchmark.pedantic(append, setup=lambda: sequence.truncate(N_LONG), rounds=50)
+        if benchmark.stats:
+            benchmark.extra_info["us_per_token"] = round(1e3 * benchmark.stats.stats.median, 3)
+
+
+def test_forking(benchmark: BenchmarkFixture, many: list[mn.Sequence]) -> None:
+    def fork() -> None:
+        forks.append(many[0].fork(N_TOKENS - 10))
+
+    forks: list[mn.Sequence] = []
+    benchmark.pedantic(fork, setup=lambda: close(forks), rounds=100)
+    close(forks)
+
+
+def test_truncating(benchmark: BenchmarkFixture, many: list[mn.Sequence]) -> None:
+    def fork() -> None:
+        close(forks)
+        forks.append(many[0].fork())
+
+    forks: list[mn.Sequence] = []
+    benchmark.pedantic(lambda: forks[0].truncate(N_TOKENS // 2), setup=fork, rounds=100)
+    close(forks)
+
+
+def close(forks: list[mn.Sequence]) -> None:
+    for fork in forks:
+        fork.close()
+        fork.context.clear_cache()
+    forks.clear()
+
+
+def test_finding_the_longest_beginning(benchmark: BenchmarkFixture, many: list[mn.Sequence]) -> None:
+    with many[0].context.sequence() as sequence:
+        slot = sequence._slot
+        slot.add(np.array([*many[-1].tokens[:-1], 254, 254], np.int32))
+        source, n = benchmark(many[0].context._pool.find_prefix, slot)
+        assert (source, n) == (many[-1]._slot, N_TOKENS - 1)
+        slot.cut(0)
+
+
+@pytest.fixture(scope="module")
+def batched_bench() -> Path:
+    folders = [Path(os.environ["MINERVA_TOOLS"])] if "MINERVA_TOOLS" in os.environ else ROOT.glob("build/*/bin")
+    for folder in folders:
+        if (folder / "llama-batched-bench").exists():
+            return folder / "llama-batched-bench"
+    pytest.skip("llama-batched-bench is not built: see CONTRIBUTING.md")
+
+
+@pytest.fixture(scope="module")
+def middling(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 26 million weights: a few milliseconds a step."""
+    shape = TinyModel(n_layer=8, n_embd=512, n_head=8, n_head_kv=4, n_ff=1536)
+    return shape.write(tmp_path_factory.mktemp("middling") / "middling.gguf")
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_eight_sequences_at_a_time_beside_upstream(
+    benchmark: BenchmarkFixture, batched_bench: Path, middling: Path, n_threads: int
+) -> None:
+    n_ctx = BATCH * (N_PROMPT + N_STEPS)
+    arguments = ["-m", middling, "-c", n_ctx, "-npp", N_PROMPT, "-ntg", N_STEPS, "-npl", BATCH, "-kvu", "-ngl", 0]
+    command = [batched_bench, *arguments, "-t", n_threads, "-tb", n_threads, "--output-format", "jsonl"]
+
+    def upstream() -> float:
+        while True:  # it ends without having printed its result now and then
+            result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+            for line in result.stdout.splitlines():
+                if line.startswith("{"):
+                    return float(json.loads(line)["speed_tg"])
+
+    def ours() -> float:
+        with model.context(n_ctx=n_ctx, n_seq=BATCH, n_threads=n_threads, prefix_cache=False) as context:
+            choice = np.random.default_rng(1)
+            sequences = [context.sequence() for _ in range(BATCH)]
+            context.extend({sequence: choice.integers(0, 256, N_PROMPT) for sequence in sequences})
+            before = time.perf_counter()
+            for _ in range(N_STEPS):
+                context.extend({sequence: [int(choice.integers(256))] for sequence in sequences})
+            return BATCH * N_STEPS / (time.perf_counter() - before)
+
+    ratios, speeds = [], []
+
+    def round_() -> None:
+        own, theirs = (ours(), upstream()) if len(ratios) % 2 else (upstream(), ours())[::-1]
+        ratios.append(own / theirs)
+        speeds.append(own)
+
+    with mn.Model.load(middling, gpu_layers=0) as model:
+        benchmark.pedantic(round_, rounds=ROUNDS, warmup_rounds=1)
+    benchmark.extra_info["ratio"] = round(statistics.median(ratios[1:] or ratios), 3)
+    benchmark.extra_info["ratios"] = [round(ratio, 3) for ratio in sorted(ratios[1:])]
+    benchmark.extra_info["tokens_per_second"] = round(statistics.median(speeds), 1)
