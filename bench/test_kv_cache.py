@@ -141,7 +141,8 @@ def test_eight_sequences_at_a_time_beside_upstream(
                 context.extend({sequence: [int(choice.integers(256))] for sequence in sequences})
             return BATCH * N_STEPS / (time.perf_counter() - before)
 
-    ratios, speeds = [], []
+    ratios: list[float] = []
+    speeds: list[float] = []
 
     def round_() -> None:
         own, theirs = (ours(), upstream()) if len(ratios) % 2 else (upstream(), ours())[::-1]
