@@ -167,9 +167,9 @@ def test_another_model(load_tiny: Callable[[TinyModel], mn.Model], saved: Path) 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"kv_type": "f32"}, r"its kv_type is \['f16', 'f16'\], and here it is \['f32', 'f32'\]"),
+        ({"kv_type": "f32"}, r"its kv_type is \['f16', 'f16'\], here it is \['f32', 'f32'\]"),
         ({"kv_type": ("f16", "q8_0")}, "kv_type"),
-        ({"kv_unified": False}, "kv_unified is True, and here it is False"),
+        ({"kv_unified": False}, "kv_unified is True, here it is False"),
         ({"flash_attention": "off"}, "V transposition"),
     ],
 )

@@ -28,6 +28,7 @@ WALKS_OF_EACH, STEPS = 45, 40
 N_CTX, N_SEQ, MAX_TOKENS = 176, 4, 56
 TOLERANCE = 1e-3  # of the logits' size: batches of other sizes add in another order, and keys and values are float16
 FEW = st.sampled_from([40, 41, 42])  # so few that texts often begin alike
+QUESTION = list(range(100, 108))  # for the encoder, where there is one
 TEXT = st.lists(FEW, min_size=1, max_size=24)
 
 
@@ -50,6 +51,7 @@ KINDS = {
     "sliding window, small cache": Kind(TinyModel("gemma2", tied=True), {"swa_full": False, "n_ctx": 600}),
     "recurrent": Kind(TinyModel("mamba")),
     "hybrid": Kind(TinyModel("jamba")),
+    "encoder-decoder": Kind(TinyModel("t5")),
 }
 
 OPTIONS: dict[str, Any] = {"n_threads": 1, "n_batch": 16, "n_ubatch": 8, "flash_attention": "off"}
@@ -61,6 +63,8 @@ class ByHand:
     def __init__(self, model: mn.Model, options: Mapping[str, Any]):
         unshared = {"kv_unified": True, "n_ctx": 256, "swa_full": True}
         self.context = model.context(**{**OPTIONS, **options, **unshared}, prefix_cache=False)
+        if model.has_encoder:
+            self.context.encode(QUESTION)
         self.known: dict[tuple[Any, ...], Logits | None] = {}
 
     def logits(self, program: list[tuple[Any, ...]]) -> Logits | None:
@@ -161,6 +165,8 @@ class Walk(stateful.RuleBasedStateMachine):
         super().__init__()
         options = {"n_ctx": N_CTX, "n_seq": N_SEQ, "checkpoint_interval": 8, **OPTIONS, **options}
         self.context, self.by_hand, self.folder = model.context(**options), by_hand, folder
+        if model.has_encoder:
+            self.context.encode(QUESTION)
         self.can_truncate = self.context.memory.can_truncate
         self.texts: dict[mn.Sequence, Text] = {self.context.sequence(): Text([])}
 

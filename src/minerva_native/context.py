@@ -59,6 +59,7 @@ class Stats:
         0  # of those evaluated: again, as their state was gone, or logits were wanted in their midst
     )
     tokens_discarded: int = 0  # by `shift`
+    tokens_encoded: int = 0  # by `Context.encode`
     decode_calls: int = 0
     decode_seconds: float = 0.0  # in `llama_decode` and the wait for its result
 
@@ -74,6 +75,7 @@ class Context:
     n_ctx: int
     n_seq: int
     n_batch: int
+    n_ubatch: int
     n_threads: int
 
     def __init__(
@@ -102,7 +104,7 @@ class Context:
         if n_cells < 2:
             raise ValueError(f"n_ctx={n_ctx} leaves each of n_seq={n_seq} sequences less than 2 cells of its own")
         self.n_batch = min(_in_range("n_batch", n_batch, 1, 2**31 - 1), self.n_ctx)
-        n_ubatch = _in_range("n_ubatch", n_ubatch, 1, 2**31 - 1)
+        self.n_ubatch = min(_in_range("n_ubatch", n_ubatch, 1, 2**31 - 1), self.n_batch)
         if n_threads is None:
             n_threads = min(available_cpus(), lib.GGML_MAX_N_THREADS)
         self.n_threads = _in_range("n_threads", n_threads, 1, lib.GGML_MAX_N_THREADS)
@@ -129,7 +131,7 @@ class Context:
         # A multiple of libllama's step, so that it grants exactly this many cells; `n_ctx` is kept to in Python.
         parameters.n_ctx = math.ceil(n_cells / _CELLS_STEP) * _CELLS_STEP * (1 if kv_unified else self.n_seq)
         parameters.n_batch = self.n_batch
-        parameters.n_ubatch = min(n_ubatch, self.n_batch)
+        parameters.n_ubatch = self.n_ubatch
         parameters.n_seq_max = self.n_seq
         parameters.n_threads = parameters.n_threads_batch = self.n_threads
         parameters.type_k, parameters.type_v = map(_ggml_type, self.kv_type)
@@ -150,14 +152,15 @@ class Context:
                     f"kv_type={self.kv_type}, flash_attention={flash!r} ({why}): ask for less, or another type"
                 )
             self._handle = Handle("Context", pointer, lib.llama_free, parent=model._handle)
-            self._encodes = lib.llama_model_has_encoder(model_pointer)
+            self._has_decoder = bool(lib.llama_model_has_decoder(model_pointer))
         callbacks.raise_kept()
         self._pointer = pointer
         self.memory = Memory(model, self._handle, self.kv_type[0], kv_unified, swa_full)
         self._pool = SlotPool(self.memory, n_cells, self.n_seq, prefix_cache)
         # With several passes in one call, libllama may drop from a window what the first of them still needs.
-        self._max_batch = parameters.n_ubatch if self.memory.window else self.n_batch
+        self._max_batch = self.n_ubatch if self.memory.window else self.n_batch
         self._stride = self._max_batch if self.memory.can_truncate else min(self._max_batch, self._checkpoint_interval)
+        self.encoded: list[int] | None = None  # what an encoder-decoder model has read
         self._n_vocab = model.tokenizer.n_vocab
         self._last_row = self._seen_at = ffi.NULL
         # libllama's memory at `_seen_at`: never given out
@@ -172,15 +175,50 @@ class Context:
         from .sequence import Sequence
 
         with self._lock, self._handle:
-            if not self.memory.exists or self._encodes:
-                raise ContextError(
-                    f"this model ({self.model.architecture}) has an encoder: it cannot continue a text by itself"
-                )
+            name = self.model.architecture
+            if not self.memory.exists or not self._has_decoder:
+                raise ContextError(f"this model ({name}) has no decoder: it cannot continue a text")
+            if self.model.has_encoder and self.encoded is None:
+                raise ContextError(f"this model ({name}) has an encoder: give it the text to answer with encode first")
             self._collect_orphans()
             slot = self._pool.new()
             if slot is None:
                 raise no_place(self.n_seq)
             return Sequence(self, slot)
+
+    def encode(self, ids: TokenIds) -> int:
+        """Have an encoder-decoder model read the text that its sequences answer; return the token to begin those with.
+
+        It takes the place of the text before: what sequences hold is evaluated anew when logits are asked for.
+        Raises `ContextError` where the model has no encoder, `TypeError` or `ValueError` for what is no token id, or
+        for more than `n_ubatch` of them, which an encoder has to see at once.
+        """
+        with self._lock, self._handle:
+            text: list[int] = self.model.tokenizer.as_array(ids).tolist()
+            if not self.model.has_encoder or not self._has_decoder:
+                raise ContextError(f"this model ({self.model.architecture}) is no encoder-decoder: extend a sequence")
+            if not 1 <= len(text) <= self.n_ubatch:
+                raise ValueError(f"the text has {len(text)} tokens, and can have 1 to n_ubatch={self.n_ubatch}")
+            self.clear_cache(pinned=True)
+            for slot in self._pool.open:
+                self._keep_logits(slot)
+                slot.forget_from(0)
+            batch = lib.llama_batch_init(len(text), 0, self.n_seq)
+            try:
+                for index, token in enumerate(text):
+                    batch.token[index], batch.pos[index], batch.n_seq_id[index] = token, index, self.n_seq
+                    for sequence_id in range(self.n_seq):
+                        batch.seq_id[index][sequence_id] = sequence_id
+                batch.n_tokens = len(text)
+                self._begin()
+                self._call(batch, len(text), encode=True)
+            finally:
+                lib.llama_batch_free(batch)
+            self.stats.tokens_encoded += len(text)
+            self.encoded = text
+            with self.model._handle as pointer:
+                start: int = lib.llama_model_decoder_start_token(pointer)
+            return start if start >= 0 else self.model.tokenizer.bos or 0
 
     def extend(
         self, texts: "Mapping[Sequence, TokenIds]", on_progress: Callable[[int, int], object] | None = None
@@ -383,12 +421,19 @@ class Context:
             self._unread = None
             if unread.unread:
                 self._keep_logits(unread)
-        stats = self.stats
+        self._call(batch, count)
+        self.stats.tokens_evaluated += count
+
+    def _call(self, batch: Any, count: int, encode: bool = False) -> None:
+        """Have libllama compute a batch, and wait for the result."""
+        memory, stats = self.memory, self.stats
         try:
             memory.computing = True
             before = time.perf_counter()
-            code = lib.llama_decode(self._pointer, batch)
-            if not code:
+            code = lib.llama_encode(self._pointer, batch) if encode else lib.llama_decode(self._pointer, batch)
+            if encode:
+                lib.llama_synchronize(self._pointer)
+            elif not code:
                 self._last_row = lib.llama_get_logits_ith(self._pointer, -1)  # waits for the result
             stats.decode_seconds += time.perf_counter() - before
         finally:
@@ -400,7 +445,6 @@ class Context:
             callbacks.raise_kept()
         if code:
             self._raise_for(code, count)
-        stats.tokens_evaluated += count
 
     def _end_shift(self, failed: bool) -> None:
         """A decode has turned shifted keys to their positions; one that failed may have turned some of them."""

@@ -13,7 +13,7 @@ from .errors import ContextError
 if TYPE_CHECKING:
     from .model import Model
 
-Kind = Literal["attention", "sliding window", "recurrent", "hybrid"]
+Kind = Literal["attention", "sliding window", "recurrent", "hybrid", "encoder-decoder"]
 
 State = npt.NDArray[np.uint8]
 
@@ -22,7 +22,8 @@ class Memory:
     """What the memory of a context can do, which depends on the model's architecture.
 
     `kind`: "attention" keeps keys and values of every token, "sliding window" in some layers only of the last `window`
-    tokens, "recurrent" one state that every token changes, "hybrid" the last and one of the others.
+    tokens, "recurrent" one state that every token changes, "hybrid" the last and one of the others;
+    "encoder-decoder" is attention, to what `Context.encode` was given besides.
     `can_truncate`: whether the end of a sequence can be forgotten at any point. Where not, a copy of the state is kept
     every so many tokens (a checkpoint), and `truncate` goes back to the nearest one before.
     `can_shift`: whether tokens can be taken out of the middle and the rest moved up without evaluating them again.
@@ -41,8 +42,12 @@ class Memory:
             self.kind = "hybrid" if hybrid else "recurrent"
         elif self.window:
             self.kind = "sliding window"
+        elif model.has_encoder:
+            self.kind = "encoder-decoder"
         self.exists = self._memory != ffi.NULL
-        self.can_truncate = self.kind == "attention" or (self.kind == "sliding window" and swa_full)
+        self.can_truncate = self.kind in ("attention", "encoder-decoder") or (
+            self.kind == "sliding window" and swa_full
+        )
         self.can_shift: bool = self.exists and lib.llama_memory_can_shift(self._memory) and _keys_turn(model, key_type)
         self.can_share = unified
         self.computing = False

@@ -181,6 +181,12 @@ class Model:
         return str(self.metadata.get("general.architecture", ""))
 
     @property
+    def has_encoder(self) -> bool:
+        """Whether the model reads a text as a whole before it answers (`Context.encode`), such as T5."""
+        with self._handle as model:
+            return bool(lib.llama_model_has_encoder(model))
+
+    @property
     def file_type(self) -> str:
         """The quantisation of most weights, such as "Q8_0" (`llama_ftype_name`)."""
         with self._handle as model:

@@ -66,9 +66,12 @@ def restore(context: "Context", path: str | os.PathLike[str]) -> "Sequence":
         for name, here in _requirements(context).items():
             if header[name] != here:
                 raise StateError(
-                    f"{path} was saved from another model ({header['model']}, and this is {context.model.path.name})"
-                    if name == "fingerprint"
-                    else f"{path} does not fit this context: its {name} is {header[name]!r}, and here it is {here!r}"
+                    {
+                        "fingerprint": f"{path} was saved from another model ({header['model']})",
+                        "encoded": f"{path} answers another text than the one that this context has encoded",
+                    }.get(
+                        name, f"{path} does not fit this context: its {name} is {header[name]!r}, here it is {here!r}"
+                    )
                 )
         n_tokens, n_cached, n_logits = header["n_tokens"], header["n_cached"], header["n_logits"]
         ids = context.model.tokenizer.as_array(np.frombuffer(body, "<i4", n_tokens))
@@ -125,6 +128,7 @@ def _requirements(context: "Context") -> dict[str, Any]:
         "fingerprint": fingerprint(context.model),
         "kv_type": list(context.kv_type),
         "kv_unified": context.memory.can_share,
+        "encoded": context.encoded,
         "state_version": lib.LLAMA_STATE_SEQ_VERSION,
     }
 

@@ -44,6 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="threads (default: the usable CPUs; 1 for a tiny model)",
     )
+    types = "f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl"
+    add("-ctk", "--cache-type-k", default="f16", metavar="TYPE", help=f"type of the cached keys: {types} (f16)")
+    add("-ctv", "--cache-type-v", default="f16", metavar="TYPE", help="type of the cached values (f16)")
+    add("-fa", "--flash-attn", default="auto", choices=("on", "off", "auto"), help="flash attention (auto)")
+    add("--swa-full", action="store_true", help="keep all tokens in sliding-window layers, not the window alone")
+    add("--context-shift", action="store_true", help="when the context is full, discard the older half and go on")
+    add("--keep", type=int, default=4, metavar="N", help="tokens at the start that are never discarded (4)")
     add("-s", "--seed", type=int, metavar="N", help="seed of the sampler; -1 for a random one (default)")
     add("--temp", type=float, dest="temperature", metavar="T", help="temperature; 0 is greedy (default 0.8)")
     add("--top-k", type=int, metavar="K", help="sample from the K most likely tokens; 0 for all (default 40)")
@@ -68,18 +75,26 @@ def run(options: argparse.Namespace) -> int:
         threads = options.threads
         if threads is None and model.size_bytes < ONE_THREAD_BYTES:
             threads = 1
-        with (
-            model.context(n_ctx=n_ctx, n_batch=options.batch_size, n_threads=threads) as context,
-            context.sequence() as sequence,
-        ):
+        with model.context(
+            n_ctx=n_ctx,
+            n_batch=options.batch_size,
+            n_threads=threads,
+            kv_type=(options.cache_type_k, options.cache_type_v),
+            flash_attention=options.flash_attn,
+            swa_full=options.swa_full or options.context_shift,
+            on_full="shift" if options.context_shift else "error",
+            n_keep=options.keep,
+        ) as context:
             clock.loaded()
             prompt, shown = choose_prompt(options, model)
+            ids = model.tokenizer.encode(prompt, parse_special=options.parse_special)
+            if model.has_encoder:
+                ids = [context.encode(ids)]
+            sequence = context.sequence()
             text, finish_reason = [], "length"
             try:
                 with prefilling() as on_progress:
-                    clock.prefill(
-                        sequence, model.tokenizer.encode(prompt, parse_special=options.parse_special), on_progress
-                    )
+                    clock.prefill(sequence, ids, on_progress)
                 limit = None if options.predict == -1 else options.predict
                 for step in mn.generate(sequence, sampler, max_tokens=limit, stop=options.stop):
                     clock.tick()
