@@ -156,6 +156,9 @@ class Context:
         callbacks.raise_kept()
         self._pointer = pointer
         self.memory = Memory(model, self._handle, self.kv_type[0], kv_unified, swa_full)
+        if on_full == "shift" and not self.memory.can_shift:
+            self._handle.close()
+            raise self._cannot_shift()
         self._pool = SlotPool(self.memory, n_cells, self.n_seq, prefix_cache)
         # With several passes in one call, libllama may drop from a window what the first of them still needs.
         self._max_batch = self.n_ubatch if self.memory.window else self.n_batch
@@ -471,6 +474,12 @@ class Context:
         if code == 1:
             raise self._full(count)
         raise ContextError(f"libllama could not evaluate a batch of {count} tokens (code {code}); see its log")
+
+    def _cannot_shift(self) -> ContextError:
+        return ContextError(
+            f"the memory of this model ({self.model.architecture}: {self.memory.kind}, kv_type={self.kv_type}) cannot "
+            "shift: truncate instead, or try keys of another type"
+        )
 
     def _full(self, wanted: int, slot: "Slot | None" = None, counted: int = 0) -> ContextFullError:
         """Return the error; of the cells wanted, so many are counted as used already."""

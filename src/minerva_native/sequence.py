@@ -252,10 +252,7 @@ class Sequence(AbstractSequence[int]):
                 del self._tokens[keep : keep + discard]
             else:
                 if not context.memory.can_shift:
-                    raise ContextError(
-                        f"the memory of this model ({context.model.architecture}, {context.memory.kind}) cannot shift: "
-                        "truncate and extend instead"
-                    )
+                    raise context._cannot_shift()
                 self._own_cells(keep + discard)
                 self._shift_cells(keep, discard)
             slot.n_seen = slot.n_cached
