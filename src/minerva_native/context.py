@@ -169,7 +169,7 @@ class Context:
         # libllama's memory at `_seen_at`: never given out
         self._seen: npt.NDArray[np.float32] = np.empty(0, np.float32)
         self._batch, self._single = _Batch(self.n_batch), _SingleToken()
-        self._unread: Slot | None = None  # whose logits lie in libllama's buffer and nowhere else
+        self._unread: tuple[Slot, ...] = ()  # whose logits lie in libllama's buffer and nowhere else
         self._orphans: deque[Slot] = deque()  # of sequences that were collected without `close`
         model._contexts.add(self)
 
@@ -324,7 +324,6 @@ class Context:
     def _evaluate(self, slots: "Iterable[Slot]", on_progress: Callable[[int, int], object] | None = None) -> int:
         """Bring the cache of slots up to their lists, at least by the last token; return how many tokens that took."""
         queue = deque(slots)
-        alone = len(queue) == 1
         for slot in queue:
             if not slot.tokens:
                 raise ContextError("the sequence is empty: extend it with a prompt first (a BOS token at the least)")
@@ -353,18 +352,15 @@ class Context:
                     slot.settled = False
                 self._batch.struct.n_tokens = count
                 self._run([slot for slot, _, _ in parts], self._batch.struct, count)
+                self._unread = tuple(slot for slot, _, _ in parts)
                 for slot, size, row in parts:
                     finished = slot.n_cached + size == len(slot.tokens)
                     self._advance(slot, size)
-                    if finished and not alone:
-                        slot.logits = self._read_logits(row)
-                    slot.unread = finished and alone
+                    slot.row, slot.unread = row, finished
                     self._checkpoint(slot, size)
                     slot.settled = True
                     if finished:
                         queue.remove(slot)
-                if alone and not queue:
-                    self._unread = started[0]
                 done += count
                 if on_progress is not None:
                     on_progress(done, total)
@@ -394,7 +390,7 @@ class Context:
             slot.n_seen = position + 1
         else:
             self.stats.tokens_reevaluated += 1
-        slot.unread, self._unread = True, slot
+        self._unread, slot.row, slot.unread = (slot,), -1, True
         if not self.memory.can_truncate:
             self._checkpoint(slot, 1)
         slot.settled = True
@@ -419,11 +415,9 @@ class Context:
         memory.check_idle()
         for slot in slots:
             slot.check_open()
-        unread = self._unread
-        if unread is not None:
-            self._unread = None
-            if unread.unread:
-                self._keep_logits(unread)
+        for slot in self._unread:
+            self._keep_logits(slot)
+        self._unread = ()
         self._call(batch, count)
         self.stats.tokens_evaluated += count
 
@@ -490,9 +484,9 @@ class Context:
             f"{max(0, n_cells - used)} are free: shorten the text, or make a context with a larger n_ctx"
         )
 
-    def _read_logits(self, row: int | None = None) -> npt.NDArray[np.float32]:
-        """Copy the last row of logits, or that of a token of the last batch, out of libllama's buffer."""
-        pointer = self._last_row if row is None else lib.llama_get_logits_ith(self._pointer, row)
+    def _read_logits(self, row: int = -1) -> npt.NDArray[np.float32]:
+        """Copy the logits of a token of the last batch, by its index there, out of libllama's buffer."""
+        pointer = self._last_row if row == -1 else lib.llama_get_logits_ith(self._pointer, row)
         if pointer != self._seen_at:
             if not pointer:
                 raise ContextError("libllama has no logits for the last token; see its log")
@@ -504,7 +498,7 @@ class Context:
     def _keep_logits(self, slot: "Slot") -> None:
         """Copy a slot's logits before libllama's buffer is used for something else."""
         if slot.unread:
-            slot.logits = self._read_logits()
+            slot.logits = self._read_logits(slot.row)
             slot.unread = False
 
     def _attach_prefix(self, slot: "Slot") -> None:

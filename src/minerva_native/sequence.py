@@ -198,7 +198,7 @@ class Sequence(AbstractSequence[int]):
             except BaseException:
                 slot.cut(length)
                 raise
-            slot.unread, context._unread = True, slot
+            context._unread, slot.row, slot.unread = (slot,), -1, True
             return scores
 
     # Shrinking

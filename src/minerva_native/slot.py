@@ -36,7 +36,8 @@ class Slot:
         self.n_cached = 0  # of the tokens, from the first
         self.settled = True
         self.logits: npt.NDArray[np.float32] | None = None  # after the last token, once they are read
-        self.unread = False  # whether they lie in libllama's buffer
+        self.unread = False  # whether they lie in libllama's buffer, and nowhere else,
+        self.row = -1  # at the index that the token had in its batch; -1 is the last
         self.n_seen = 0  # how many tokens, from the first, were evaluated at some time
         self.n_pure: int | None = None  # once shifted: how many of the cached are what a fresh evaluation would give
         self.pieces: list[Piece] = []  # of the cells, from the first; those after are this slot's alone

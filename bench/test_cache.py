@@ -1,4 +1,4 @@
-"""What the KV cache's bookkeeping costs, and batched decoding beside upstream's: `pytest bench/test_kv_cache.py
+"""What the KV cache's bookkeeping costs, and batched decoding beside upstream's: `pytest bench/test_cache.py
 --benchmark-enable`.
 
 Bars: 5 microseconds to append a token to 100,000; 1 millisecond for a fork, a truncation, and finding the longest
@@ -19,13 +19,14 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import minerva_native as mn
+import models
 from tiny_models import TinyModel
 
 ROOT = Path(__file__).parents[1]
 N_SEQUENCES, N_TOKENS = 64, 8_000
 N_LONG = 100_000
 
-BATCH, N_PROMPT, N_STEPS, ROUNDS = 8, 64, 64, 15
+BATCH, N_PROMPT, N_STEPS, ROUNDS = 8, 32, 32, 9
 
 
 @pytest.fixture(scope="module")
@@ -109,19 +110,14 @@ def batched_bench() -> Path:
     pytest.skip("llama-batched-bench is not built: see CONTRIBUTING.md")
 
 
-@pytest.fixture(scope="module")
-def middling(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of 26 million weights: a few milliseconds a step."""
-    shape = TinyModel(n_layer=8, n_embd=512, n_head=8, n_head_kv=4, n_ff=1536)
-    return shape.write(tmp_path_factory.mktemp("middling") / "middling.gguf")
-
-
 @pytest.mark.parametrize("n_threads", [1, 2])
+@pytest.mark.parametrize("name", ["wide-34m", "llama-3.2-1b"])
 def test_eight_sequences_at_a_time_beside_upstream(
-    benchmark: BenchmarkFixture, batched_bench: Path, middling: Path, n_threads: int
+    benchmark: BenchmarkFixture, batched_bench: Path, name: str, n_threads: int
 ) -> None:
+    path = models.make(name, "q4_0")
     n_ctx = BATCH * (N_PROMPT + N_STEPS)
-    arguments = ["-m", middling, "-c", n_ctx, "-npp", N_PROMPT, "-ntg", N_STEPS, "-npl", BATCH, "-kvu", "-ngl", 0]
+    arguments = ["-m", path, "-c", n_ctx, "-npp", N_PROMPT, "-ntg", N_STEPS, "-npl", BATCH, "-kvu", "-ngl", 0]
     command = [batched_bench, *arguments, "-t", n_threads, "-tb", n_threads, "--output-format", "jsonl"]
 
     def upstream() -> float:
@@ -135,10 +131,10 @@ def test_eight_sequences_at_a_time_beside_upstream(
         with model.context(n_ctx=n_ctx, n_seq=BATCH, n_threads=n_threads, prefix_cache=False) as context:
             choice = np.random.default_rng(1)
             sequences = [context.sequence() for _ in range(BATCH)]
-            context.extend({sequence: choice.integers(0, 256, N_PROMPT) for sequence in sequences})
+            context.extend({sequence: choice.integers(0, n_vocab, N_PROMPT) for sequence in sequences})
             before = time.perf_counter()
             for _ in range(N_STEPS):
-                context.extend({sequence: [int(choice.integers(256))] for sequence in sequences})
+                context.extend({sequence: [int(choice.integers(n_vocab))] for sequence in sequences})
             return BATCH * N_STEPS / (time.perf_counter() - before)
 
     ratios: list[float] = []
@@ -149,7 +145,8 @@ def test_eight_sequences_at_a_time_beside_upstream(
         ratios.append(own / theirs)
         speeds.append(own)
 
-    with mn.Model.load(middling, gpu_layers=0) as model:
+    with mn.Model.load(path, gpu_layers=0) as model:
+        n_vocab = model.tokenizer.n_vocab
         benchmark.pedantic(round_, rounds=ROUNDS, warmup_rounds=1)
     benchmark.extra_info["ratio"] = round(statistics.median(ratios[1:] or ratios), 3)
     benchmark.extra_info["ratios"] = [round(ratio, 3) for ratio in sorted(ratios[1:])]

@@ -1,0 +1,171 @@
+"""Models with the exact shapes of real ones and random quantised weights: their values do not change the speed.
+
+    python bench/models.py llama-3.2-1b q4_0
+
+makes a file once, in the user's cache folder (`MINERVA_BENCH_MODELS` names another), and prints where it lies. The
+tokenizers are real: they come from the vocabulary files of the pinned source.
+"""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+import minerva_native as mn
+
+ROOT = Path(__file__).parents[1]
+VOCABULARIES = ROOT / "vendor" / "llama.cpp" / "source" / "models"
+TYPES = {"q4_0": gguf.GGMLQuantizationType.Q4_0, "q8_0": gguf.GGMLQuantizationType.Q8_0}
+
+Key = int | float | bool | str
+
+
+class Shape(NamedTuple):
+    """What a model's file says of its form."""
+
+    architecture: str
+    vocabulary: str  # of the pinned source's ggml-vocab-*.gguf
+    n_layer: int
+    n_embd: int
+    n_ff: int
+    n_head: int
+    n_head_kv: int
+    head_size: int
+    n_ctx_train: int
+    rope_base: float
+    tied: bool  # whether the output matrix is the embedding matrix
+
+
+SHAPES = {
+    "qwen2.5-0.5b": Shape("qwen2", "qwen2", 24, 896, 4864, 14, 2, 64, 32768, 1e6, True),
+    "llama-3.2-1b": Shape("llama", "llama-bpe", 16, 2048, 8192, 32, 8, 64, 131072, 5e5, True),
+    "mistral-7b": Shape("llama", "llama-spm", 32, 4096, 14336, 32, 8, 128, 32768, 1e6, False),
+    # No real model: so small that what surrounds the computation shows, with a large vocabulary.
+    "wide-34m": Shape("llama", "llama-bpe", 2, 256, 1024, 4, 2, 64, 8192, 5e5, True),
+}
+
+
+def make(name: str, kind: str) -> Path:
+    """Return the file of a shape with weights of a type; make it where there is none yet, with progress on stderr."""
+    folder = Path(os.environ.get("MINERVA_BENCH_MODELS") or Path.home() / ".cache" / "minerva-native" / "bench")
+    path = folder / f"{name}-{kind}.gguf"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        write(part, SHAPES[name], kind)
+        part.replace(path)
+    return path
+
+
+def write(path: Path, shape: Shape, kind: str) -> None:
+    """Write a model to a file, a tensor at a time."""
+    from rich.console import Console
+    from rich.progress import track
+
+    source = mn.GGUF(VOCABULARIES / f"ggml-vocab-{shape.vocabulary}.gguf").metadata
+    tokens = source["tokenizer.ggml.tokens"]
+    assert isinstance(tokens, list)
+    writer = gguf.GGUFWriter(path, shape.architecture)
+    for key, value in hyperparameters(shape).items():
+        add(writer, f"{shape.architecture}.{key}", value)
+    for key, known in source.items():
+        if key.startswith("tokenizer."):
+            writer.add_array(key, known) if isinstance(known, list) else add(writer, key, known)
+    wanted = dict(tensors(shape, len(tokens)))
+    for name, size in wanted.items():
+        dtype = TYPES[kind] if len(size) == 2 else gguf.GGMLQuantizationType.F32
+        stored = gguf.quant_shape_to_byte_shape(size, dtype) if len(size) == 2 else size
+        writer.add_tensor_info(
+            name, stored, np.dtype(np.uint8 if len(size) == 2 else np.float32), n_bytes(size, dtype), raw_dtype=dtype
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    rng = np.random.default_rng(1)
+    for size in track(wanted.values(), f"making {path.stem}", console=Console(stderr=True)):
+        writer.write_tensor_data(blocks(rng, size, kind) if len(size) == 2 else np.ones(size, np.float32))
+    writer.close()
+
+
+def add(writer: gguf.GGUFWriter, key: str, value: Key) -> None:
+    """Write one key."""
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    else:
+        writer.add_string(key, value)
+
+
+def hyperparameters(shape: Shape) -> dict[str, Key]:
+    """Return the keys of the file, without the architecture's name before each."""
+    return {
+        "context_length": shape.n_ctx_train,
+        "embedding_length": shape.n_embd,
+        "block_count": shape.n_layer,
+        "feed_forward_length": shape.n_ff,
+        "attention.head_count": shape.n_head,
+        "attention.head_count_kv": shape.n_head_kv,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "rope.dimension_count": shape.head_size,
+        "rope.freq_base": shape.rope_base,
+    }
+
+
+def tensors(shape: Shape, n_vocab: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield every tensor's name and its shape, rows first."""
+    wide, narrow = shape.n_head * shape.head_size, shape.n_head_kv * shape.head_size
+    yield "token_embd.weight", (n_vocab, shape.n_embd)
+    for layer in range(shape.n_layer):
+        prefix = f"blk.{layer}."
+        yield prefix + "attn_norm.weight", (shape.n_embd,)
+        for name, rows in (("q", wide), ("k", narrow), ("v", narrow)):
+            yield f"{prefix}attn_{name}.weight", (rows, shape.n_embd)
+            if shape.architecture == "qwen2":
+                yield f"{prefix}attn_{name}.bias", (rows,)
+        yield prefix + "attn_output.weight", (shape.n_embd, wide)
+        yield prefix + "ffn_norm.weight", (shape.n_embd,)
+        yield prefix + "ffn_gate.weight", (shape.n_ff, shape.n_embd)
+        yield prefix + "ffn_up.weight", (shape.n_ff, shape.n_embd)
+        yield prefix + "ffn_down.weight", (shape.n_embd, shape.n_ff)
+    yield "output_norm.weight", (shape.n_embd,)
+    if not shape.tied:
+        yield "output.weight", (n_vocab, shape.n_embd)
+
+
+def n_bytes(size: tuple[int, ...], dtype: gguf.GGMLQuantizationType) -> int:
+    """Return how many bytes a tensor takes."""
+    block, block_bytes = gguf.GGML_QUANT_SIZES[dtype]
+    return math.prod(size) // block * block_bytes
+
+
+def blocks(rng: np.random.Generator, size: tuple[int, ...], kind: str) -> npt.NDArray[np.uint8]:
+    """Return random blocks of 32 weights: a float16 scale each, such that a row's products add up to about 1."""
+    _, block_bytes = gguf.GGML_QUANT_SIZES[TYPES[kind]]
+    rows, columns = size
+    data = rng.integers(0, 256, (rows, columns // 32, block_bytes), np.uint8)
+    spread = {"q4_0": 4.6, "q8_0": 74.0}[kind]  # the standard deviation of a random block's integers
+    data[..., :2] = np.array([1 / (spread * math.sqrt(columns))], np.float16).view(np.uint8)
+    return data.reshape(rows, -1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Make a model of a real one's shape with random weights.")
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("type", choices=TYPES, default="q4_0", nargs="?")
+    options = parser.parse_args()
+    print(make(options.shape, options.type))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
