@@ -94,7 +94,13 @@ class Case:
     def context(self, n_batch: int = 512, n_ubatch: int = 512, kv_type: str = "f32") -> mn.Context:
         flash = kv_type != "f32"
         return self.model.context(
-            n_ctx=64, n_batch=n_batch, n_ubatch=n_ubatch, n_threads=1, kv_type=kv_type, flash_attention=flash
+            n_ctx=64,
+            n_batch=n_batch,
+            n_ubatch=n_ubatch,
+            n_threads=1,
+            kv_type=kv_type,
+            flash_attention=flash,
+            prefix_cache=False,  # every prefix is to be evaluated
         )
 
     def error(self, logits: list[npt.NDArray[np.float32]]) -> float:
