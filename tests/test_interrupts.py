@@ -3,13 +3,15 @@
 import random
 import signal
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 
 import minerva_native as mn
-from tiny_models import TOKENS
+from tiny_models import TinyModel
 
-STEPS = 1500
+STEPS = 1000
 TOLERANCE = 1e-3
 
 
@@ -32,16 +34,28 @@ def alarm() -> Iterator[Callable[[float], None]]:
         signal.signal(signal.SIGALRM, previous)
 
 
-def use(sequence: mn.Sequence, choice: random.Random) -> None:
-    """Do one thing to a sequence."""
-    ids = [choice.randrange(len(TOKENS)) for _ in range(choice.randrange(1, 20))]
-    name = choice.choice(["extend", "append", "truncate", "rewind", "score", "logits", "generate"])
+def use(sequences: list[mn.Sequence], choice: random.Random) -> None:
+    """Do one thing to one of the sequences, or to several."""
+    index = choice.randrange(len(sequences))
+    sequence = sequences[index]
+    ids = [choice.randrange(100, 103) for _ in range(choice.randrange(1, 20))]  # few, so that texts begin alike
+    name = choice.choice(
+        ["extend", "append", "truncate", "rewind", "score", "logits", "generate", "assign", "fork", "close", "together"]
+    )
     if name in ("extend", "score"):
         getattr(sequence, name)(ids)
     elif name in ("truncate", "rewind"):
         getattr(sequence, name)(choice.randrange(len(sequence) + 1))
     elif name == "append":
         sequence.append(ids[0])
+    elif name == "assign":
+        sequence.assign(choice.choice(sequences)[: choice.randrange(len(sequence) + 1)] + ids)
+    elif name == "fork":
+        sequences[index] = sequence.fork(choice.randrange(len(sequence) + 1))
+    elif name == "close":
+        sequences[index] = sequence.context.sequence()
+    elif name == "together":
+        sequence.context.extend(dict.fromkeys(sequences, ids))
     elif len(sequence) and name == "logits":
         _ = sequence.logits
     elif len(sequence):
@@ -49,39 +63,41 @@ def use(sequence: mn.Sequence, choice: random.Random) -> None:
             pass
 
 
-@pytest.mark.parametrize("interrupted", [False, True], ids=["left alone", "interrupted"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the handler raises in a __del__, too
+@pytest.mark.parametrize(
+    "shape",
+    [TinyModel(), TinyModel("gemma2", tied=True), TinyModel("mamba"), TinyModel("jamba")],
+    ids=["attention", "sliding window", "recurrent", "hybrid"],
+)
 def test_sequences_agree_with_a_fresh_evaluation(
-    tiny: mn.Model, alarm: Callable[[float], None], interrupted: bool
+    load_tiny: Callable[[TinyModel], mn.Model], alarm: Callable[[float], None], shape: TinyModel
 ) -> None:
     choice = random.Random(1)
-    options = {
-        "n_ctx": 600,
-        "n_seq": 3,
-        "n_threads": 1,
-        "kv_type": "f32",
-        "flash_attention": "off",
-        "prefix_cache": False,
-    }
-    with tiny.context(**options) as context:  # type: ignore[arg-type]
-        sequences, fresh = [context.sequence(), context.sequence()], context.sequence()
+    options: dict[str, Any] = {"n_ctx": 900, "n_threads": 1, "kv_type": "f32", "flash_attention": "off"}
+    model = load_tiny(shape)
+    with (
+        # A place may be lost where an interrupt strikes between two lines, so there are many.
+        model.context(**options, n_seq=60, n_ubatch=16, swa_full=False, checkpoint_interval=8) as context,
+        model.context(**options, prefix_cache=False) as other_context,
+    ):
+        sequences, fresh = [context.sequence(), context.sequence(), context.sequence()], other_context.sequence()
         interrupts = 0
         for step in range(STEPS):
-            sequence = choice.choice(sequences)
-            if len(sequence) > 150:
-                sequence.truncate(0)
+            for sequence in sequences:
+                if len(sequence) > 100:
+                    sequence.truncate(0)
             try:
-                alarm(choice.choice([1e-5, 5e-5, 2e-4, 1e-3]) if interrupted else 0)
-                use(sequence, choice)
+                alarm(choice.choice([1e-5, 5e-5, 2e-4, 1e-3]))
+                use(sequences, choice)
                 alarm(0)
             except Interrupt:
                 interrupts += 1
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
-            assert context.cells_used == sum(map(len, sequences))
             if step % 7:
                 continue
             for kept in filter(len, sequences):
                 fresh.extend(list(kept.tokens))
-                assert abs(kept.logits - fresh.logits).max() < TOLERANCE
+                assert np.abs(kept.logits - fresh.logits).max() < TOLERANCE * np.abs(fresh.logits).max()
                 fresh.truncate(0)
-        assert bool(interrupts) == interrupted
+        assert interrupts > STEPS // 10

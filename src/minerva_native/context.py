@@ -436,6 +436,8 @@ class Context:
         finally:
             memory.computing = False
         stats.decode_calls += 1
+        if code and self.memory.kind in ("recurrent", "hybrid"):
+            self._pool.doubt_all()
         if self._pool.shifted:
             self._end_shift(bool(code))
         if callbacks.kept:

@@ -149,16 +149,17 @@ class Sequence(AbstractSequence[int]):
             new = context.model.tokenizer.as_array(ids)
             before = self._tokens[:]
             n = common_prefix(before, new)
-            if n < len(before):
-                context._keep_logits(slot)
-                context._pool.give_up(slot, n)
-            kept = len(self._tokens)
-            context.stats.tokens_reused += min(kept, slot.n_cached)
             try:
+                if n < len(before):
+                    context._keep_logits(slot)
+                    context._pool.give_up(slot, n)
+                kept = len(self._tokens)
+                context.stats.tokens_reused += min(kept, slot.n_cached)
                 return self._extend(new[kept:], on_progress) if kept < len(new) else 0
             except BaseException:
-                slot.cut(kept)
-                slot.add(np.array(before[kept:], np.int32))
+                n = common_prefix(before, self._tokens)
+                slot.cut(n)
+                slot.add(np.array(before[n:], np.int32))
                 context._pool.spare = 0
                 raise
 
@@ -352,18 +353,14 @@ class Sequence(AbstractSequence[int]):
     def _try_to_grow(self, new: npt.NDArray[np.int32]) -> bool:
         """Put tokens at the end, share what others have cached of the whole, and say whether all of it fits."""
         slot, pool, length = self._slot, self.context._pool, len(self._tokens)
-        if pool.spare >= len(new):
-            pool.spare -= len(new)
-            slot.add(new)
-            self.context._attach_prefix(slot)
-            return True
         logits, unread = slot.logits, slot.unread
         fits = False
         try:
-            pool.spare = 0
+            counted = pool.spare >= len(new)
+            pool.spare = pool.spare - len(new) if counted else 0
             slot.add(new)
             self.context._attach_prefix(slot)
-            fits = not pool.lacks(slot, 0)
+            fits = counted or not pool.lacks(slot, 0)
         finally:
             if not fits:
                 slot.cut(length)

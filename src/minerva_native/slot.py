@@ -35,6 +35,7 @@ class Slot:
         self.tokens = array("i")
         self.n_cached = 0  # of the tokens, from the first
         self.settled = True
+        self.doubtful = False  # whether what the cache holds, besides, may not be what was evaluated
         self.logits: npt.NDArray[np.float32] | None = None  # after the last token, once they are read
         self.unread = False  # whether they lie in libllama's buffer, and nowhere else,
         self.row = -1  # at the index that the token had in its batch; -1 is the last
@@ -75,7 +76,8 @@ class Slot:
         if self.id < 0:
             self.n_cached = 0
         else:
-            self.n_cached = n if self._cut_cells(n) else self._return_to_checkpoint(n)
+            self.n_cached = n if not self.doubtful and self._cut_cells(n) else self._return_to_checkpoint(n)
+        self.doubtful = False
         self.pieces = clipped(self.pieces, self.n_cached)
         if self.n_pure is not None and self.n_pure >= self.n_cached:
             self.n_pure = None
@@ -93,15 +95,24 @@ class Slot:
         self._memory.remove(self.id, -1)
         return 0
 
-    def take(self, other: "Slot") -> None:
-        """Take over another slot's cells, in place of none; this list begins with those tokens, and has its logits."""
-        self.settled = False
-        sequence_id, other.id = other.id, -1
-        self.id, self.n_cached, self.n_seen = sequence_id, other.n_cached, other.n_cached
-        self.n_pure, self.pieces, self.checkpoints = other.n_pure, other.pieces, other.checkpoints
-        self.logits = other.logits if len(self.tokens) == self.n_cached else None
+    def take(self, other: "Slot", n: int) -> None:
+        """Take over another slot's cells, to hold its first `n` tokens; this slot has none, and its list has those."""
+        held, n_pure, pieces, checkpoints = other.n_cached, other.n_pure, other.pieces, other.checkpoints
+        self.settled = other.settled = False
         other.n_cached, other.n_pure, other.pieces, other.checkpoints = 0, None, [], []
-        self.settled = True
+        sequence_id, other.id = other.id, -1
+        self.id, self.pieces = sequence_id, pieces
+        self.hold(held, n, n_pure, checkpoints)
+        other.settled = True
+
+    def hold(self, held: int, n: int, n_pure: int | None, checkpoints: list[Checkpoint]) -> None:
+        """Take note that the cache holds `held` tokens, of which the first `n` are this list's: forget the others."""
+        self.n_pure, self.checkpoints = n_pure, [checkpoint for checkpoint in checkpoints if checkpoint.n <= n]
+        if n < held:
+            self.forget_from(n)
+        else:
+            self.n_cached, self.settled = n, True
+        self.n_seen = max(self.n_seen, n)
 
     def forget_logits(self) -> None:
         """Drop the logits, also those that nobody has read yet: the last token is about to be another."""
@@ -130,7 +141,7 @@ class Slot:
     def usable(self, wanted: npt.NDArray[np.int32], at_least: int) -> int:
         """Return how many of the wanted tokens, from the first, this slot has cached; 0 where not over `at_least`."""
         limit = min(len(wanted), self.n_cached if self.n_pure is None else self.n_pure)
-        if not self.settled or limit <= at_least or self.tokens[at_least] != wanted[at_least]:
+        if limit <= at_least or self.tokens[at_least] != wanted[at_least]:
             return 0
         n = common_prefix(self.tokens[:limit], wanted)
         if not self._memory.can_truncate and n < self.n_cached:
@@ -203,7 +214,9 @@ class SlotPool:
             return
         kept = Slot(self._memory)
         kept.tokens, kept.closed = slot.tokens[: slot.n_cached], True
-        kept.take(slot)
+        logits = slot.logits if slot.n_cached == len(slot.tokens) else None
+        kept.take(slot, slot.n_cached)
+        kept.logits = logits
         slot.cut(0)
         self.keep(kept)
 
@@ -231,7 +244,7 @@ class SlotPool:
             self.finished.append(source)
         if slot.id < 0 and self._is_better_taken(source, n):
             self.finished.remove(source)
-            slot.take(source)
+            slot.take(source, n)
         else:
             self.place(slot)
             slot.settled = False
@@ -243,12 +256,7 @@ class SlotPool:
             if not self._memory.copy(source.id, slot.id):
                 slot.forget_from(0)
                 return
-            slot.n_cached, slot.n_pure, slot.checkpoints = source.n_cached, source.n_pure, source.checkpoints
-        slot.checkpoints = [checkpoint for checkpoint in slot.checkpoints if checkpoint.n <= n]
-        if n < slot.n_cached:
-            slot.forget_from(n)
-        slot.settled = True
-        slot.n_seen = max(slot.n_seen, n)
+            slot.hold(source.n_cached, n, source.n_pure, source.checkpoints)
         if slot.n_cached == n:
             slot.logits = logits
 
@@ -258,6 +266,11 @@ class SlotPool:
             return False
         return 2 * n >= source.n_cached or self._oldest() is source
 
+    def doubt_all(self) -> None:
+        """Trust checkpoints alone: a decode that failed may have moved any recurrent state, and not its numbers."""
+        for slot in (*self.open, *self.finished):
+            slot.settled, slot.doubtful = False, True
+
     def find_prefix(self, slot: Slot) -> tuple[Slot | None, int]:
         """Return which other slot has most of this one's tokens cached, from the first, and how many."""
         best, n = None, slot.n_cached
@@ -265,6 +278,8 @@ class SlotPool:
             return None, 0
         wanted = np.array(slot.tokens, np.int32)
         for other in (*self.open, *self.finished):
+            if not other.settled:
+                other.forget_from(other.n_cached)
             if other is not slot and (usable := other.usable(wanted, n)):
                 best, n = other, usable
         return best, n
