@@ -385,6 +385,20 @@ def test_tokens_that_wait_are_shifted_too(tiny: mn.Model, sequence: mn.Sequence,
         assert_same(sequence.logits, fresh(tiny, text))
 
 
+def test_a_shift_leaves_no_checkpoint_of_what_it_discards(load_tiny: Load) -> None:
+    with make(load_tiny(MAMBA), checkpoint_interval=10) as context:
+        sequence = context.sequence()
+        sequence.extend(IDS)
+        for token in range(5):
+            sequence.append(token)
+        sequence.shift(10, 32)  # all that is evaluated after the tenth, and some that waits
+        text = [*IDS[:10], 2, 3, 4]
+        assert sequence == text
+        sequence.extend(OTHER)
+        sequence.truncate(41)
+        assert_same(sequence.logits, fresh(load_tiny(MAMBA), [*text, *OTHER][:41]))
+
+
 @pytest.mark.parametrize(("keep", "discard"), [(-1, 2), (0, -1), (39, 2), (41, 0)])
 def test_a_shift_outside_the_sequence(sequence: mn.Sequence, keep: int, discard: int) -> None:
     sequence.extend(IDS)

@@ -22,7 +22,7 @@ from ._handle import Handle
 from .devices import available_cpus, devices, physical_memory_bytes
 from .errors import Cancelled, ContextError, ContextFullError
 from .memory import Memory, head_sizes
-from .slot import Slot, SlotPool, no_place
+from .slot import Slot, SlotPool
 from .tokenizer import TokenIds
 
 if TYPE_CHECKING:
@@ -170,7 +170,6 @@ class Context:
         self._seen: npt.NDArray[np.float32] = np.empty(0, np.float32)
         self._batch, self._single = _Batch(self.n_batch), _SingleToken()
         self._unread: tuple[Slot, ...] = ()  # whose logits lie in libllama's buffer and nowhere else
-        self._orphans: deque[Slot] = deque()  # of sequences that were collected without `close`
         model._contexts.add(self)
 
     def sequence(self) -> "Sequence":
@@ -183,11 +182,7 @@ class Context:
                 raise ContextError(f"this model ({name}) has no decoder: it cannot continue a text")
             if self.model.has_encoder and self.encoded is None:
                 raise ContextError(f"this model ({name}) has an encoder: give it the text to answer with encode first")
-            self._collect_orphans()
-            slot = self._pool.new()
-            if slot is None:
-                raise no_place(self.n_seq)
-            return Sequence(self, slot)
+            return Sequence(self, self._pool.new())
 
     def encode(self, ids: TokenIds) -> int:
         """Have an encoder-decoder model read the text that its sequences answer; return the token to begin those with.
@@ -233,7 +228,6 @@ class Context:
         every sequence is as it was before.
         """
         with self._lock, self._handle:
-            self._collect_orphans()
             arrays = []
             for sequence, ids in texts.items():
                 if sequence.context is not self:
@@ -269,7 +263,7 @@ class Context:
     def clear_cache(self, pinned: bool = False) -> None:
         """Forget what closed sequences have left in the KV cache, pinned ones only if asked to."""
         with self._lock, self._handle:
-            self._collect_orphans()
+            self._pool.collect()
             for slot in list(self._pool.finished):
                 if pinned or not slot.pinned:
                     self._pool.drop(slot)
@@ -281,7 +275,6 @@ class Context:
         What closed sequences have left is not counted, as it is dropped when room is needed, unless it is pinned.
         """
         with self._lock:
-            self._collect_orphans()
             return self._pool.used()
 
     @property
@@ -524,10 +517,6 @@ class Context:
         if not slot.closed:
             self._keep_logits(slot)
             self._pool.release(slot)
-
-    def _collect_orphans(self) -> None:
-        while self._orphans and not self.memory.computing:  # amid a computation a signal handler looks: not now
-            self._release(self._orphans.popleft())
 
 
 class _Batch:

@@ -2,6 +2,7 @@
 
 import operator
 import os
+import weakref
 from array import array
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as AbstractSequence
@@ -38,6 +39,7 @@ class Sequence(AbstractSequence[int]):
         self.context = context
         self._slot = slot
         self._tokens = slot.tokens
+        slot.owner = weakref.ref(self)
 
     # Reading
 
@@ -248,9 +250,9 @@ class Sequence(AbstractSequence[int]):
                 self.truncate(len(self._tokens) - discard)
                 return
             if keep + discard >= slot.n_cached:  # what is behind is not evaluated yet
-                if keep < slot.n_cached:
-                    slot.forget_from(keep)
-                del self._tokens[keep : keep + discard]
+                rest = self._tokens[keep + discard :]
+                slot.cut(keep)
+                self._tokens.extend(rest)
             else:
                 if not context.memory.can_shift:
                     raise context._cannot_shift()
@@ -391,16 +393,16 @@ class Sequence(AbstractSequence[int]):
     def _shift_cells(self, keep: int, discard: int) -> None:
         context, slot = self.context, self._slot
         n, logits, unread = slot.n_cached, slot.logits, slot.unread
+        n_pure = keep if slot.n_pure is None else min(keep, slot.n_pure)
         slot.settled, slot.n_cached = False, keep
+        slot.checkpoints = [checkpoint for checkpoint in slot.checkpoints if checkpoint.n <= n_pure]
         del self._tokens[keep : keep + discard]
         if not context.memory.shift(slot.id, n, keep, discard):
             slot.forget_from(keep)
             return
         if context.memory.kind != "recurrent":
             context._pool.shifted.append(slot)
-        slot.pieces = clipped(slot.pieces, keep)
-        slot.n_pure = keep if slot.n_pure is None else min(keep, slot.n_pure)
-        slot.checkpoints = [checkpoint for checkpoint in slot.checkpoints if checkpoint.n <= slot.n_pure]
+        slot.n_pure, slot.pieces = n_pure, clipped(slot.pieces, keep)
         slot.n_cached, slot.logits, slot.unread, slot.settled = n - discard, logits, unread, True
         if not context.memory.can_truncate:  # to go back as far as here, and not to before the shift
             context._keep_logits(slot)
@@ -437,12 +439,6 @@ class Sequence(AbstractSequence[int]):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        # A collection may come at any point of another call: the context takes the slot back when it next looks.
-        slot = getattr(self, "_slot", None)
-        if slot is not None and not slot.closed:
-            self.context._orphans.append(slot)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Sequence cannot be copied or pickled: its keys and values are the context's")

@@ -2,6 +2,7 @@
 
 import itertools
 from array import array
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +46,7 @@ class Slot:
         self.checkpoints: list[Checkpoint] = []  # by rising n
         self.pinned = False
         self.closed = False
+        self.owner: Callable[[], object] | None = None  # gives the sequence, or None when nobody refers to it any more
 
     def check_open(self) -> None:
         """Raise `ClosedError` where the sequence was closed, be it by a callback amid the call."""
@@ -62,8 +64,8 @@ class Slot:
         agree = self.settled and n >= self.n_cached
         self.settled = False
         self.n_cached, self.n_seen = min(n, self.n_cached), min(n, self.n_seen)
-        del self.tokens[n:]
         self.checkpoints = [checkpoint for checkpoint in self.checkpoints if checkpoint.n <= n]
+        del self.tokens[n:]
         if agree:
             self.settled = True
         else:
@@ -160,26 +162,47 @@ class SlotPool:
         self.finished: list[Slot] = []  # least recently used first
         self.shifted: list[Slot] = []  # whose keys the next decode will turn to their new positions
         self.spare = 0  # how many tokens may be added before the cells are to be counted again
-        self._free_ids = list(range(n_seq - 1, -1, -1))
         self._run_numbers = itertools.count()
 
-    def new(self) -> Slot | None:
-        """Return a new empty slot; None where all places are taken."""
+    def new(self) -> Slot:
+        """Return a new empty slot; raise `ContextError` where all places are taken."""
+        self.collect()
         if len(self.open) + sum(slot.pinned for slot in self.finished) >= self._n_seq:
-            return None
+            raise self._no_place()
         slot = Slot(self._memory)
         self.open.append(slot)
         return slot
 
+    def collect(self) -> None:
+        """Release the slots whose sequence was never closed, and is gone."""
+        if not self._memory.computing:  # amid a computation a signal handler looks: not now
+            for slot in list(self.open):
+                if slot.owner is None or slot.owner() is None:
+                    slot.unread = False
+                    self.release(slot)
+
     def place(self, slot: Slot) -> None:
         """Give a slot a sequence id, if need be that of the finished one that was least recently used."""
         if slot.id < 0:
-            if not self._free_ids:
+            sequence_id = self._free_id()
+            if sequence_id is None:
                 oldest = self._oldest()
                 if oldest is None:
-                    raise no_place(self._n_seq)
+                    raise self._no_place()
+                sequence_id = oldest.id
                 self.drop(oldest)
-            slot.id = self._free_ids.pop()
+            self._memory.remove(sequence_id, -1)
+            slot.id = sequence_id
+
+    def _free_id(self) -> int | None:
+        used = {slot.id for slot in (*self.open, *self.finished)}
+        return next((number for number in range(self._n_seq) if number not in used), None)
+
+    def _no_place(self) -> ContextError:
+        return ContextError(
+            f"all {self._n_seq} sequences of this context are in use: close one, or make a context with more room, "
+            f"such as n_seq={self._n_seq + 1}"
+        )
 
     def release(self, slot: Slot) -> None:
         """Take a slot out of use: what it holds stays as long as there is room for it."""
@@ -201,7 +224,6 @@ class SlotPool:
         slot.n_cached, slot.pieces, slot.checkpoints = 0, [], []
         if sequence_id >= 0:
             self._memory.remove(sequence_id, -1)
-            self._free_ids.append(sequence_id)
 
     def _oldest(self) -> Slot | None:
         """Return the finished slot to drop first."""
@@ -262,7 +284,7 @@ class SlotPool:
 
     def _is_better_taken(self, source: Slot, n: int) -> bool:
         """Whether a finished slot should become the one that wants its first `n` tokens: else another had to go."""
-        if self._free_ids or source.pinned or source not in self.finished:
+        if source.pinned or source not in self.finished or self._free_id() is not None:
             return False
         return 2 * n >= source.n_cached or self._oldest() is source
 
@@ -288,6 +310,7 @@ class SlotPool:
         """Return how many cells are missing for `wanted` tokens more, when all that may be dropped is dropped."""
         if not self._memory.can_share:
             return max(0, len(slot.tokens) + wanted - self._n_cells)
+        self.collect()
         while (over := count_cells([*self.open, *self.finished]) + wanted - self._n_cells) > 0:
             oldest = self._oldest()
             if oldest is None:
@@ -298,6 +321,7 @@ class SlotPool:
 
     def used(self, slot: Slot | None = None) -> int:
         """Return how many cells hold, or wait for, the tokens of open and pinned sequences."""
+        self.collect()
         if slot is not None and not self._memory.can_share:
             return len(slot.tokens)
         return count_cells([*self.open, *(old for old in self.finished if old.pinned)])
@@ -352,11 +376,3 @@ def common_prefix(one: "array[int] | npt.NDArray[np.int32]", other: "array[int] 
     differs = np.array(one[:n], np.int32) != np.array(other[:n], np.int32)
     first = int(differs.argmax()) if n else 0
     return first if n and differs[first] else n
-
-
-def no_place(n_seq: int) -> ContextError:
-    """Return the error of a context whose sequences are all in use."""
-    return ContextError(
-        f"all {n_seq} sequences of this context are in use: close one, or make a context with more room, such as "
-        f"n_seq={n_seq + 1}"
-    )
