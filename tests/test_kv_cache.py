@@ -2,6 +2,8 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -442,35 +444,38 @@ def test_a_memory_that_cannot_shift_says_so(load_tiny: Load) -> None:
         assert sequence == IDS
 
 
-def test_a_cancelled_shift_is_evaluated_anew(tiny: mn.Model, context: mn.Context, sequence: mn.Sequence) -> None:
-    """A decode that was stopped may have turned some of the keys: none of them is trusted."""
+def test_a_shift_that_a_failed_decode_may_have_begun_is_evaluated_anew(tiny: mn.Model, context: mn.Context) -> None:
+    """Some of the keys may have been turned: none of them is trusted, nor those of a fork."""
+    sequence, other = context.sequence(), context.sequence()
     sequence.extend(IDS)
     sequence.shift(4, 10)
-    other = context.sequence()
-
-    def cancel(done: int, total: int) -> None:
-        context.cancel()
-
-    context._abort.poll_interval_us = 0
-    with pytest.raises(mn.Cancelled):
-        other.extend(OTHER * 3, on_progress=cancel) if context.n_batch < 90 else _cancelled(context, other)
-    sequence.extend([1])
-    assert_same(sequence.logits, fresh(tiny, [*IDS[:4], *IDS[14:], 1]))
-
-
-def _cancelled(context: mn.Context, sequence: mn.Sequence) -> None:
-    """Have the first decode stop at once, as another thread's `cancel` would."""
+    fork = sequence.fork()
     begin = context._begin
+    context._begin = lambda: (begin(), context.cancel())  # type: ignore[method-assign, assignment, func-returns-value]
+    with pytest.raises(mn.Cancelled):
+        other.extend(OTHER)
+    context._begin = begin  # type: ignore[method-assign]
+    for shifted in (sequence, fork):
+        shifted.extend([1])
+        assert_same(shifted.logits, fresh(tiny, [*IDS[:4], *IDS[14:], 1]))
 
-    def begin_cancelled() -> None:
-        begin()
-        context.cancel()
 
-    context._begin = begin_cancelled  # type: ignore[method-assign]
-    try:
+@pytest.mark.parametrize("model", [TinyModel(), JAMBA], ids=["attention", "hybrid"])
+def test_a_shifted_sequence_leaves_nothing_to_others(load_tiny: Load, tmp_path: Path, model: TinyModel) -> None:
+    """Not by way of a save, which has the shift done, nor of what it goes back to."""
+    with make(load_tiny(model), checkpoint_interval=8) as context:
+        sequence = context.sequence()
+        sequence.extend(IDS)
+        sequence.shift(10, 20)
+        text = list(sequence)
+        logits = sequence.logits
+        sequence.save(tmp_path / "saved")
+        assert np.array_equal(sequence.logits, logits)
         sequence.extend(OTHER)
-    finally:
-        context._begin = begin  # type: ignore[method-assign]
+        sequence.rewind(25)
+        other = context.sequence()
+        assert other.extend([*text, *OTHER[:7]]) >= len(text) + 7 - 10
+        assert_same(other.logits, fresh(load_tiny(model), [*text, *OTHER[:7]]))
 
 
 # A full context
@@ -511,6 +516,134 @@ def test_generation_goes_on_where_the_context_shifts(demo: mn.Model) -> None:
         assert len(steps) == 100
         assert len(sequence) <= 32
         assert context.stats.tokens_discarded > 0
+
+
+def test_a_shift_that_would_free_nothing_is_not_made(tiny: mn.Model) -> None:
+    with make(tiny, n_ctx=100, on_full="shift") as context:
+        sequence = context.sequence()
+        sequence.extend(IDS)
+        fork = sequence.fork()
+        fork.extend([7] * 60)
+        with pytest.raises(mn.ContextFullError):
+            fork.extend([8] * 10)
+        assert fork == [*IDS, *[7] * 60]
+
+
+@pytest.mark.parametrize(
+    "on_full", ["shift", lambda sequence, lacking: sequence.truncate(3)], ids=["shift", "function"]
+)
+def test_an_assignment_never_makes_another_text(tiny: mn.Model, on_full: Any) -> None:
+    with make(tiny, n_ctx=100, on_full=on_full) as context:
+        other, sequence = context.sequence(), context.sequence()
+        other.extend([9] * 50)
+        sequence.extend(IDS)
+        with pytest.raises(mn.ContextFullError):
+            sequence.assign([*IDS, *[8] * 30])
+        assert sequence == IDS
+        assert_same(sequence.logits, fresh(tiny, IDS))
+
+
+def test_a_function_may_close_what_is_being_extended(tiny: mn.Model) -> None:
+    sequences: list[mn.Sequence] = []
+    with make(tiny, n_ctx=100, n_seq=2, on_full=lambda sequence, lacking: sequences[0].close()) as context:
+        one, other = sequences[:] = [context.sequence(), context.sequence()]
+        one.extend([5] * 50)
+        with pytest.raises(mn.ClosedError):
+            context.extend({one: [1], other: [6] * 60})
+        other.close()
+        both = context.sequence(), context.sequence()
+        assert context.extend({both[0]: [1], both[1]: [2]}) == 2
+
+
+def test_progress_may_look_at_what_is_evaluated(tiny: mn.Model) -> None:
+    with make(tiny, n_batch=8) as context:
+        sequence = context.sequence()
+        sequence.extend(IDS, on_progress=lambda done, total: sequence.logits)
+        assert_same(sequence.logits, fresh(tiny, IDS))
+
+
+def test_what_nobody_refers_to_makes_room(tiny: mn.Model) -> None:
+    with make(tiny, n_ctx=100) as context:
+        sequence, gone = context.sequence(), context.sequence()
+        gone.extend([5] * 60)
+        del gone
+        assert sequence.extend([6] * 60) == 60
+
+
+@pytest.mark.parametrize("use", ["logits", "score"])
+def test_a_token_evaluated_again_takes_a_cell_of_its_own(tiny: mn.Model, use: str) -> None:
+    with make(tiny, n_ctx=100) as context:
+        sequence = context.sequence()
+        sequence.extend([5] * (100 if use == "logits" else 95))
+        fork = sequence.fork()
+        fork.rewind(1)
+        for _ in range(2):
+            with pytest.raises(mn.ContextFullError):
+                _ = fork.logits if use == "logits" else fork.score([1, 2, 3, 4, 5])
+
+
+def test_a_text_that_cannot_fit_drops_nothing(tiny: mn.Model) -> None:
+    with make(tiny, n_ctx=100) as context:
+        context.sequence().extend(IDS)
+        with pytest.raises(mn.ContextFullError):
+            context.sequence().extend([6] * 200)
+        assert context.sequence().extend([*IDS, 1]) == 1
+
+
+def test_going_back_in_a_fork_is_counted(load_tiny: Load) -> None:
+    with make(load_tiny(JAMBA)) as context:
+        sequence = context.sequence()
+        sequence.extend(list(range(100)))
+        fork = sequence.fork()
+        fork.append(1)
+        fork.truncate(50)
+        with pytest.raises(mn.ContextFullError):
+            sequence.extend([5] * 150)
+        assert context.cells_used <= 256
+
+
+def test_a_small_window_is_not_filled_by_forks(load_tiny: Load) -> None:
+    """libllama reuses the cells of what has left the window only while one sequence holds them."""
+    model, text = load_tiny(GEMMA), [token * 7 % 250 for token in range(240)]
+    with make(model, n_ctx=1024, n_ubatch=16, swa_full=False) as context:
+        sequence = context.sequence()
+        sequence.extend(text)
+        fork = sequence.fork()
+        sequence.close()
+        for start in range(0, 300, 20):
+            fork.extend([token % 250 for token in range(start, start + 20)])
+        again = context.sequence()
+        again.extend([*text, 1])
+        assert_same(again.logits, fresh(model, [*text, 1]))
+
+
+def test_cells_after_a_fork_and_a_shift(context: mn.Context, sequence: mn.Sequence) -> None:
+    sequence.extend(IDS)
+    fork = sequence.fork(20)
+    assert context.cells_used == 40
+    fork.shift(4, 6)
+    assert context.cells_used == 40 + 14
+    sequence.close()
+    assert context.cells_used == 14
+
+
+def test_a_shift_of_shared_cells_keeps_logits_that_nobody_read(context: mn.Context, sequence: mn.Sequence) -> None:
+    sequence.extend(IDS)
+    fork = sequence.fork()
+    fork.extend(OTHER)
+    fork.shift(2, 3)
+    assert evaluated_by(context, lambda: fork.logits) == 0
+
+
+def test_what_was_shifted_is_copied_where_cells_are_not_shared(tiny: mn.Model) -> None:
+    with make(tiny, n_ctx=400, n_seq=2, kv_unified=False) as context:
+        sequence = context.sequence()
+        sequence.extend([*IDS, *OTHER])
+        sequence.shift(40, 5)
+        sequence.close()
+        other = context.sequence()
+        assert other.extend([*IDS, 1]) == 1
+        assert_same(other.logits, fresh(tiny, [*IDS, 1]))
 
 
 def test_a_function_may_make_room(tiny: mn.Model) -> None:

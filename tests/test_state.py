@@ -1,8 +1,11 @@
 """Saved sequences: what is restored is what was saved, and a file that is not whole restores nothing."""
 
+import hashlib
+import json
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -92,6 +95,7 @@ def test_a_shifted_sequence_is_saved_as_it_then_is(context: mn.Context, tmp_path
     restored = context.restore(tmp_path / "saved")
     assert restored == [*IDS[:4], *IDS[14:]]
     assert np.array_equal(restored.logits, sequence.logits)
+    assert context.stats.tokens_evaluated == len(IDS) + 1  # one to have the shift done
     sequence.extend([1])
     restored.extend([1])
     np.testing.assert_allclose(restored.logits, sequence.logits, atol=1e-3)
@@ -121,7 +125,7 @@ def refused(context: mn.Context, path: Path, words: str | None = None) -> None:
     with pytest.raises(mn.StateError, match=words):
         context.restore(path)
     assert context.cells_used == 0
-    assert context.restore.__self__._pool.open == []  # type: ignore[attr-defined]
+    assert context._pool.open == []
 
 
 @pytest.mark.parametrize("fiftieth", range(50))
@@ -141,6 +145,36 @@ def test_a_file_with_any_byte_changed_is_refused(context: mn.Context, saved: Pat
         saved.write_bytes(content)
         refused(context, saved)
         content[place] = byte
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_tokens": -1},
+        {"n_tokens": 10**9},
+        {"n_tokens": "40"},
+        {"n_tokens": 39},
+        {"n_cached": 41},
+        {"n_cached": -3},
+        {"n_logits": 2},
+        {"n_pure": "x"},
+        {"n_pure": 50},
+        {"fingerprint": None},
+        {"model": ...},
+        {"n_cached": ...},
+    ],
+    ids=str,
+)
+def test_a_file_whose_checksum_fits_and_whose_header_does_not(
+    context: mn.Context, saved: Path, change: dict[str, object]
+) -> None:
+    content = saved.read_bytes()
+    (size,) = struct.unpack_from("<I", content, 20)
+    header = {**json.loads(content[24 : 24 + size]), **change}
+    text = json.dumps({key: value for key, value in header.items() if value is not ...}).encode()
+    body = content[:20] + struct.pack("<I", len(text)) + text + content[24 + size : -32]
+    saved.write_bytes(body + hashlib.blake2b(body, digest_size=32).digest())
+    refused(context, saved)
 
 
 def test_a_longer_file_is_refused(context: mn.Context, saved: Path) -> None:

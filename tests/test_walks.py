@@ -20,12 +20,13 @@ import pytest
 
 import minerva_native as mn
 from minerva_native._binding import lib
+from minerva_native.slot import count_cells
 from tiny_models import TinyModel
 
 Logits = npt.NDArray[np.float32]
 
 WALKS_OF_EACH, STEPS = 45, 40
-N_CTX, N_SEQ, MAX_TOKENS = 176, 4, 56
+N_CTX, N_SEQ, MAX_TOKENS = 256, 4, 80  # of libllama's cells, which it makes 256 of, not one is to spare
 TOLERANCE = 1e-3  # of the logits' size: batches of other sizes add in another order, and keys and values are float16
 FEW = st.sampled_from([40, 41, 42])  # so few that texts often begin alike
 QUESTION = list(range(100, 108))  # for the encoder, where there is one
@@ -42,13 +43,13 @@ class Kind(NamedTuple):
 # The router of a mixture of experts leaps at small differences, so that one keeps its keys and values in float32.
 KINDS = {
     "attention": Kind(TinyModel()),
-    "attention in cells of its own": Kind(TinyModel(), {"kv_unified": False, "n_ctx": N_SEQ * 64}),
+    "attention in cells of its own": Kind(TinyModel(), {"kv_unified": False, "n_ctx": N_SEQ * 80}),
     "mixture of experts": Kind(TinyModel("qwen3moe"), {"kv_type": "f32"}),
     "sliding window": Kind(TinyModel("gemma2", tied=True)),
     "sliding window in cells of its own": Kind(
-        TinyModel("gemma2", tied=True), {"kv_unified": False, "n_ctx": N_SEQ * 64}
+        TinyModel("gemma2", tied=True), {"kv_unified": False, "n_ctx": N_SEQ * 80}
     ),
-    "sliding window, small cache": Kind(TinyModel("gemma2", tied=True), {"swa_full": False, "n_ctx": 600}),
+    "sliding window, small cache": Kind(TinyModel("gemma2", tied=True), {"swa_full": False, "n_ctx": 300}),
     "recurrent": Kind(TinyModel("mamba")),
     "hybrid": Kind(TinyModel("jamba")),
     "encoder-decoder": Kind(TinyModel("t5")),
@@ -186,8 +187,16 @@ class Walk(stateful.RuleBasedStateMachine):
             change()
         except mn.ContextFullError:
             return None
+        except mn.ContextError:
+            if self.has_place():
+                raise
+            return None
         text.waits = False
         return self.context.stats.tokens_evaluated - before
+
+    def has_place(self) -> bool:
+        """Whether open and pinned sequences leave a place."""
+        return len(self.texts) + sum(slot.pinned for slot in self.context._pool.finished) < N_SEQ
 
     def look(self, sequence: mn.Sequence, text: Text) -> Logits | None:
         """The logits of a sequence, where there is room to have them."""
@@ -280,22 +289,43 @@ class Walk(stateful.RuleBasedStateMachine):
     @stateful.rule(data=st.data())
     def save_and_restore(self, data: st.DataObject) -> None:
         sequence, text = self.pick(data)
-        hypothesis.assume(len(self.texts) < N_SEQ and text.shifts is None)
-        sequence.save(self.folder / "sequence")
+        hypothesis.assume(len(self.texts) < N_SEQ)
+        if self.attempt(lambda: sequence.save(self.folder / "sequence"), Text([])) is None:
+            return  # after a shift, it takes a cell to have that done
         copy = text.copy()
         self.attempt(lambda: self.texts.update({self.context.restore(self.folder / "sequence"): copy}), copy)
         copy.waits = text.waits
 
-    @stateful.rule(data=st.data())
-    def close(self, data: st.DataObject) -> None:
+    @stateful.rule(data=st.data(), ids=st.lists(FEW, min_size=17, max_size=24))
+    def stop_amid_a_text(self, data: st.DataObject, ids: list[int]) -> None:
+        sequence, text = self.pick(data)
+        hypothesis.assume(len(text.tokens) + len(ids) <= MAX_TOKENS and text.shifts is None)
+        try:
+            sequence.extend(ids, on_progress=lambda done, total: self.context.cancel())
+        except mn.Cancelled:
+            return
+        except mn.ContextFullError:
+            return
+        text.extend(ids)  # it took no more than one call
+        text.waits = False
+
+    @stateful.rule(data=st.data(), pinned=st.booleans())
+    def close(self, data: st.DataObject, pinned: bool) -> None:
         sequence, _ = self.pick(data)
         hypothesis.assume(len(self.texts) > 1)
+        sequence.pinned = pinned
         sequence.close()
         del self.texts[sequence]
+
+    @stateful.rule()
+    def unpin(self) -> None:
+        self.context.clear_cache(pinned=True)
 
     @stateful.rule(ids=TEXT)
     def open(self, ids: list[int]) -> None:
         hypothesis.assume(len(self.texts) < N_SEQ)
+        if not self.has_place():
+            return
         sequence, text = self.context.sequence(), Text([])
         self.texts[sequence] = text
         if self.attempt(lambda: sequence.extend(ids), text) is not None:
@@ -318,7 +348,14 @@ class Walk(stateful.RuleBasedStateMachine):
     def agree(self) -> None:
         for sequence, text in self.texts.items():
             assert list(sequence) == text.tokens
-        assert self.context.cells_used <= sum(len(text.tokens) for text in self.texts.values())
+        pool, memory = self.context._pool, self.context.memory
+        slots = [*pool.open, *pool.finished]
+        ids = [slot.id for slot in slots if slot.id >= 0]
+        assert len(set(ids)) == len(ids) <= N_SEQ
+        if memory.can_share:
+            assert memory.spare <= self.context.n_ctx - count_cells(slots)
+        for slot in pool.finished:
+            assert slot.settled <= (slot.n_cached == len(slot.tokens) > 0)
         for sequence, text in self.texts.items():
             if text.tokens and not text.waits:
                 logits = self.look(sequence, text)

@@ -9,7 +9,7 @@ import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
@@ -100,7 +100,8 @@ class Context:
         self.model = model
         self.n_ctx = _in_range("n_ctx", n_ctx, 2, 2**31 - _CELLS_STEP)
         self.n_seq = _in_range("n_seq", n_seq, 1, lib.llama_max_parallel_sequences())
-        n_cells = self.n_ctx if kv_unified else self.n_ctx // self.n_seq
+        # How many tokens a sequence can have: all cells, or its own.
+        self.n_cells = n_cells = self.n_ctx if kv_unified else self.n_ctx // self.n_seq
         if n_cells < 2:
             raise ValueError(f"n_ctx={n_ctx} leaves each of n_seq={n_seq} sequences less than 2 cells of its own")
         self.n_batch = min(_in_range("n_batch", n_batch, 1, 2**31 - 1), self.n_ctx)
@@ -115,6 +116,7 @@ class Context:
         if on_full not in ("error", "shift") and not callable(on_full):
             raise ValueError(f'on_full must be "error", "shift" or a function, not {on_full!r}')
         self.on_full: OnFull = on_full
+        self.prefix_cache = bool(prefix_cache)
         self.n_keep = _in_range("n_keep", n_keep, 0, 2**31 - 1)
         self._checkpoint_interval = _in_range("checkpoint_interval", checkpoint_interval, 1, 2**31 - 1)
         # Each sequence has its share, so that none can take another's away.
@@ -187,7 +189,8 @@ class Context:
     def encode(self, ids: TokenIds) -> int:
         """Have an encoder-decoder model read the text that its sequences answer; return the token to begin those with.
 
-        It takes the place of the text before: what sequences hold is evaluated anew when logits are asked for.
+        It takes the place of the text before: what sequences hold is evaluated anew when logits are asked for, and what
+        closed ones have left is forgotten, pinned or not.
         Raises `ContextError` where the model has no encoder, `TypeError` or `ValueError` for what is no token id, or
         for more than `n_ubatch` of them, which an encoder has to see at once.
         """
@@ -197,10 +200,12 @@ class Context:
                 raise ContextError(f"this model ({self.model.architecture}) is no encoder-decoder: extend a sequence")
             if not 1 <= len(text) <= self.n_ubatch:
                 raise ValueError(f"the text has {len(text)} tokens, and can have 1 to n_ubatch={self.n_ubatch}")
+            self.memory.check_idle()
             self.clear_cache(pinned=True)
+            self.encoded = None
             for slot in self._pool.open:
-                self._keep_logits(slot)
                 slot.forget_from(0)
+            self._unread = ()
             batch = lib.llama_batch_init(len(text), 0, self.n_seq)
             try:
                 for index, token in enumerate(text):
@@ -233,23 +238,29 @@ class Context:
                 if sequence.context is not self:
                     raise ValueError(f"{sequence!r} belongs to another context")
                 sequence._slot.check_open()
-                arrays.append((sequence, self.model.tokenizer.as_array(ids)))
-            arrays = [(sequence, new) for sequence, new in arrays if new.size]
-            grown: list[tuple[Slot, int]] = []
+                if (new := self.model.tokenizer.as_array(ids)).size:
+                    arrays.append((sequence, new))
+            before = self.stats.decode_calls
+            grown: list[tuple[Slot, int, npt.NDArray[np.float32] | None, bool]] = []
             try:
                 for sequence, new in arrays:
-                    grown.append((sequence._slot, sequence._grow(new)))
-                return self._evaluate([slot for slot, _ in grown if slot.n_cached < len(slot.tokens)], on_progress)
+                    slot = sequence._slot
+                    logits, unread = slot.logits, slot.unread
+                    grown.append((slot, sequence._grow(new), logits, unread))
+                return self._evaluate([slot for slot, *_ in grown if slot.n_cached < len(slot.tokens)], on_progress)
             except BaseException:
-                for slot, length in grown:
+                for slot, length, logits, unread in grown:
                     slot.cut(length)
+                    if slot.n_cached == length and self.stats.decode_calls == before:
+                        slot.logits, slot.unread = logits, unread
                 raise
 
     def restore(self, path: str | os.PathLike[str]) -> "Sequence":
         """Return a new sequence as `Sequence.save` wrote it; nothing is evaluated.
 
         Raises `StateError` for a file that is damaged, or was saved from another model, by another version, or with a
-        KV cache of another form; `ContextFullError` where it does not fit, `OSError` where it cannot be read.
+        KV cache of another form; `ContextFullError` where it does not fit, `ContextError` where all `n_seq` sequences
+        are in use, `OSError` where it cannot be read.
         """
         from .state import restore
 
@@ -318,12 +329,12 @@ class Context:
         """Bring the cache of slots up to their lists, at least by the last token; return how many tokens that took."""
         queue = deque(slots)
         for slot in queue:
+            slot.check_open()
             if not slot.tokens:
                 raise ContextError("the sequence is empty: extend it with a prompt first (a BOS token at the least)")
             if not slot.settled or slot.n_cached == len(slot.tokens):
                 slot.forget_from(min(slot.n_cached, len(slot.tokens) - 1))
-                self._pool.spare = 0  # cells that were shared may have to be evaluated anew
-            if self._pool.spare <= 0 and (lacking := self._pool.lacks(slot, 0)):
+            if self.memory.spare < 0 and (lacking := self._pool.lacks(slot, 0)):
                 raise self._full(lacking, slot, lacking)
             self._pool.place(slot)
         started = list(queue)
@@ -334,8 +345,13 @@ class Context:
             while queue:
                 parts: list[tuple[Slot, int, int]] = []
                 count = 0
-                for slot in queue:
-                    slot.check_open()
+                for slot in list(queue):
+                    slot.check_open()  # `on_progress` may have done anything
+                    slot.settle()
+                    if slot.n_cached == len(slot.tokens):
+                        queue.remove(slot)
+                        continue
+                    self._pool.place(slot)
                     size = min(len(slot.tokens) - slot.n_cached, self._stride, self._max_batch - count)
                     if not size or (parts and one_pass and size != parts[0][1]):
                         break
@@ -343,8 +359,10 @@ class Context:
                     count += size
                     parts.append((slot, size, count - 1))
                     slot.settled = False
+                if not parts:
+                    break
                 self._batch.struct.n_tokens = count
-                self._run([slot for slot, _, _ in parts], self._batch.struct, count)
+                self._run(self._batch.struct, count)
                 self._unread = tuple(slot for slot, _, _ in parts)
                 for slot, size, row in parts:
                     finished = slot.n_cached + size == len(slot.tokens)
@@ -366,9 +384,10 @@ class Context:
 
     def _decode(self, slot: "Slot", tokens: npt.NDArray[np.int32], all_logits: bool) -> None:
         """Evaluate at most `n_batch` tokens that follow what is cached; the caller has unsettled the slot."""
+        slot.check_open()
         self._batch.put(0, tokens, slot.n_cached, slot.id, all_logits)
         self._batch.struct.n_tokens = len(tokens)
-        self._run([slot], self._batch.struct, len(tokens))
+        self._run(self._batch.struct, len(tokens))
         self._advance(slot, len(tokens))
         self._checkpoint(slot, len(tokens))
 
@@ -377,7 +396,7 @@ class Context:
         slot.settled = False
         position = slot.n_cached
         self._single.set(slot.tokens[position], position, slot.id)
-        self._run((slot,), self._single.struct, 1)
+        self._run(self._single.struct, 1)
         slot.n_cached = position + 1
         if slot.n_seen <= position:
             slot.n_seen = position + 1
@@ -403,11 +422,8 @@ class Context:
             )
             slot.checkpoint(stride, self._checkpoint_bytes)
 
-    def _run(self, slots: "Collection[Slot]", batch: Any, count: int) -> None:
-        memory = self.memory
-        memory.check_idle()
-        for slot in slots:
-            slot.check_open()
+    def _run(self, batch: Any, count: int) -> None:
+        self.memory.check_idle()
         for slot in self._unread:
             self._keep_logits(slot)
         self._unread = ()
@@ -417,6 +433,7 @@ class Context:
     def _call(self, batch: Any, count: int, encode: bool = False) -> None:
         """Have libllama compute a batch, and wait for the result."""
         memory, stats = self.memory, self.stats
+        code = 2  # as if it was aborted, should an interrupt strike before it is known
         try:
             memory.computing = True
             before = time.perf_counter()
@@ -428,33 +445,31 @@ class Context:
             stats.decode_seconds += time.perf_counter() - before
         finally:
             memory.computing = False
+            if code and memory.kind in ("recurrent", "hybrid"):
+                self._pool.doubt_all()
+            if self._pool.shifted and not encode:
+                if code:
+                    self._pool.doubt_shifted()
+                self._pool.shifted = False
         stats.decode_calls += 1
-        if code and self.memory.kind in ("recurrent", "hybrid"):
-            self._pool.doubt_all()
-        if self._pool.shifted:
-            self._end_shift(bool(code))
         if callbacks.kept:
             callbacks.raise_kept()
         if code:
             self._raise_for(code, count)
 
-    def _end_shift(self, failed: bool) -> None:
-        """A decode has turned shifted keys to their positions; one that failed may have turned some of them."""
-        shifted, self._pool.shifted = self._pool.shifted, []
-        if failed:
-            for slot in shifted:
-                slot.forget_from(0)
-
     def _apply_shift(self, slot: "Slot") -> None:
-        """Have shifted keys turned now, before they are copied: by evaluating the slot's last token again."""
-        if self._pool.shifted and slot.n_cached:
-            logits, tokens = slot.logits, slot.tokens
-            slot.tokens = tokens[: slot.n_cached]
-            try:
-                self._evaluate([slot])
-            finally:
-                slot.tokens = tokens
-            slot.logits, slot.unread = logits, False
+        """Have a slot's shifted keys turned now, before they are copied: by evaluating one token more, for nothing."""
+        if self._pool.shifted and slot.n_pure is not None:
+            if self._pool.lacks(slot, 1):
+                raise self._full(1, slot)
+            self._keep_logits(slot)
+            n, logits = slot.n_cached, slot.logits
+            self._begin()
+            slot.settled = False
+            self._single.set(slot.tokens[0], n, slot.id)
+            self._run(self._single.struct, 1)
+            slot.forget_from(n)
+            slot.logits = logits if slot.n_cached == n else None
 
     def _raise_for(self, code: int, count: int) -> None:
         """Turn libllama's return code into an exception."""
@@ -473,10 +488,9 @@ class Context:
     def _full(self, wanted: int, slot: "Slot | None" = None, counted: int = 0) -> ContextFullError:
         """Return the error; of the cells wanted, so many are counted as used already."""
         used = self._pool.used(slot) - counted
-        n_cells = self.n_ctx if self.memory.can_share else self.n_ctx // self.n_seq
         return ContextFullError(
-            f"the context is full: {used} of n_ctx={n_cells} cells are used, {wanted} more are wanted, "
-            f"{max(0, n_cells - used)} are free: shorten the text, or make a context with a larger n_ctx"
+            f"the context is full: {used} of n_ctx={self.n_cells} cells are used, {wanted} more are wanted, "
+            f"{max(0, self.n_cells - used)} are free: shorten the text, or make a context with a larger n_ctx"
         )
 
     def _read_logits(self, row: int = -1) -> npt.NDArray[np.float32]:
@@ -496,19 +510,19 @@ class Context:
             slot.logits = self._read_logits(slot.row)
             slot.unread = False
 
-    def _attach_prefix(self, slot: "Slot") -> None:
-        """Give a slot the longest beginning of its tokens that another one has cached, where that saves work."""
+    def _attach_prefix(self, slot: "Slot") -> int:
+        """Give a slot the longest beginning of its tokens that another one has cached; return how many that saves."""
         if len(slot.tokens) - slot.n_cached < 2:  # the last token is evaluated anyway, to have its logits
-            return
+            return 0
         source, n = self._pool.find_prefix(slot)
+        before = slot.n_cached
         if source is not None:
-            before = slot.n_cached
             self._share(source, slot, n)
-            self.stats.tokens_reused += max(0, slot.n_cached - before)
+        return max(0, slot.n_cached - before)
 
     def _share(self, source: "Slot", slot: "Slot", n: int) -> None:
         self._keep_logits(source)
-        if not self.memory.can_share:
+        if not self.memory.can_share:  # then it is read and written
             self._apply_shift(source)
         self._pool.share(source, slot, n)
 

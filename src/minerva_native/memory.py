@@ -25,7 +25,8 @@ class Memory:
     tokens, "recurrent" one state that every token changes, "hybrid" the last and one of the others;
     "encoder-decoder" is attention, to what `Context.encode` was given besides.
     `can_truncate`: whether the end of a sequence can be forgotten at any point. Where not, a copy of the state is kept
-    every so many tokens (a checkpoint), and `truncate` goes back to the nearest one before.
+    every so many tokens (a checkpoint), and `truncate` goes back to the nearest one before. (A window kept in full may
+    have given the cells of tokens that left it to others; where those come into it again, all is evaluated anew.)
     `can_shift`: whether tokens can be taken out of the middle and the rest moved up without evaluating them again.
     `can_share`: whether sequences share the cells of what they have in common, rather than copy them.
     """
@@ -38,8 +39,10 @@ class Memory:
             hybrid, recurrent = lib.llama_model_is_hybrid(pointer), lib.llama_model_is_recurrent(pointer)
             self.window: int = max(0, lib.llama_model_n_swa(pointer))
         self.kind: Kind = "attention"
-        if hybrid or recurrent:
-            self.kind = "hybrid" if hybrid else "recurrent"
+        if recurrent:
+            self.kind = "recurrent"
+        elif hybrid or model.architecture == "deepseek4":  # whose compressed keys cannot be cut either
+            self.kind = "hybrid"
         elif self.window:
             self.kind = "sliding window"
         elif model.has_encoder:
@@ -50,7 +53,9 @@ class Memory:
         )
         self.can_shift: bool = self.exists and lib.llama_memory_can_shift(self._memory) and _keys_turn(model, key_type)
         self.can_share = unified
+        self.state_version: int = lib.LLAMA_STATE_SEQ_VERSION
         self.computing = False
+        self.spare = -1  # how many more tokens are known to find cells; below 0, that is to be counted again
 
     def __repr__(self) -> str:
         able = [name for name in ("truncate", "shift", "share") if getattr(self, f"can_{name}")]
@@ -66,7 +71,9 @@ class Memory:
     def remove(self, sequence_id: int, start: int, stop: int = -1) -> bool:
         """Forget a sequence's tokens from position `start` on, or up to `stop`; False where this kind cannot."""
         self.check_idle()
-        return self._handle.closed or bool(lib.llama_memory_seq_rm(self._memory, sequence_id, start, stop))
+        if self._handle.closed or sequence_id < 0:
+            return True
+        return bool(lib.llama_memory_seq_rm(self._memory, sequence_id, start, stop))
 
     def holds(self, sequence_id: int, n: int) -> bool:
         """Whether a sequence's first `n` tokens, and no more, can be continued: all that `n` attends to is there."""
@@ -83,8 +90,10 @@ class Memory:
         if not self.can_share:  # libllama's own copy is of the whole buffer, and only made by the next decode
             state = self.read(source_id)
             return state is not None and not self.write(target_id, state)
+        # A small window reuses the cells of what has left it only while one sequence holds them: each gets its own.
+        window = self.read(source_id, partial=True) if self.kind == "sliding window" and not self.can_truncate else None
         lib.llama_memory_seq_cp(self._memory, source_id, target_id, -1, -1)
-        return True
+        return window is None or not self.write(target_id, window, partial=True)
 
     def shift(self, sequence_id: int, n: int, keep: int, discard: int) -> bool:
         """Forget the tokens at positions `keep` to `keep + discard` of `n`, and move those behind to their place.

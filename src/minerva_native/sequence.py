@@ -1,5 +1,6 @@
 """A sequence: a list of tokens that happens to be evaluated."""
 
+import logging
 import operator
 import os
 import weakref
@@ -12,7 +13,6 @@ from typing import TYPE_CHECKING, NoReturn, overload
 import numpy as np
 import numpy.typing as npt
 
-from ._binding import callbacks
 from .errors import ContextError
 from .sampling import logprob
 from .slot import Slot, clipped, common_prefix
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from .context import Context
+
+_logger = logging.getLogger("minerva_native")
 
 _SCORE_BYTES = 64 << 20  # how much libllama's logits buffer may take while a text is scored
 
@@ -62,7 +64,7 @@ class Sequence(AbstractSequence[int]):
             if slot.unread:
                 context._keep_logits(slot)
             elif slot.logits is None:
-                if len(self._tokens) - slot.n_cached == 1 and slot.settled and slot.id >= 0:
+                if len(self._tokens) - slot.n_cached == 1 and slot.settled and slot.id >= 0 <= context.memory.spare:
                     context._begin()
                     context._decode_one(slot)
                     context._keep_logits(slot)
@@ -74,9 +76,8 @@ class Sequence(AbstractSequence[int]):
     def _find_logits(self) -> None:
         """Have the logits, by the least work that gives them."""
         context, slot = self.context, self._slot
-        if not slot.settled:
-            slot.forget_from(slot.n_cached)
-        context._attach_prefix(slot)
+        slot.settle()
+        context.stats.tokens_reused += context._attach_prefix(slot)
         if slot.logits is None:
             slot.logits = slot.at_checkpoint()
         if slot.logits is None:
@@ -87,10 +88,10 @@ class Sequence(AbstractSequence[int]):
     def is_full(self) -> bool:
         """Whether one token more would raise `ContextFullError`."""
         context = self.context
-        if context._pool.spare > 0 or context.on_full != "error":
+        if context.memory.spare > 0 or context.on_full != "error":
             return False
         with context._lock:
-            return not self.closed and context._pool.lacks(self._slot, 1) > 0
+            return not self.closed and context._pool.used(self._slot) >= context.n_cells
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -118,10 +119,10 @@ class Sequence(AbstractSequence[int]):
         with context._lock:
             self._slot.check_open()
             token = context.model.tokenizer.check(token)
-            pool, slot = context._pool, self._slot
-            if pool.spare <= 0:
+            memory, slot = context.memory, self._slot
+            if memory.spare <= 0:
                 self._make_room(1)
-            pool.spare -= 1
+            memory.spare = max(0, memory.spare - 1)
             slot.logits, slot.unread = None, False
             self._tokens.append(token)
 
@@ -130,10 +131,10 @@ class Sequence(AbstractSequence[int]):
 
         `on_progress` is called after each chunk with the tokens done and the tokens in all. Raises `TypeError` or
         `ValueError` for what is no token id, `ContextFullError` where they do not fit; whatever is raised, the
-        sequence is as it was before.
+        sequence is as it was before, or as `on_full` has made it.
         """
         context = self.context
-        with context._lock:
+        with context._lock, context._handle:
             self._slot.check_open()
             new = context.model.tokenizer.as_array(ids)
             return self._extend(new, on_progress) if new.size else 0
@@ -143,26 +144,32 @@ class Sequence(AbstractSequence[int]):
 
         Kept is the longest beginning that it has in common with them, or that another sequence has, open or closed.
         What is given up stays in the prefix cache while there is room, so that switching back costs nothing.
-        Raises what `extend` does; whatever is raised, the tokens are as they were before.
+        Raises what `extend` does, also where `on_full="shift"`: what is kept would not be those tokens. Whatever is
+        raised, the tokens are as they were before.
         """
         context, slot = self.context, self._slot
-        with context._lock:
+        with context._lock, context._handle:
             slot.check_open()
             new = context.model.tokenizer.as_array(ids)
             before = self._tokens[:]
-            n = common_prefix(before, new)
+            n, given_up = common_prefix(before, new), None
+            slot.settle()
+            context._keep_logits(slot)
             try:
                 if n < len(before):
-                    context._keep_logits(slot)
-                    context._pool.give_up(slot, n)
+                    if not context.prefix_cache and context._pool.cells_after(slot, n) + len(new) - n > context.n_cells:
+                        raise context._full(len(new), slot)
+                    given_up = context._pool.give_up(slot, n)
                 kept = len(self._tokens)
                 context.stats.tokens_reused += min(kept, slot.n_cached)
-                return self._extend(new[kept:], on_progress) if kept < len(new) else 0
+                return self._extend(new[kept:], on_progress, exactly=True) if kept < len(new) else 0
             except BaseException:
-                n = common_prefix(before, self._tokens)
-                slot.cut(n)
-                slot.add(np.array(before[n:], np.int32))
-                context._pool.spare = 0
+                if given_up is not None:
+                    context._pool.take_back(slot, given_up, before)
+                elif self._tokens != before:
+                    n = common_prefix(before, self._tokens)
+                    slot.cut(n)
+                    slot.add(np.array(before[n:], np.int32))
                 raise
 
     def score(self, ids: TokenIds) -> npt.NDArray[np.float32]:
@@ -172,17 +179,18 @@ class Sequence(AbstractSequence[int]):
         entry is NaN.
         """
         context, slot = self.context, self._slot
-        with context._lock:
+        with context._lock, context._handle:
             slot.check_open()
             new = context.model.tokenizer.as_array(ids)
             scores = np.empty(len(new), np.float32)
             if not new.size:
                 return scores
-            if not slot.settled:
-                slot.forget_from(slot.n_cached)
-            if context._pool.spare < len(new):
+            slot.settle()
+            if context.memory.spare < len(new):
                 self._make_room(len(new))
             scores[0] = logprob(self.logits, int(new[0])) if self._tokens else np.nan
+            if context.memory.spare < len(new):  # the last token may have taken a cell of its own
+                self._make_room(len(new), exactly=True)
             rows = max(1, min(context._stride, _SCORE_BYTES // (4 * context._n_vocab)))
             context._begin()
             context._pool.place(slot)
@@ -191,7 +199,6 @@ class Sequence(AbstractSequence[int]):
                 for start in range(0, len(new), rows):
                     chunk = new[start : start + rows]
                     slot.add(chunk)
-                    context._pool.spare = 0
                     slot.settled = False
                     context._decode(slot, chunk, all_logits=True)
                     slot.settled = True
@@ -237,15 +244,14 @@ class Sequence(AbstractSequence[int]):
         of its own, and there are too few.
         """
         context, slot = self.context, self._slot
-        with context._lock:
+        with context._lock, context._handle:
             slot.check_open()
             keep, discard = operator.index(keep), operator.index(discard)
             if keep < 0 or discard < 0 or keep + discard > len(self._tokens):
                 raise ValueError(
                     f"cannot discard {discard} tokens after the first {keep}: there are {len(self._tokens)}"
                 )
-            if not slot.settled:
-                slot.forget_from(slot.n_cached)
+            slot.settle()
             if not discard or keep + discard == len(self._tokens):
                 self.truncate(len(self._tokens) - discard)
                 return
@@ -267,23 +273,23 @@ class Sequence(AbstractSequence[int]):
         """Return a new sequence of the first `n` tokens, by default of all; nothing is evaluated.
 
         Where the memory can share (`Context.memory`), no key or value is copied: the cells are in use until both have
-        let go of them. Raises `ValueError` unless 0 <= n <= len, `ContextError` where all `n_seq` sequences are in use,
+        let go of them; where not, they are copied, and right after a shift one token is evaluated to have it done.
+        Raises `ValueError` unless 0 <= n <= len, `ContextError` where all `n_seq` sequences are in use,
         `ContextFullError` where what cannot be shared does not fit.
         """
         context, slot = self.context, self._slot
-        with context._lock:
+        with context._lock, context._handle:
             slot.check_open()
             n = len(self._tokens) if n is None else operator.index(n)
             if not 0 <= n <= len(self._tokens):
                 raise ValueError(f"n must be from 0 to the sequence's length {len(self._tokens)}, not {n}")
-            if not slot.settled:
-                slot.forget_from(slot.n_cached)
+            slot.settle()
             forked = context.sequence()
             try:
                 forked._tokens.extend(self._tokens[:n])
                 if shared := min(n, slot.n_cached):
                     context._share(slot, forked._slot, shared)
-                context._pool.spare = 0
+                context.memory.spare = -1
                 if lacking := context._pool.lacks(forked._slot, 0):
                     raise context._full(lacking, forked._slot, lacking)
             except BaseException:
@@ -294,7 +300,8 @@ class Sequence(AbstractSequence[int]):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write tokens, keys and values to a file that `Context.restore` reads.
 
-        It is written beside the path and then renamed, so that there is always the old file or the new one.
+        It is written beside the path and then renamed, so that there is always the old file or the new one. Right after
+        a shift one token is evaluated to have it done (`ContextFullError` where there is no cell for that).
         Raises `OSError` where it cannot be written, `StateError` where libllama does not give the state.
         """
         from .state import save
@@ -331,8 +338,13 @@ class Sequence(AbstractSequence[int]):
 
     # The caller holds the lock.
 
-    def _extend(self, new: npt.NDArray[np.int32], on_progress: Callable[[int, int], object] | None) -> int:
-        length = self._grow(new)
+    def _extend(
+        self,
+        new: npt.NDArray[np.int32],
+        on_progress: Callable[[int, int], object] | None = None,
+        exactly: bool = False,
+    ) -> int:
+        length = self._grow(new, exactly)
         if self._slot.n_cached == len(self._tokens):
             return 0
         try:
@@ -341,54 +353,59 @@ class Sequence(AbstractSequence[int]):
             self._slot.cut(length)
             raise
 
-    def _grow(self, new: npt.NDArray[np.int32]) -> int:
+    def _grow(self, new: npt.NDArray[np.int32], exactly: bool = False) -> int:
         """Put tokens at the end, with a cell for each; return the length before. On an error the list is as it was."""
-        slot, pool = self._slot, self.context._pool
-        if not slot.settled:
-            slot.forget_from(slot.n_cached)
+        self._slot.check_open()
+        self._slot.settle()
         if not self._try_to_grow(new):
-            self._make_room(len(new))
-            pool.spare = 0
-            slot.add(new)
+            self._make_room(len(new), exactly)
+            self._slot.add(new)
         return len(self._tokens) - len(new)
 
     def _try_to_grow(self, new: npt.NDArray[np.int32]) -> bool:
         """Put tokens at the end, share what others have cached of the whole, and say whether all of it fits."""
-        slot, pool, length = self._slot, self.context._pool, len(self._tokens)
-        logits, unread = slot.logits, slot.unread
-        fits = False
+        context, slot, length = self.context, self._slot, len(self._tokens)
+        counted = context.memory.spare >= len(new)
+        if not counted:
+            context._keep_logits(slot)
+        logits, fits = slot.logits, False
         try:
-            counted = pool.spare >= len(new)
-            pool.spare = pool.spare - len(new) if counted else 0
             slot.add(new)
-            self.context._attach_prefix(slot)
-            fits = counted or not pool.lacks(slot, 0)
+            reused = context._attach_prefix(slot)
+            fits = counted or not context._pool.lacks(slot, 0)
+            if fits:
+                context.stats.tokens_reused += reused
         finally:
             if not fits:
                 slot.cut(length)
                 if slot.n_cached == length:
-                    slot.logits, slot.unread = logits, unread
+                    slot.logits = logits
         return fits
 
-    def _make_room(self, wanted: int) -> None:
-        """Have room for so many tokens more: drop what may be dropped, then do as `on_full` says, or raise."""
-        context, pool = self.context, self.context._pool
-        lacking = pool.lacks(self._slot, wanted)
-        if lacking and context.on_full != "error":
-            if callable(context.on_full):
-                context.on_full(self, lacking)
-                self._slot.check_open()
-            else:
-                keep = min(context.n_keep, len(self._tokens))
-                discard = max(lacking, (len(self._tokens) - keep) // 2)
-                if keep + discard <= len(self._tokens):
-                    callbacks.logger.info(
-                        "the context is full: %d tokens after the first %d are discarded", discard, keep
-                    )
-                    self.shift(keep, discard)
-            lacking = pool.lacks(self._slot, wanted)
+    def _make_room(self, wanted: int, exactly: bool = False) -> None:
+        """Have room for so many tokens more: drop what may be dropped, then do as `on_full` says, or raise.
+
+        `exactly`: the tokens that are there have to stay.
+        """
+        context, pool, slot = self.context, self.context._pool, self._slot
+        lacking = pool.lacks(slot, wanted)
+        if lacking and callable(context.on_full):
+            before = self._tokens[:] if exactly else None
+            context.on_full(self, lacking)
+            slot.check_open()
+            slot.settle()
+            if before is None or before == self._tokens:
+                lacking = pool.lacks(slot, wanted)
+        elif lacking and context.on_full == "shift" and not exactly:
+            keep = min(context.n_keep, len(self._tokens))
+            discard = max(lacking, (len(self._tokens) - keep) // 2)
+            # Cells that are shared would not become free.
+            if keep + discard <= len(self._tokens) and not pool.n_shared(slot, keep):
+                _logger.info("the context is full: %d tokens after the first %d are discarded", discard, keep)
+                self.shift(keep, discard)
+                lacking = pool.lacks(slot, wanted)
         if lacking:
-            raise context._full(wanted, self._slot)
+            raise context._full(wanted, slot)
 
     def _shift_cells(self, keep: int, discard: int) -> None:
         context, slot = self.context, self._slot
@@ -401,7 +418,7 @@ class Sequence(AbstractSequence[int]):
             slot.forget_from(keep)
             return
         if context.memory.kind != "recurrent":
-            context._pool.shifted.append(slot)
+            context._pool.shifted = True
         slot.n_pure, slot.pieces = n_pure, clipped(slot.pieces, keep)
         slot.n_cached, slot.logits, slot.unread, slot.settled = n - discard, logits, unread, True
         if not context.memory.can_truncate:  # to go back as far as here, and not to before the shift
@@ -409,11 +426,12 @@ class Sequence(AbstractSequence[int]):
             slot.checkpoint(0, context._checkpoint_bytes)
 
     def _own_cells(self, start: int) -> None:
-        """Make sure that no other sequence holds the cells from `start` on: those are about to change."""
+        """Copy all cells where another sequence holds some of those from `start` on: they are about to change."""
         context, slot = self.context, self._slot
-        if shared := context._pool.is_shared(slot, start):
-            if lacking := context._pool.lacks(slot, shared):
-                raise context._full(lacking, slot)
+        if shared := context._pool.n_shared(slot, start):
+            if context._pool.lacks(slot, shared):
+                raise context._full(shared, slot)
+            context._keep_logits(slot)
             context._apply_shift(slot)
             state, n = context.memory.read(slot.id), slot.n_cached
             if state is None:
@@ -421,11 +439,10 @@ class Sequence(AbstractSequence[int]):
             logits, n_pure, checkpoints = slot.logits, slot.n_pure, slot.checkpoints
             slot.forget_from(0)
             slot.settled = False
-            context._pool.spare = 0
             if reason := context.memory.write(slot.id, state):
                 slot.forget_from(0)
                 raise ContextError(f"libllama could not copy this sequence ({reason})")
-            slot.n_cached, slot.n_pure, slot.checkpoints, slot.logits = n, n_pure, checkpoints, logits
+            slot.n_pure, slot.checkpoints, slot.n_cached, slot.logits = n_pure, checkpoints, n, logits
             slot.settled = True
 
     def _discard(self) -> None:

@@ -56,6 +56,7 @@ class Slot:
     def add(self, tokens: npt.NDArray[np.int32]) -> None:
         """Put tokens at the end of the list."""
         self.forget_logits()
+        self._memory.spare -= len(tokens)
         self.tokens.frombytes(tokens.tobytes())
 
     def cut(self, n: int) -> None:
@@ -71,9 +72,15 @@ class Slot:
         else:
             self.forget_from(self.n_cached)
 
+    def settle(self) -> None:
+        """Make list and cache agree, where they may not."""
+        if not self.settled:
+            self.forget_from(self.n_cached)
+
     def forget_from(self, n: int) -> None:
         """Have the cache hold the first `n` tokens; where it cannot, those up to a checkpoint before, or none."""
         self.settled = False
+        self._memory.spare = -1  # cells that were shared may have to be evaluated anew
         self.forget_logits()
         if self.id < 0:
             self.n_cached = 0
@@ -82,6 +89,7 @@ class Slot:
         self.doubtful = False
         self.pieces = clipped(self.pieces, self.n_cached)
         if self.n_pure is not None and self.n_pure >= self.n_cached:
+            self.checkpoints = [checkpoint for checkpoint in self.checkpoints if checkpoint.n <= self.n_pure]
             self.n_pure = None
         self.settled = True
 
@@ -140,7 +148,7 @@ class Slot:
             del kept[min(range(len(gaps)), key=gaps.__getitem__) if gaps else 0]
         self.checkpoints = kept
 
-    def usable(self, wanted: npt.NDArray[np.int32], at_least: int) -> int:
+    def n_usable(self, wanted: npt.NDArray[np.int32], at_least: int) -> int:
         """Return how many of the wanted tokens, from the first, this slot has cached; 0 where not over `at_least`."""
         limit = min(len(wanted), self.n_cached if self.n_pure is None else self.n_pure)
         if limit <= at_least or self.tokens[at_least] != wanted[at_least]:
@@ -160,8 +168,7 @@ class SlotPool:
         self._prefix_cache = prefix_cache
         self.open: list[Slot] = []
         self.finished: list[Slot] = []  # least recently used first
-        self.shifted: list[Slot] = []  # whose keys the next decode will turn to their new positions
-        self.spare = 0  # how many tokens may be added before the cells are to be counted again
+        self.shifted = False  # whether the next decode turns keys to their new positions
         self._run_numbers = itertools.count()
 
     def new(self) -> Slot:
@@ -229,11 +236,11 @@ class SlotPool:
         """Return the finished slot to drop first."""
         return next((old for old in self.finished if not old.pinned), None)
 
-    def give_up(self, slot: Slot, n: int) -> None:
-        """Cut an open slot to `n` tokens, or to none where all that it holds goes into the prefix cache instead."""
+    def give_up(self, slot: Slot, n: int) -> Slot | None:
+        """Cut an open slot to `n` tokens; or to none, and return the finished slot that now has its cells."""
         if not self._prefix_cache or not slot.settled or not slot.n_cached:
             slot.cut(n)
-            return
+            return None
         kept = Slot(self._memory)
         kept.tokens, kept.closed = slot.tokens[: slot.n_cached], True
         logits = slot.logits if slot.n_cached == len(slot.tokens) else None
@@ -241,24 +248,50 @@ class SlotPool:
         kept.logits = logits
         slot.cut(0)
         self.keep(kept)
+        return kept
+
+    def take_back(self, slot: Slot, kept: Slot, tokens: "array[int]") -> None:
+        """Undo `give_up`, as far as the cells are still there."""
+        slot.cut(0)
+        slot.add(np.array(tokens, np.int32))
+        if kept in self.finished:
+            self.finished.remove(kept)
+            logits = kept.logits
+            slot.take(kept, kept.n_cached)
+            slot.logits = logits if slot.n_cached == len(tokens) else None
+
+    def cells_after(self, slot: Slot, n: int) -> int:
+        """Return how many cells open and pinned sequences would take, were a slot cut to `n` tokens."""
+        cut = Slot(self._memory)
+        cut.tokens, cut.pieces = slot.tokens[:n], clipped(slot.pieces, n)
+        return count_cells([*(other for other in self.open if other is not slot), cut])
 
     def keep(self, slot: Slot) -> None:
         """Put a slot among the finished ones, unless it adds nothing to them; drop those that add nothing to it."""
+        self.tidy()
         if not slot.n_cached:
             self.drop(slot)
             return
+        tokens = np.array(slot.tokens, np.int32)
         for old in list(self.finished):
-            n = common_prefix(old.tokens, slot.tokens)
-            if n == len(old.tokens) and not old.pinned and slot.n_pure is None:
+            if slot.n_usable(np.array(old.tokens, np.int32), 0) == len(old.tokens) and slot.pinned >= old.pinned:
                 self.drop(old)
-            elif n == len(slot.tokens) and not slot.pinned and old.n_pure is None:
+            elif old.n_usable(tokens, 0) == len(tokens) and not slot.pinned:
                 self.drop(slot)
                 return
         self.finished.append(slot)
 
+    def tidy(self) -> None:
+        """Have the lists of finished slots end where their caches do."""
+        for slot in list(self.finished):
+            slot.settle()
+            if slot.n_cached < len(slot.tokens):
+                slot.cut(slot.n_cached)
+            if not slot.n_cached:
+                self.drop(slot)
+
     def share(self, source: Slot, slot: Slot, n: int) -> None:
         """Let a slot hold the first `n` cached tokens of another in place of what it has; its list has them already."""
-        self.spare = 0
         logits = source.logits if n == source.n_cached == len(source.tokens) == len(slot.tokens) else None
         slot.forget_from(0)
         if source in self.finished:  # it is used: the last to be dropped from now on
@@ -288,6 +321,12 @@ class SlotPool:
             return False
         return 2 * n >= source.n_cached or self._oldest() is source
 
+    def doubt_shifted(self) -> None:
+        """Trust no keys that were to be turned: a decode that failed may have turned some of them."""
+        for slot in (*self.open, *self.finished):
+            if slot.n_pure is not None:
+                slot.forget_from(min(slot.n_pure, slot.n_cached))
+
     def doubt_all(self) -> None:
         """Trust checkpoints alone: a decode that failed may have moved any recurrent state, and not its numbers."""
         for slot in (*self.open, *self.finished):
@@ -299,24 +338,27 @@ class SlotPool:
         if not self._prefix_cache or not slot.settled or slot.n_pure is not None:
             return None, 0
         wanted = np.array(slot.tokens, np.int32)
+        self.tidy()
         for other in (*self.open, *self.finished):
-            if not other.settled:
-                other.forget_from(other.n_cached)
-            if other is not slot and (usable := other.usable(wanted, n)):
+            other.settle()
+            if other is not slot and (usable := other.n_usable(wanted, n)):
                 best, n = other, usable
         return best, n
 
     def lacks(self, slot: Slot, wanted: int) -> int:
         """Return how many cells are missing for `wanted` tokens more, when all that may be dropped is dropped."""
         if not self._memory.can_share:
+            self._memory.spare = 0
             return max(0, len(slot.tokens) + wanted - self._n_cells)
-        self.collect()
+        over = self.used() + wanted - self._n_cells
+        if over > 0:  # whatever is dropped
+            return over
         while (over := count_cells([*self.open, *self.finished]) + wanted - self._n_cells) > 0:
             oldest = self._oldest()
             if oldest is None:
                 return over
             self.drop(oldest)
-        self.spare = wanted - over
+        self._memory.spare = wanted - over
         return 0
 
     def used(self, slot: Slot | None = None) -> int:
@@ -326,7 +368,7 @@ class SlotPool:
             return len(slot.tokens)
         return count_cells([*self.open, *(old for old in self.finished if old.pinned)])
 
-    def is_shared(self, slot: Slot, start: int) -> int:
+    def n_shared(self, slot: Slot, start: int) -> int:
         """Return how many of a slot's cells it shares, where any of those from `start` on is among them, else 0."""
         others = {run: 0 for run, _ in slot.pieces}
         for other in (*self.open, *self.finished):

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._binding import lib
 from .errors import StateError
 
 if TYPE_CHECKING:
@@ -34,10 +33,9 @@ _SAMPLES, _SAMPLE_BYTES = 256, 4096  # of the model's file, for its fingerprint
 def save(sequence: "Sequence", path: str | os.PathLike[str]) -> None:
     """Write a sequence to a file; see `Sequence.save`."""
     context, slot = sequence.context, sequence._slot
-    with context._lock:
+    with context._lock, context._handle:
         sequence._slot.check_open()
-        if not slot.settled:
-            slot.forget_from(slot.n_cached)
+        slot.settle()
         context._keep_logits(slot)
         context._apply_shift(slot)
         state = context.memory.read(slot.id) if slot.n_cached else np.empty(0, np.uint8)
@@ -63,7 +61,13 @@ def restore(context: "Context", path: str | os.PathLike[str]) -> "Sequence":
     path = Path(path)
     header, body = _read(path)
     with context._lock, context._handle:
-        for name, here in _requirements(context).items():
+        requirements = _requirements(context)
+        numbers = ("n_tokens", "n_cached", "n_logits")
+        if {*requirements, *numbers, "n_pure", "model"} - set(header) or not all(
+            type(header[n]) is int for n in numbers
+        ):
+            raise StateError(f"{path} lacks what a saved sequence has: it was not written by this package")
+        for name, here in requirements.items():
             if header[name] != here:
                 raise StateError(
                     {
@@ -73,7 +77,16 @@ def restore(context: "Context", path: str | os.PathLike[str]) -> "Sequence":
                         name, f"{path} does not fit this context: its {name} is {header[name]!r}, here it is {here!r}"
                     )
                 )
-        n_tokens, n_cached, n_logits = header["n_tokens"], header["n_cached"], header["n_logits"]
+        n_tokens, n_cached, n_logits = (header[name] for name in numbers)
+        n_pure = header["n_pure"]
+        # The digest is no signature: whoever writes a file of his own may write anything.
+        if not (
+            0 <= n_cached <= n_tokens <= len(body) // 4
+            and n_logits in (0, context.model.tokenizer.n_vocab)
+            and 4 * (n_tokens + n_logits) <= len(body)
+            and (n_pure is None or (isinstance(n_pure, int) and 0 <= n_pure <= n_cached))
+        ):
+            raise StateError(f"{path} contradicts itself: it was not written by this package")
         ids = context.model.tokenizer.as_array(np.frombuffer(body, "<i4", n_tokens))
         logits = np.frombuffer(body, "<f4", n_logits, offset=4 * n_tokens).astype(np.float32)
         state = np.frombuffer(body, np.uint8, offset=4 * (n_tokens + n_logits))
@@ -82,7 +95,6 @@ def restore(context: "Context", path: str | os.PathLike[str]) -> "Sequence":
         try:
             if pool.lacks(slot, n_tokens):
                 raise context._full(n_tokens, slot)
-            pool.spare = 0
             slot.add(ids)
             if n_cached:
                 pool.place(slot)
@@ -91,7 +103,7 @@ def restore(context: "Context", path: str | os.PathLike[str]) -> "Sequence":
                 if reason or not context.memory.holds(slot.id, n_cached):
                     raise StateError(f"{path} cannot be restored here ({reason or 'its positions are not its tokens'})")
                 slot.n_cached = slot.n_seen = n_cached
-                slot.n_pure = header["n_pure"]
+                slot.n_pure = n_pure
                 slot.logits = logits if n_logits else None
                 context._checkpoint(slot, n_cached)
                 slot.settled = True
@@ -129,7 +141,7 @@ def _requirements(context: "Context") -> dict[str, Any]:
         "kv_type": list(context.kv_type),
         "kv_unified": context.memory.can_share,
         "encoded": context.encoded,
-        "state_version": lib.LLAMA_STATE_SEQ_VERSION,
+        "state_version": context.memory.state_version,
     }
 
 
@@ -149,11 +161,12 @@ def _write(path: Path, parts: "Iterable[bytes | memoryview]") -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], memoryview]:
@@ -168,4 +181,10 @@ def _read(path: Path) -> tuple[dict[str, Any], memoryview]:
     if hashlib.blake2b(body, digest_size=_DIGEST_BYTES).digest() != digest:
         raise StateError(f"{path} is damaged or cut short: its checksum does not match")
     start = _LEAD.size + header_bytes
-    return json.loads(bytes(body[_LEAD.size : start])), body[start:]
+    try:
+        header = json.loads(bytes(body[_LEAD.size : start]))
+    except ValueError:
+        header = None
+    if not isinstance(header, dict):
+        raise StateError(f"{path} has no header that can be read: it was not written by this package")
+    return header, body[start:]
