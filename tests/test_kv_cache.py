@@ -518,6 +518,16 @@ def test_generation_goes_on_where_the_context_shifts(demo: mn.Model) -> None:
         assert context.stats.tokens_discarded > 0
 
 
+def test_a_shift_is_not_hindered_by_what_closed_sequences_share(tiny: mn.Model) -> None:
+    with make(tiny, n_ctx=60, on_full="shift") as context:
+        with context.sequence() as closed:
+            closed.extend(IDS)
+        sequence = context.sequence()
+        sequence.extend([*IDS[:30], 1])
+        sequence.extend([2] * 35)
+        assert sequence == [*IDS[:4], *IDS[17:30], 1, *[2] * 35]
+
+
 def test_a_shift_that_would_free_nothing_is_not_made(tiny: mn.Model) -> None:
     with make(tiny, n_ctx=100, on_full="shift") as context:
         sequence = context.sequence()

@@ -274,10 +274,7 @@ class Context:
     def clear_cache(self, pinned: bool = False) -> None:
         """Forget what closed sequences have left in the KV cache, pinned ones only if asked to."""
         with self._lock, self._handle:
-            self._pool.collect()
-            for slot in list(self._pool.finished):
-                if pinned or not slot.pinned:
-                    self._pool.drop(slot)
+            self._pool.clear_finished(pinned)
 
     @property
     def cells_used(self) -> int:

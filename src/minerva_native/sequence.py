@@ -399,7 +399,7 @@ class Sequence(AbstractSequence[int]):
         elif lacking and context.on_full == "shift" and not exactly:
             keep = min(context.n_keep, len(self._tokens))
             discard = max(lacking, (len(self._tokens) - keep) // 2)
-            # Cells that are shared would not become free.
+            pool.clear_finished()  # they would have to go in any case; cells shared with others do not become free
             if keep + discard <= len(self._tokens) and not pool.n_shared(slot, keep):
                 _logger.info("the context is full: %d tokens after the first %d are discarded", discard, keep)
                 self.shift(keep, discard)

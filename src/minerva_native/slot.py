@@ -232,6 +232,13 @@ class SlotPool:
         if sequence_id >= 0:
             self._memory.remove(sequence_id, -1)
 
+    def clear_finished(self, pinned: bool = False) -> None:
+        """Drop what closed sequences have left, pinned ones only if asked to."""
+        self.collect()
+        for slot in list(self.finished):
+            if pinned or not slot.pinned:
+                self.drop(slot)
+
     def _oldest(self) -> Slot | None:
         """Return the finished slot to drop first."""
         return next((old for old in self.finished if not old.pinned), None)
