@@ -55,9 +55,8 @@ class Stats:
 
     tokens_evaluated: int = 0
     tokens_reused: int = 0  # that were asked for and were in the KV cache already
-    tokens_reevaluated: int = (
-        0  # of those evaluated: again, as their state was gone, or logits were wanted in their midst
-    )
+    # Of those evaluated: a second time, because their state was gone, or logits were asked for in their midst.
+    tokens_reevaluated: int = 0
     tokens_discarded: int = 0  # by `shift`
     tokens_encoded: int = 0  # by `Context.encode`
     decode_calls: int = 0
@@ -430,6 +429,7 @@ class Context:
     def _call(self, batch: Any, count: int, encode: bool = False) -> None:
         """Have libllama compute a batch, and wait for the result."""
         memory, stats = self.memory, self.stats
+        stats.decode_calls += 1
         code = 2  # as if it was aborted, should an interrupt strike before it is known
         try:
             memory.computing = True
@@ -448,7 +448,6 @@ class Context:
                 if code:
                     self._pool.doubt_shifted()
                 self._pool.shifted = False
-        stats.decode_calls += 1
         if callbacks.kept:
             callbacks.raise_kept()
         if code:
