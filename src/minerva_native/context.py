@@ -61,6 +61,7 @@ class Stats:
     tokens_encoded: int = 0  # by `Context.encode`
     decode_calls: int = 0
     decode_seconds: float = 0.0  # in `llama_decode` and the wait for its result
+    logits_seconds: float = 0.0  # copying logits out of libllama's buffer
 
 
 class Context:
@@ -491,6 +492,7 @@ class Context:
 
     def _read_logits(self, row: int = -1) -> npt.NDArray[np.float32]:
         """Copy the logits of a token of the last batch, by its index there, out of libllama's buffer."""
+        before = time.perf_counter()
         pointer = self._last_row if row == -1 else lib.llama_get_logits_ith(self._pointer, row)
         if pointer != self._seen_at:
             if not pointer:
@@ -498,6 +500,7 @@ class Context:
             self._seen = np.frombuffer(ffi.buffer(pointer, 4 * self._n_vocab), np.float32)
             self._seen_at = pointer
         logits: npt.NDArray[np.float32] = self._seen.copy()
+        self.stats.logits_seconds += time.perf_counter() - before
         return logits
 
     def _keep_logits(self, slot: "Slot") -> None:

@@ -14,6 +14,7 @@ from .errors import ClosedError
 from .sampling import Sampler, logprob
 from .sequence import Sequence as TokenSequence
 from .sequence import Tokens
+from .tokenizer import StreamDecoder
 
 Chooser = Callable[[npt.NDArray[np.float32], Tokens], int]
 """A `Sampler`, or any function that takes the logits and the tokens so far and returns a token id."""
@@ -56,6 +57,7 @@ def generate(
     max_tokens: int | None = None,
     stop: Sequence[str] = (),
     cancel: Event | None = None,
+    decoder: StreamDecoder | None = None,
 ) -> Iterator[Step]:
     """Continue a sequence, one token a step, until a reason to finish, which the last step names.
 
@@ -65,6 +67,7 @@ def generate(
 
     The sequence may be changed between steps (rewound, extended): the next step's token continues what it then is.
     Text that was held back, for a stop string or an incomplete character, is still given out.
+    `decoder` turns tokens into text; by default a new one, `Tokenizer.stream` after the last token.
     Raises `ValueError` where the sequence is empty or an argument is out of range, `ContextFullError` where not even
     one token fits, `ClosedError`, `SamplingError`, and `Cancelled` (by `Context.cancel`).
     """
@@ -78,16 +81,21 @@ def generate(
         raise ClosedError("this Sequence is closed")
     if not len(sequence):
         raise ValueError("the sequence is empty: extend it with a prompt first (a BOS token at the least)")
-    return _decode_loop(sequence, Sampler() if sampler is None else sampler, max_tokens, stop, cancel)
+    return _decode_loop(sequence, Sampler() if sampler is None else sampler, max_tokens, stop, cancel, decoder)
 
 
 def _decode_loop(
-    sequence: TokenSequence, sampler: Chooser, max_tokens: int | None, stop: tuple[str, ...], cancel: Event | None
+    sequence: TokenSequence,
+    sampler: Chooser,
+    max_tokens: int | None,
+    stop: tuple[str, ...],
+    cancel: Event | None,
+    decoder: StreamDecoder | None,
 ) -> Iterator[Step]:
     tokenizer = sequence.context.model.tokenizer
     tokens = sequence.tokens
-    # A model may have no vocabulary: then there are tokens, and no text.
-    decoder = tokenizer.stream(after=tokens[-1]) if tokenizer.type != "none" else None
+    if decoder is None and tokenizer.type != "none":  # without a vocabulary there are tokens, and no text
+        decoder = tokenizer.stream(after=tokens[-1])
     matcher = _StopMatcher(stop) if stop else None
     previous = None
     count = 0
