@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import minerva_native as mn
-from minerva_native.devices import _cgroup_quota, available_cpus, select
+from minerva_native.devices import available_cpus, cpu_quota, select
 
 
 def test_the_cpu_is_a_device_with_memory() -> None:
@@ -49,15 +49,15 @@ def test_affinity_counts() -> None:
         ({"cpu.max": "garbage\n"}, "0::/\n", math.inf),
     ],
 )  # fmt: skip
-def test_cgroup_quotas_count(tmp_path: Path, files: dict[str, str], membership: str, quota: float) -> None:
+def testcpu_quotas_count(tmp_path: Path, files: dict[str, str], membership: str, quota: float) -> None:
     root = tmp_path / "cgroup"
     root.mkdir()
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     (tmp_path / "membership").write_text(membership)
-    assert _cgroup_quota(root, tmp_path / "membership") == quota
+    assert cpu_quota(root, tmp_path / "membership") == quota
 
 
 def test_a_system_without_cgroups_has_no_quota(tmp_path: Path) -> None:
-    assert _cgroup_quota(tmp_path, tmp_path / "membership") == math.inf
+    assert cpu_quota(tmp_path, tmp_path / "membership") == math.inf

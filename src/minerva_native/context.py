@@ -412,7 +412,7 @@ class Context:
 
     def _checkpoint(self, slot: "Slot", n_evaluated: int) -> None:
         """Where the memory cannot be cut, keep the state: every so many tokens, and after a text of some length."""
-        if not self.memory.can_truncate:
+        if not self.memory.can_truncate and self._checkpoint_bytes:
             self._keep_logits(slot)
             stride = (
                 min(_MIN_STRIDE, self._checkpoint_interval) if n_evaluated >= _MIN_STRIDE else self._checkpoint_interval

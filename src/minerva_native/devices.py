@@ -64,7 +64,7 @@ def select(names: list[str]) -> Any:
 def available_cpus() -> int:
     """Return how many CPUs this process may use: its affinity, and its cgroup's quota rounded up."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, math.ceil(min(affinity, _cgroup_quota())))
+    return max(1, math.ceil(min(affinity, cpu_quota())))
 
 
 def physical_memory_bytes() -> int:
@@ -89,7 +89,7 @@ def _describe(pointer: Any) -> Device:
     )
 
 
-def _cgroup_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float:
+def cpu_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float:
     """Return the CPUs that the tightest enclosing cgroup grants (v2 `cpu.max`, v1 `cfs_quota_us`), or infinity."""
     try:
         lines = membership.read_text().splitlines()

@@ -5,7 +5,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from threading import Event
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,10 +14,20 @@ from .errors import ClosedError
 from .sampling import Sampler, logprob
 from .sequence import Sequence as TokenSequence
 from .sequence import Tokens
-from .tokenizer import StreamDecoder
 
 Chooser = Callable[[npt.NDArray[np.float32], Tokens], int]
 """A `Sampler`, or any function that takes the logits and the tokens so far and returns a token id."""
+
+
+class Decoder(Protocol):
+    """Turns tokens into text, as `StreamDecoder` does."""
+
+    def feed(self, token: int) -> str:
+        """Return the text that the token completes; it may be empty."""
+
+    def flush(self) -> str:
+        """Return what is left at the end."""
+
 
 FinishReason = Literal["stop", "length", "end", "cancelled"]
 
@@ -57,7 +67,7 @@ def generate(
     max_tokens: int | None = None,
     stop: Sequence[str] = (),
     cancel: Event | None = None,
-    decoder: StreamDecoder | None = None,
+    decoder: Decoder | None = None,
 ) -> Iterator[Step]:
     """Continue a sequence, one token a step, until a reason to finish, which the last step names.
 
@@ -90,7 +100,7 @@ def _decode_loop(
     max_tokens: int | None,
     stop: tuple[str, ...],
     cancel: Event | None,
-    decoder: StreamDecoder | None,
+    decoder: Decoder | None,
 ) -> Iterator[Step]:
     tokenizer = sequence.context.model.tokenizer
     tokens = sequence.tokens

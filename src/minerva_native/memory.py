@@ -108,11 +108,16 @@ class Memory:
         lib.llama_memory_seq_add(self._memory, sequence_id, keep + discard, -1, -discard)
         return True
 
-    def read(self, sequence_id: int, partial: bool = False) -> State | None:
-        """Copy a sequence's state, or that part of it which cannot be cut; None where libllama could not."""
+    def size_bytes(self, sequence_id: int, partial: bool = False) -> int:
+        """Return how many bytes a sequence's state takes, or that part of it which cannot be cut."""
         self.check_idle()
         flags = lib.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY if partial else 0
-        state = np.empty(lib.llama_state_seq_get_size_ext(self._context, sequence_id, flags), np.uint8)
+        return lib.llama_state_seq_get_size_ext(self._context, sequence_id, flags)
+
+    def read(self, sequence_id: int, partial: bool = False) -> State | None:
+        """Copy a sequence's state, or that part of it which cannot be cut; None where libllama could not."""
+        flags = lib.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY if partial else 0
+        state = np.empty(self.size_bytes(sequence_id, partial), np.uint8)
         size = lib.llama_state_seq_get_data_ext(self._context, _pointer(state), state.size, sequence_id, flags)
         return state if size == state.size else None
 

@@ -194,6 +194,14 @@ class Model:
             return text(lib.llama_ftype_name(int(kind) if isinstance(kind, int) else 0))
 
     @property
+    def description(self) -> str:
+        """Architecture, size and quantisation in libllama's words, such as "llama 1B Q4_0" (`llama_model_desc`)."""
+        with self._handle as model:
+            buffer = ffi.new("char[]", 256)
+            lib.llama_model_desc(model, buffer, len(buffer))
+            return text(buffer)
+
+    @property
     def n_params(self) -> int:
         """How many weights the model has."""
         if self.vocab_only:

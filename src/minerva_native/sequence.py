@@ -93,6 +93,15 @@ class Sequence(AbstractSequence[int]):
         with context._lock:
             return not self.closed and context._pool.used(self._slot) >= context.n_cells
 
+    @property
+    def size_bytes(self) -> int:
+        """How many bytes the keys, values and states of what is evaluated take (`llama_state_seq_get_size`)."""
+        context, slot = self.context, self._slot
+        with context._lock, context._handle:
+            slot.check_open()
+            slot.settle()
+            return context.memory.size_bytes(slot.id) if slot.n_cached else 0
+
     def __len__(self) -> int:
         return len(self._tokens)
 
@@ -346,7 +355,9 @@ class Sequence(AbstractSequence[int]):
     def _can_decode_one(self, waiting: int) -> bool:
         """Whether so many tokens are not evaluated yet, and nothing but that is to be done before the last one is."""
         slot = self._slot
-        return len(self._tokens) - slot.n_cached == waiting and slot.settled and slot.id >= 0 <= self.context.memory.spare
+        return (
+            len(self._tokens) - slot.n_cached == waiting and slot.settled and slot.id >= 0 <= self.context.memory.spare
+        )
 
     def _extend_by_one(self, token: int) -> int:
         """`extend` by a token that finds a cell, at the least cost."""

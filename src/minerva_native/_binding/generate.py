@@ -18,12 +18,12 @@ from pycparser import c_ast, c_generator, c_parser
 
 HEADERS = ("ggml.h", "ggml-backend.h", "ggml-cpu.h", "ggml-opt.h", "gguf.h", "llama.h")
 
-# Of ggml.h only what the engine needs: types and their sizes, logging, versions, clocks, CPU thread pools.
+# Of ggml.h only what the engine needs: types and their sizes, logging, versions, clocks, CPU thread pools, tensors.
 # Every function of the other headers is bound.
 GGML_FUNCTIONS = re.compile(
     r"ggml_(log|time|cycles|type|threadpool|is_quantized|blck_size|row_size|quantize|ftype|version|commit|status"
     r"|abort|set_abort|fp16|fp32|bf16|nbytes|nelements|get_name|get_no_alloc|init|free|get_first_tensor|get_next_tensor"
-    r"|get_tensor|tensor_overhead)\w*"
+    r"|get_tensor|new_tensor|tensor_overhead)\w*"
 )
 
 # Declared by the pinned headers and defined nowhere in its source: binding it would leave the module unloadable.

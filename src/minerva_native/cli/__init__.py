@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from minerva_native import MinervaError, __version__
 
-from . import devices, generate, info, tokenize
+from . import bench, devices, generate, info, tokenize
 
-COMMANDS = {"generate": generate, "info": info, "devices": devices, "tokenize": tokenize}
+COMMANDS = {"generate": generate, "bench": bench, "info": info, "devices": devices, "tokenize": tokenize}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import minerva_native as mn
 
-from .options import add_json, add_model, add_text, load_model, read_text
+from .options import add_json, add_model, add_sampling, add_text, load_model, read_text, sampling
 from .progress import prefilling
 
 DEFAULT_N_CTX = 4096
@@ -18,8 +18,6 @@ DEFAULT_N_CTX = 4096
 # A token of a model this small is computed in less time than threads need to meet after every layer; on a machine that
 # is busy with something else, waiting for each other makes it up to a hundred times slower.
 ONE_THREAD_BYTES = 8 << 20
-
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,16 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--swa-full", action="store_true", help="keep all tokens in sliding-window layers, not the window alone")
     add("--context-shift", action="store_true", help="when the context is full, discard the older half and go on")
     add("--keep", type=int, default=4, metavar="N", help="tokens at the start that are never discarded (4)")
-    add("-s", "--seed", type=int, metavar="N", help="seed of the sampler; -1 for a random one (default)")
-    add("--temp", type=float, dest="temperature", metavar="T", help="temperature; 0 is greedy (default 0.8)")
-    add("--top-k", type=int, metavar="K", help="sample from the K most likely tokens; 0 for all (default 40)")
-    add(
-        "--top-p",
-        type=float,
-        metavar="P",
-        help="sample from the likeliest tokens of probability P (default 0.95)",
-    )
-    add("--min-p", type=float, metavar="P", help="drop what is less likely than P times the likeliest (default 0.05)")
+    add_sampling(parser)
     add("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be repeated")
     add("--ignore-eos", action="store_true", help="never choose a token that ends the generation")
     add_json(parser)
@@ -70,7 +59,8 @@ def run(options: argparse.Namespace) -> int:
     """Generate; the exit status is 130 where Ctrl-C cut it short."""
     clock = Clock()
     with load_model(options) as model:
-        sampler = mn.Sampler(sampling_params(options, model))
+        given = sampling(options) | ({"logit_bias": end_biases(model)} if options.ignore_eos else {})
+        sampler = mn.Sampler(mn.SamplingParams.from_model(model, **given))
         n_ctx = options.ctx_size if options.ctx_size is not None else min(DEFAULT_N_CTX, model.n_ctx_train)
         threads = options.threads
         if threads is None and model.size_bytes < ONE_THREAD_BYTES:
@@ -115,15 +105,9 @@ def run(options: argparse.Namespace) -> int:
     return 130 if finish_reason == "cancelled" else 0
 
 
-def sampling_params(options: argparse.Namespace, model: mn.Model) -> mn.SamplingParams:
-    """Return what the options say, else what the model recommends."""
-    given = {name: value for name in SAMPLING if (value := getattr(options, name)) is not None}
-    if given.get("seed") == -1:
-        del given["seed"]
-    if options.ignore_eos:
-        ends = filter(model.tokenizer.is_end, range(model.tokenizer.n_vocab))
-        given["logit_bias"] = dict.fromkeys(ends, -math.inf)
-    return mn.SamplingParams.from_model(model, **given)
+def end_biases(model: mn.Model) -> dict[int, float]:
+    """Return a bias that keeps the model from choosing a token that ends the generation."""
+    return dict.fromkeys(filter(model.tokenizer.is_end, range(model.tokenizer.n_vocab)), -math.inf)
 
 
 def choose_prompt(options: argparse.Namespace, model: mn.Model) -> tuple[str, str]:

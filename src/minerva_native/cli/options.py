@@ -3,7 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from minerva_native import Model
 
@@ -33,6 +33,27 @@ def gpu_layers(text: str) -> Literal["auto"] | int:
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add `--json`."""
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add `--temp` and its like."""
+    add = parser.add_argument
+    add("-s", "--seed", type=int, metavar="N", help="seed of the sampler; -1 for a random one (default)")
+    add("--temp", type=float, dest="temperature", metavar="T", help="temperature; 0 is greedy (default 0.8)")
+    add("--top-k", type=int, metavar="K", help="sample from the K most likely tokens; 0 for all (default 40)")
+    add("--top-p", type=float, metavar="P", help="sample from the likeliest tokens of probability P (default 0.95)")
+    add("--min-p", type=float, metavar="P", help="drop what is less likely than P times the likeliest (default 0.05)")
+
+
+def sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the sampling parameters that were given."""
+    given = {name: value for name in SAMPLING if (value := getattr(options, name)) is not None}
+    if given.get("seed") == -1:
+        del given["seed"]
+    return given
 
 
 def add_text(parser: argparse.ArgumentParser) -> None:

@@ -57,3 +57,39 @@ def prefilling() -> Iterator[Callable[[int, int], None]]:
         yield bar.update
     finally:
         bar.close()
+
+
+class Measuring:
+    """How far a benchmark is: a bar on a terminal; elsewhere a line a test, for those who read a log."""
+
+    def __init__(self, n_tests: int):
+        self._n_tests, self._number = n_tests, 0
+        self._bar: Bar | None = None
+
+    def update(self, name: str, done: int, total: int) -> None:
+        """Note that so many repetitions of a test are done."""
+        if not done:
+            self.pause()
+            self._number += 1
+            label = f"{name}, test {self._number} of {self._n_tests}"
+            self._bar = Bar(label)
+            if not sys.stderr.isatty():
+                print(f"minerva: {label}", file=sys.stderr, flush=True)
+        if self._bar is not None:
+            self._bar.update(done, total)
+
+    def pause(self) -> None:
+        """Take the bar off the screen, which is about to be written to."""
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None
+
+
+@contextmanager
+def measuring(n_tests: int) -> Iterator[Measuring]:
+    """Show how far a benchmark of so many tests is."""
+    progress = Measuring(n_tests)
+    try:
+        yield progress
+    finally:
+        progress.pause()

@@ -1,0 +1,154 @@
+"""Measuring the latency of raw decode: llama-bench's tests, and where every microsecond of a token goes."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import minerva_native as mn
+
+from . import roofline
+from .compare import LlamaBench, Row, find
+from .machine import facts, model_facts
+from .measure import Parts, Repetition, Run, Test, clock_ns
+from .report import compared, figures, taken_apart
+
+__all__ = ["LlamaBench", "Source", "Test", "bench"]
+
+WIDE_SPREAD = 0.05  # a standard deviation of the rates, over their mean, that is worth a warning
+
+FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}  # llama-bench's numbers
+
+
+class Source(NamedTuple):
+    """Which model is measured, and how it is loaded."""
+
+    path: str | None = None  # the built-in model
+    gpu_layers: Literal["auto"] | int = "auto"
+    mmap: bool = True
+
+    def load(self) -> mn.Model:
+        """Load it; raise what `Model.load` does."""
+        path = mn.model.DEMO if self.path is None else self.path
+        return mn.Model.load(path, gpu_layers=self.gpu_layers, mmap=self.mmap)
+
+
+def bench(
+    source: Source,
+    tests: Sequence[Test],
+    *,
+    repetitions: int = 5,
+    warm_up: bool = True,
+    sampling: Mapping[str, Any] | None = None,
+    take_apart: bool = True,
+    baseline: Sequence[Row] = (),
+    llama_bench: LlamaBench | None = None,
+    on_progress: Callable[[str, int, int], object] = lambda name, done, total: None,
+) -> Iterator[dict[str, Any]]:
+    """Run tests on a model, and give the result of each as a row of figures (see `report`) as soon as it is there.
+
+    `take_apart` runs the decode loop too, to take its tokens apart; `sampling` is what its sampler is to have in place
+    of what the model recommends (`SamplingParams.from_model`). `baseline`: rows to compare with. `llama_bench`: run in
+    turns with this, both loading the model anew each time. `on_progress` is called with the test's name, how many
+    repetitions are done, and how many there are.
+    Raises what loading a model and making a context raise, and `MinervaError` where llama-bench fails.
+    """
+    machine = {**facts(), "clock_ns": clock_ns()}
+    with source.load() as model:
+        params = mn.SamplingParams.from_model(model, **(sampling or {}))
+        about = _About(model_facts(model), roofline.weights_touched(model), model.gpu_layers)
+        if llama_bench is None:
+            for test in tests:
+                with Run(model, test, params) as run:
+                    if warm_up:
+                        run.warm_up()
+                    samples = []
+                    for number in range(repetitions):
+                        on_progress(test.name, number, repetitions)
+                        samples.append(_Sample.of(run, take_apart))
+                row = {**machine, **_row(about, source, test, samples)}
+                if baseline:
+                    row |= _against(row, baseline)
+                yield row
+            return
+    for test in tests:
+        samples, theirs = [], []
+        for number in range(repetitions):
+            on_progress(test.name, number, repetitions)
+            theirs.append(llama_bench.repeat(about.facts["model_filename"], about.gpu_layers, test, source.mmap))
+            with source.load() as model, Run(model, test, params) as run:
+                run.warm_up()
+                samples.append(_Sample.of(run, take_apart))
+        row = {**machine, **_row(about, source, test, samples)}
+        yield row | compared(row, "llama-bench", [1e9 * (test.n_prompt + test.n_gen) / ns for ns in theirs])
+
+
+class _About(NamedTuple):
+    """What of a model stays the same over all tests."""
+
+    facts: dict[str, Any]
+    weights: roofline.Weights
+    gpu_layers: int
+
+
+class _Sample(NamedTuple):
+    """One repetition, and what was looked at beside it."""
+
+    repetition: Repetition
+    kv_bytes: float
+    parts: Parts | None
+
+    @classmethod
+    def of(cls, run: Run, take_apart: bool) -> "_Sample":
+        """Run a test once."""
+        return cls(run.repeat(), run.kv_bytes(), run.take_apart() if take_apart else None)
+
+
+def _row(about: _About, source: Source, test: Test, samples: Sequence[_Sample]) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        **about.facts,
+        "n_batch": test.n_batch,
+        "n_ubatch": test.n_ubatch,
+        "n_threads": test.n_threads,
+        "type_k": test.type_k,
+        "type_v": test.type_v,
+        "n_gpu_layers": about.gpu_layers,
+        "flash_attn": FLASH_ATTENTION[test.flash_attention],
+        "mmap": source.mmap,
+        "n_prompt": test.n_prompt,
+        "n_gen": test.n_gen,
+        "n_depth": test.n_depth,
+        "test": test.name,
+        "test_time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **figures(test, [sample.repetition for sample in samples]),
+        **taken_apart([sample.parts for sample in samples if sample.parts]),
+    }
+    return row | _limit(about, test, samples[-1].kv_bytes, row["token_mean_ns"])
+
+
+def _limit(about: _About, test: Test, kv_bytes: float, token_ns: float | None) -> dict[str, Any]:
+    """Return how near a generated token comes to the time that reading what it needs takes."""
+    if token_ns is None:
+        return dict.fromkeys(
+            ("weight_bytes_per_token", "kv_bytes_per_token", "memory_bandwidth", "roofline_ts", "roofline_share")
+        )
+    weights = about.weights
+    on_gpu = weights.gpu / weights.total  # keys and values lie where their layers do
+    seconds, total = 0.0, weights.total + kv_bytes
+    if on_gpu < 1.0:
+        seconds += (weights.cpu + (1.0 - on_gpu) * kv_bytes) / roofline.read_bandwidth(test.n_threads)
+    if on_gpu > 0.0:
+        gpu = next(device.name for device in mn.devices() if device.type in ("gpu", "igpu"))
+        seconds += (weights.gpu + on_gpu * kv_bytes) / roofline.copy_bandwidth(gpu)
+    return {
+        "weight_bytes_per_token": weights.total,
+        "kv_bytes_per_token": kv_bytes,
+        "memory_bandwidth": total / seconds,
+        "roofline_ts": 1.0 / seconds,
+        "roofline_share": 1e9 * seconds / token_ns,
+    }
+
+
+def _against(row: dict[str, Any], baseline: Sequence[Row]) -> dict[str, Any]:
+    found = find(row, baseline)
+    other, differs = found or ({}, [])
+    return {**compared(row, "baseline", other.get("samples_ts", [])), "baseline_differs": differs}

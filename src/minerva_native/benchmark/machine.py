@@ -1,0 +1,103 @@
+"""The machine and the build: what others need to know to measure the same, and what makes a measure doubtful."""
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import minerva_native as mn
+from minerva_native._binding import lib, text
+from minerva_native.devices import cpu_quota
+
+# What changes how the libraries under us run.
+_VARIABLES = ("OMP_", "GOMP_", "KMP_", "GGML_", "LLAMA_", "CUDA_", "GLIBC_TUNABLES", "MALLOC_", "LD_PRELOAD")
+
+BUSY_LOAD = 0.5  # of other work on the CPUs, when the measuring starts
+
+
+def facts() -> dict[str, Any]:
+    """Return what the results depend on besides the model and the test, under llama-bench's names where it has them."""
+    build, devices = mn.build_info(), mn.devices()
+    backends = [
+        text(lib.ggml_backend_reg_name(lib.ggml_backend_reg_get(n))) for n in range(lib.ggml_backend_reg_count())
+    ]
+    return {
+        "build_commit": build["llama_cpp"],
+        "build_number": 0,  # of upstream's own counting, which the source does not tell
+        "cpu_info": ", ".join(device.description for device in devices if device.type == "cpu"),
+        "gpu_info": ", ".join(device.description for device in devices if device.type in ("gpu", "igpu")),
+        "backends": ",".join(name for name in backends if name != "CPU") or "CPU",
+        "minerva_version": mn.__version__,
+        "build": build,
+        "devices": [device.name for device in devices],
+        "cpus": _cpus(),
+        "cpu_quota": quota if (quota := cpu_quota()) < float("inf") else None,
+        "governor": _governors(),
+        "transparent_hugepages": _chosen(Path("/sys/kernel/mm/transparent_hugepage/enabled")),
+        "load_average": _load(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)},
+    }
+
+
+def model_facts(model: mn.Model) -> dict[str, Any]:
+    """Return which model was measured: its file by its name, and by the SHA-256 of what lies before the weights."""
+    gguf = mn.GGUF(model.path)
+    header_bytes = min((tensor.offset for tensor in gguf.tensors), default=gguf.size_bytes)
+    gguf.close()
+    with model.path.open("rb") as file:
+        header = hashlib.sha256(file.read(header_bytes)).hexdigest()
+    return {
+        "model_filename": str(model.path),
+        "model_type": model.description,
+        "model_size": model.size_bytes,
+        "model_n_params": model.n_params,
+        "model_file_type": model.file_type,
+        "model_file_bytes": gguf.size_bytes,
+        "model_header_sha256": header,
+    }
+
+
+def noise(n_threads: int) -> list[str]:
+    """Return what on this machine will make times differ from run to run, as sentences."""
+    found = []
+    load, quota, cpus = _load(), cpu_quota(), len(_cpus())
+    if load is not None and load > BUSY_LOAD:
+        found.append(f"the load was {load:.1f} in the minute before: other work may take part of the CPUs")
+    if n_threads > quota:
+        found.append(f"the CPU quota of {quota:g} is less than {n_threads} threads need: they will be stopped at times")
+    if n_threads > cpus:
+        found.append(f"{n_threads} threads share {cpus} CPUs: they will wait for each other")
+    governors = set(_governors() or []) - {"performance"}
+    if governors:
+        found.append(f"the CPU's frequency is governed by {', '.join(sorted(governors))!r}, not 'performance'")
+    return found
+
+
+def _cpus() -> list[int]:
+    """Return the CPUs that the process may run on."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def _load() -> float | None:
+    """Return the load average over a minute, where the system has one."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def _governors() -> list[str] | None:
+    """Return the frequency governors of the CPUs, each once; None where the system does not tell."""
+    files = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_governor")
+    return sorted({file.read_text().strip() for file in files}) or None
+
+
+def _chosen(file: Path) -> str | None:
+    """Return the word in brackets, as the kernel marks the setting in force."""
+    try:
+        return file.read_text().partition("[")[2].partition("]")[0] or None
+    except OSError:
+        return None

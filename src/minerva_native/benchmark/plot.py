@@ -1,0 +1,56 @@
+"""Drawing the latency of each token over its index, and how latencies are distributed; needs matplotlib."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import minerva_native as mn
+
+from .report import FIRST_TOKENS, PERCENTILES
+
+
+def check(path: str | os.PathLike[str]) -> None:
+    """Raise `MinervaError` or `ValueError` now, where a picture could not be drawn after all is measured."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise mn.MinervaError("drawing needs matplotlib: pip install 'minerva-native[plot]'") from error
+    kinds = Figure().canvas.get_supported_filetypes()
+    kind = Path(path).suffix.lstrip(".").lower()
+    if kind not in kinds:
+        raise ValueError(f"{path}: its ending must be one of {', '.join(sorted(kinds))}")
+    if not Path(path).parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {Path(path).parent}")
+
+
+def draw(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Draw a pair of graphs for each result with generated tokens, of which there is one at the least."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows if row["token_ns"]]
+    figure = Figure(figsize=(12, 3.6 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), 2, squeeze=False, width_ratios=(3, 2))
+    for row, (course, histogram) in zip(rows, axes, strict=True):
+        times = np.array(row["token_ns"]) / 1e6
+        title = (
+            f"{Path(row['model_filename']).name}: {row['test']}, {row['n_threads']} threads, {row['avg_ts']:.1f} t/s"
+        )
+        index = np.arange(1, times.shape[1] + 1)
+        for repetition in times:
+            course.plot(index, repetition, color="tab:blue", alpha=0.25, linewidth=0.8)
+        course.plot(index, np.median(times, axis=0), color="tab:blue", linewidth=1.6, label="median of the repetitions")
+        course.set(title=title, xlabel="generated token", ylabel="latency (ms)")
+        course.legend(loc="upper right")
+        steady = (times[:, FIRST_TOKENS:] if times.shape[1] > FIRST_TOKENS else times).ravel()
+        histogram.hist(steady, bins=60, color="tab:blue", alpha=0.6)
+        for percentile, style in zip(PERCENTILES, ("-", "--", "-.", ":"), strict=True):
+            value = float(np.percentile(steady, percentile))
+            histogram.axvline(value, color="tab:red", linestyle=style, label=f"p{percentile}: {value:.3g} ms")
+        histogram.set(title=f"without the first {FIRST_TOKENS}", xlabel="latency (ms)", ylabel="tokens")
+        histogram.legend(loc="upper right")
+        for axis in (course, histogram):
+            axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

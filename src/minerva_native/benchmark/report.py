@@ -1,0 +1,328 @@
+"""Reporting: a result as a row of named figures, and rows as tables for people and files for programs.
+
+A row has llama-bench's names where llama-bench has the figure. Times are in nanoseconds, rates in tokens per second.
+Every writer gives out a row as soon as it has it, so that a run that is cut short has shown what it finished.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import numpy as np
+import numpy.typing as npt
+
+from .compare import Ratio
+from .measure import Parts, Repetition, Test
+
+PERCENTILES = (50, 90, 95, 99)
+PARTS = ("decode", "logits", "sampler", "text", "loop")
+FIRST_TOKENS = 4  # of each repetition, that are shown apart: caches and branch predictors are still cold
+
+Row = dict[str, Any]
+
+
+def figures(test: Test, repetitions: Sequence[Repetition]) -> Row:
+    """Return what was timed: the rate, as llama-bench has it, and how the times of single tokens are distributed.
+
+    Percentiles are of all tokens but the first `FIRST_TOKENS` of each repetition, and jitter is the mean difference of
+    two in succession. `first_tokens_ns` are the medians of those first ones over the repetitions.
+    """
+    samples_ns = np.array([repetition.ns for repetition in repetitions], np.float64)
+    samples_ts = 1e9 * (test.n_prompt + test.n_gen) / samples_ns
+    ddof = 1 if len(samples_ns) > 1 else 0
+    row: Row = {
+        "avg_ns": int(samples_ns.mean()),
+        "stddev_ns": int(samples_ns.std(ddof=ddof)),
+        "avg_ts": float(samples_ts.mean()),
+        "stddev_ts": float(samples_ts.std(ddof=ddof)),
+        "samples_ns": [repetition.ns for repetition in repetitions],
+        "samples_ts": samples_ts.tolist(),
+    }
+    first = [repetition.first_token_ns for repetition in repetitions if repetition.first_token_ns is not None]
+    row["time_to_first_token_ns"] = float(np.median(first)) if first else None
+    return row | _token_figures(np.array([repetition.token_ns for repetition in repetitions]))
+
+
+def _token_figures(token_ns: npt.NDArray[np.int64]) -> Row:
+    """Return how the times of tokens are distributed; shape (repetitions, n_gen)."""
+    steady = token_ns[:, FIRST_TOKENS:] if token_ns.shape[1] > FIRST_TOKENS else token_ns
+    some, several = bool(steady.size), steady.shape[1] > 1
+    return {
+        **{f"token_p{p}_ns": float(np.percentile(steady, p)) if some else None for p in PERCENTILES},
+        "token_max_ns": int(steady.max()) if some else None,
+        "token_mean_ns": float(steady.mean()) if some else None,
+        "token_jitter_ns": float(np.abs(np.diff(steady)).mean()) if several else None,
+        "first_tokens_ns": np.median(token_ns[:, :FIRST_TOKENS], axis=0).tolist() if some else None,
+        "token_ns": token_ns.tolist() if some else None,
+    }
+
+
+def taken_apart(parts: Sequence[Parts]) -> Row:
+    """Return where the time of a token goes: means over the runs of the decode loop, and what they add up to."""
+    mean = Parts(*np.mean(parts, axis=0).tolist()) if parts else None
+    return {
+        **{f"part_{name}_ns": getattr(mean, name, None) for name in PARTS},
+        "parts_sum_ns": mean.total if mean else None,
+        "parts_whole_ns": mean.whole if mean else None,
+    }
+
+
+def compared(row: Row, name: str, samples_ts: Sequence[float]) -> Row:
+    """Return how a result compares with the rates of another, pair by pair; without any, as if not compared."""
+    ratio = Ratio.of(row["samples_ts"], samples_ts) if samples_ts else None
+    return {
+        "compared_with": name,
+        "compared_avg_ts": float(np.mean(samples_ts)) if samples_ts else None,
+        "compared_samples_ts": list(samples_ts),
+        "ratio": ratio and ratio.median,
+        "ratio_low": ratio and ratio.low,
+        "ratio_high": ratio and ratio.high,
+        "ratio_confidence": ratio and ratio.confidence,
+    }
+
+
+class Writer(Protocol):
+    """Writes results, each as soon as it is there."""
+
+    def row(self, row: Row) -> None:
+        """Write one result."""
+
+    def end(self) -> None:
+        """Write what closes the output; also where the run was cut short."""
+
+
+class JsonList:
+    """One list of objects."""
+
+    def __init__(self, file: TextIO):
+        self._file, self._before = file, "["
+
+    def row(self, row: Row) -> None:
+        """Write one result."""
+        print(f"{self._before}\n{json.dumps(row, indent=2)}", end="", file=self._file, flush=True)
+        self._before = ","
+
+    def end(self) -> None:
+        """Close the list."""
+        print("[]" if self._before == "[" else "\n]", file=self._file, flush=True)
+
+
+class JsonObject:
+    """One object, for `--json`: it can only be written when all is there."""
+
+    def __init__(self, file: TextIO):
+        self._file, self._rows = file, list[Row]()
+
+    def row(self, row: Row) -> None:
+        """Keep one result."""
+        self._rows.append(row)
+
+    def end(self) -> None:
+        """Write them all."""
+        print(json.dumps({"results": self._rows}), file=self._file, flush=True)
+
+
+class JsonLines:
+    """An object a line."""
+
+    def __init__(self, file: TextIO):
+        self._file = file
+
+    def row(self, row: Row) -> None:
+        """Write one result."""
+        print(json.dumps(row), file=self._file, flush=True)
+
+    def end(self) -> None:
+        """Nothing closes it."""
+
+
+class Csv:
+    """A line of names, then one a result; lists and objects are JSON in their cell."""
+
+    def __init__(self, file: TextIO):
+        self._file, self._names = file, list[str]()
+
+    def row(self, row: Row) -> None:
+        """Write one result."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        if not self._names:
+            self._names = list(row)  # the same in every row
+            writer.writerow(self._names)
+        values = (row[name] for name in self._names)
+        writer.writerow(json.dumps(value) if isinstance(value, list | dict) else value for value in values)
+        print(text.getvalue(), end="", file=self._file, flush=True)
+
+    def end(self) -> None:
+        """Nothing closes it."""
+
+
+class Markdown:
+    """A table in Markdown, in llama-bench's manner."""
+
+    def __init__(self, file: TextIO, columns: Mapping[str, int]):
+        self._file, self._widths, self._started = file, columns, False
+
+    def row(self, row: Row) -> None:
+        """Write one result."""
+        if not self._started:
+            self._line(self._widths)
+            self._line("-" * width if name in LEFT else "-" * (width - 1) + ":" for name, width in self._widths.items())
+            self._started = True
+        self._line(cells(row, self._widths))
+
+    def _line(self, texts: Iterable[str]) -> None:
+        padded = (
+            text.ljust(width) if name in LEFT else text.rjust(width)
+            for text, (name, width) in zip(texts, self._widths.items(), strict=True)
+        )
+        print(f"| {' | '.join(padded)} |", file=self._file, flush=True)
+
+    def end(self) -> None:
+        """Nothing closes it."""
+
+
+class Screen:
+    """A table for people, with lines below each result that say where the time goes."""
+
+    def __init__(self, file: TextIO, columns: Mapping[str, int]):
+        from rich.console import Console
+
+        width = None if file.isatty() else sum(columns.values()) + 2 * len(columns)
+        self._console = Console(file=file, width=width, highlight=False, soft_wrap=True)
+        self._widths, self._about = columns, ""
+
+    def row(self, row: Row) -> None:
+        """Write one result."""
+        from rich.table import Table
+
+        about = header(row)
+        table = Table(box=None, show_header=about != self._about, header_style="bold", padding=(0, 1))
+        if about != self._about:
+            self._console.print(about, end="\n\n")
+            self._about = about
+        for name, width in self._widths.items():
+            table.add_column(name, width=width, no_wrap=True, justify="left" if name in LEFT else "right")
+        table.add_row(*cells(row, self._widths))
+        self._console.print(table)
+        for line in details(row):
+            self._console.print(f"   {line}", style="dim")
+
+    def end(self) -> None:
+        """Nothing closes it."""
+
+
+LEFT = ("model", "backend", "test")
+
+
+def columns(rows: Sequence[Row], is_compared: bool, with_model: bool) -> dict[str, int]:
+    """Return a table's columns and their widths, from the tests that are to come.
+
+    As in llama-bench, a setting has a column where it is not the same in all of them.
+    """
+    names = {"model": 30, "size": 10, "params": 10, "backend": 10, "threads": 7} if with_model else {}
+    for name, (field, width) in SETTINGS.items():
+        if len({row[field] for row in rows}) > 1:
+            names[name] = width
+    names |= {"test": max(5, *(len(row["test"]) for row in rows)), "t/s": 18}
+    if is_compared:
+        names |= {"against": 10, "ratio": 22}
+    if any(row["n_prompt"] for row in rows):
+        names["first token"] = 11
+    if any(row["n_gen"] for row in rows):
+        names |= dict.fromkeys((*(f"p{p}" for p in PERCENTILES), "max", "jitter"), 7)
+        names["of limit"] = 8
+    return names
+
+
+SETTINGS = {
+    "threads": ("n_threads", 7),
+    "n_batch": ("n_batch", 7),
+    "n_ubatch": ("n_ubatch", 8),
+    "type_k": ("type_k", 6),
+    "type_v": ("type_v", 6),
+    "fa": ("flash_attn", 2),
+    "ngl": ("n_gpu_layers", 3),
+    "mmap": ("mmap", 5),
+}
+
+
+def cells(row: Row, names: Iterable[str]) -> list[str]:
+    """Return the texts of a row's columns."""
+    return [_cell(row, name) for name in names]
+
+
+def _cell(row: Row, name: str) -> str:
+    if name in SETTINGS:
+        return str(row[SETTINGS[name][0]])
+    match name:
+        case "model":
+            return str(row["model_type"])
+        case "size":
+            return f"{row['model_size'] / 2**20:.2f} MiB"
+        case "params":
+            return f"{row['model_n_params'] / 1e6:.2f} M"
+        case "backend":
+            return str(row["backends"])
+        case "test":
+            return str(row["test"])
+        case "t/s":
+            return f"{row['avg_ts']:.2f} ± {row['stddev_ts']:.2f}"
+        case "against":
+            return f"{row['compared_avg_ts']:.2f}" if row["ratio"] else "-"
+        case "ratio":
+            return f"{row['ratio']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]" if row["ratio"] else "-"
+        case "first token":
+            return duration(row["time_to_first_token_ns"])
+        case "of limit":
+            return f"{row['roofline_share']:.0%}" if row["roofline_share"] else "-"
+    return duration(row[f"token_{name}_ns"])
+
+
+def duration(nanoseconds: float | None) -> str:
+    """Return a time in the unit that suits it, with three digits."""
+    if nanoseconds is None:
+        return "-"
+    size, unit = next(((size, unit) for size, unit in _UNITS if nanoseconds >= size), (1.0, "ns"))
+    value = nanoseconds / size
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
+
+
+_UNITS = ((1e9, "s"), (1e6, "ms"), (1e3, "us"))
+
+
+def header(row: Row) -> str:
+    """Return what a table for people is about: the model, the machine, and the build."""
+    build = row["build"]
+    return (
+        f"{row['model_type']}: {Path(row['model_filename']).name}, {row['model_size'] / 2**20:,.1f} MiB, "
+        f"{row['model_n_params'] / 1e6:,.1f} M weights\n"
+        f"{row['gpu_info'] or row['cpu_info']}, {len(row['cpus'])} CPUs; {row['backends']}; "
+        f"llama.cpp {row['build_commit']} ({build['llama_cpp_source']}), minerva-native {row['minerva_version']}; "
+        f"reading the clock takes {row['clock_ns']:.0f} ns, once a token"
+    )
+
+
+def details(row: Row) -> list[str]:
+    """Return what else there is to say to people about a result."""
+    lines = []
+    if row["parts_whole_ns"]:
+        parts = ", ".join(f"{name} {duration(row[f'part_{name}_ns'])}" for name in PARTS)
+        lines.append(
+            f"a token of generate(): {parts}; together {row['parts_sum_ns'] / row['parts_whole_ns']:.1%} of "
+            f"{duration(row['parts_whole_ns'])}"
+        )
+    if row["roofline_share"]:
+        lines.append(
+            f"the limit: {row['weight_bytes_per_token'] / 1e6:,.1f} MB of weights and "
+            f"{row['kv_bytes_per_token'] / 1e6:,.1f} MB of keys and values a token, read at "
+            f"{row['memory_bandwidth'] / 1e9:,.1f} GB/s, are {row['roofline_ts']:,.1f} t/s"
+        )
+    if row["first_tokens_ns"]:
+        lines.append(f"the first tokens: {', '.join(map(duration, row['first_tokens_ns']))}")
+    if row.get("baseline_differs"):
+        lines.append(f"not the baseline's: {', '.join(row['baseline_differs'])}")
+    return lines

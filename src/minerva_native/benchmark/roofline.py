@@ -1,0 +1,143 @@
+"""The roofline: no token comes faster than the bytes it takes can be read from memory.
+
+To generate a token, a model reads every weight that the token touches and every key and value before it, once. What
+the memory gives at best, measured with as many threads, says how long that takes at the least.
+"""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+import minerva_native as mn
+from minerva_native._binding import ffi, lib
+
+_READ_BYTES = 256 << 20  # at the least; four times the largest cache, where that is more
+_READ_SECONDS, _READ_ROUNDS = 0.06, 5  # of every thread, and how often: the best round counts
+_COPY_BYTES, _COPY_TIMES, _COPY_ROUNDS = 256 << 20, 16, 5
+
+
+class Weights(NamedTuple):
+    """The bytes of weights that one token touches, by where they lie."""
+
+    cpu: float
+    gpu: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.cpu + self.gpu
+
+
+def weights_touched(model: mn.Model) -> Weights:
+    """Return the bytes of weights that generating one token reads.
+
+    Of an embedding table that is one row, or all of it where it is the output matrix too; of experts those that the
+    router chooses; of an encoder nothing, nor of layers that predict further tokens.
+    """
+    gguf = mn.GGUF(model.path)
+    tensors = gguf.tensors
+    gguf.close()
+    tied = not any(tensor.name == "output.weight" for tensor in tensors)
+    n_expert, n_used = (max(model.hyperparameter(key)) for key in ("expert_count", "expert_used_count"))
+    n_layer = model.n_layer - int(max(model.hyperparameter("nextn_predict_layers")))
+    first_on_gpu = model.n_layer + 1 - model.gpu_layers  # the output counts as the layer after the last
+    cpu = gpu = 0.0
+    for tensor in tensors:
+        parts = tensor.name.split(".")
+        layer = int(parts[parts.index("blk") + 1]) if "blk" in parts else model.n_layer
+        size = float(tensor.size_bytes)
+        if parts[0] == "enc" or n_layer <= layer < model.n_layer:
+            continue
+        if parts[0].endswith(("_embd", "_types")) and not (parts[0] == "token_embd" and tied):
+            size, layer = size / tensor.shape[-1], -1  # rows are looked up on the CPU
+        elif "exps." in tensor.name and n_expert:
+            size *= n_used / n_expert
+        if layer >= first_on_gpu:
+            gpu += size
+        else:
+            cpu += size
+    return Weights(cpu, gpu)
+
+
+def read_bandwidth(n_threads: int) -> float:
+    """Return the bytes per second that so many threads read from memory together, at best."""
+    size = max(_READ_BYTES, 4 * _largest_cache_bytes()) // n_threads
+    buffers = [np.ones(size // 8, np.uint64) for _ in range(n_threads)]
+    return max(_read_together(buffers) for _ in range(_READ_ROUNDS))
+
+
+def _read_together(buffers: list[npt.NDArray[np.uint64]]) -> float:
+    """Have each thread read its buffer over and over; return the sum of their rates."""
+    rates: list[float] = []
+    barrier = threading.Barrier(len(buffers))
+
+    def read(buffer: npt.NDArray[np.uint64]) -> None:
+        barrier.wait()
+        passes, start = 0, time.perf_counter()
+        while (elapsed := time.perf_counter() - start) < _READ_SECONDS:
+            np.bitwise_or.reduce(buffer)  # as fast as memory goes, on one thread, and without the GIL
+            passes += 1
+        rates.append(passes * buffer.nbytes / elapsed)
+
+    threads = [threading.Thread(target=read, args=(buffer,)) for buffer in buffers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(rates)
+
+
+def _largest_cache_bytes() -> int:
+    """Return the size of the largest cache of the CPU, where the system tells."""
+    sizes = [0]
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text().strip()
+        if text[:-1].isdigit() and text[-1:] in "KM":
+            sizes.append(int(text[:-1]) << {"K": 10, "M": 20}[text[-1]])
+    return max(sizes)
+
+
+def copy_bandwidth(device: str) -> float:
+    """Return the bytes per second that a device reads and writes as it copies its own memory.
+
+    Raises `DeviceError` where there is no such device, or no room on it.
+    """
+    pointer = lib.ggml_backend_dev_by_name(device.encode())
+    if pointer == ffi.NULL:
+        raise mn.DeviceError(f"there is no device {device!r} here")
+    with _two_tensors(pointer, _COPY_BYTES) as (backend, source, target):
+        best = 0.0
+        for round_ in range(_COPY_ROUNDS + 1):
+            before = time.perf_counter()
+            for _ in range(_COPY_TIMES):
+                lib.ggml_backend_tensor_copy_async(backend, backend, source, target)
+            lib.ggml_backend_synchronize(backend)
+            rate = 2 * _COPY_BYTES * _COPY_TIMES / (time.perf_counter() - before)
+            best = max(best, rate if round_ else 0.0)  # the first is to warm up
+    return best
+
+
+@contextmanager
+def _two_tensors(device: Any, size: int) -> Iterator[tuple[Any, Any, Any]]:
+    """Give a backend on the device, and two tensors of so many bytes in its memory."""
+    backend = lib.ggml_backend_dev_init(device, ffi.NULL)
+    context = lib.ggml_init({"mem_size": 8 * lib.ggml_tensor_overhead(), "mem_buffer": ffi.NULL, "no_alloc": True})
+    buffer = ffi.NULL
+    try:
+        tensors = [lib.ggml_new_tensor_1d(context, lib.GGML_TYPE_I8, size) for _ in range(2)]
+        buffer = lib.ggml_backend_alloc_ctx_tensors(context, backend)
+        if buffer == ffi.NULL:
+            raise mn.DeviceError(f"the device has no room for {2 * size / 1e6:.0f} MB to measure its memory with")
+        lib.ggml_backend_tensor_memset(tensors[0], 1, 0, size)
+        yield backend, *tensors
+    finally:
+        if buffer != ffi.NULL:
+            lib.ggml_backend_buffer_free(buffer)
+        lib.ggml_free(context)
+        lib.ggml_backend_free(backend)

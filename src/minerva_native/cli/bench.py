@@ -1,0 +1,255 @@
+"""Measure the latency of decoding, test by test, as llama-bench does and further."""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+
+from minerva_native.context import FLASH_ATTENTION, KV_TYPES
+from minerva_native.devices import available_cpus
+
+from .options import add_sampling, gpu_layers, sampling
+from .progress import measuring
+
+if TYPE_CHECKING:
+    from minerva_native.benchmark import Source, Test
+    from minerva_native.benchmark.report import Row, Writer
+
+FORMATS = ("table", "md", "json", "jsonl", "csv")
+
+T = TypeVar("T")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.epilog = (
+        "Options marked * take several values, with commas or by being repeated, and every combination is tested. "
+        "Numbers may be ranges: FIRST-LAST, FIRST-LAST+STEP, FIRST-LAST*FACTOR."
+    )
+    add = parser.add_argument
+
+    def several(*names: str, type: Callable[[str], Sequence[Any]], help: str, metavar: str = "N", dest: str) -> None:
+        add(*names, action="append", type=type, metavar=metavar, dest=dest, help=f"* {help}")
+
+    add("-m", "--model", action="append", metavar="FILE", help="* a GGUF file; the built-in model by default")
+    several("-p", "--n-prompt", type=numbers, dest="n_prompt", help="test prompts of N tokens; 0 for none (512)")
+    several("-n", "--n-gen", type=numbers, dest="n_gen", help="test generating N tokens; 0 for none (128)")
+    several("-pg", type=pair, metavar="PP,TG", dest="pg", help="test a prompt of PP tokens and generating TG after it")
+    several("-d", "--n-depth", type=numbers, dest="n_depth", help="tokens that are in the KV cache before (0)")
+    several("-b", "--batch-size", type=numbers, dest="n_batch", help="prompt tokens in one call (2048)")
+    several("-ub", "--ubatch-size", type=numbers, dest="n_ubatch", help="prompt tokens in one pass (512)")
+    several("-t", "--threads", type=numbers, dest="n_threads", help="threads (the usable CPUs)")
+    kinds = one_of(KV_TYPES)
+    several("-ctk", "--cache-type-k", type=kinds, metavar="TYPE", dest="type_k", help="type of the cached keys (f16)")
+    several("-ctv", "--cache-type-v", type=kinds, metavar="TYPE", dest="type_v", help="type of the cached values (f16)")
+    flash = one_of(FLASH_ATTENTION, {"1": "on", "0": "off", "-1": "auto"})
+    several("-fa", "--flash-attn", type=flash, metavar="on|off|auto", dest="flash", help="flash attention (auto)")
+    layers = "layers to put on a GPU; -1 for all, auto for all where there is one (auto)"
+    several("-ngl", "--gpu-layers", "--n-gpu-layers", type=gpu_layer_list, dest="gpu_layers", help=layers)
+    mmap = one_of(("0", "1"))
+    several("-mmp", "--mmap", type=mmap, metavar="0|1", dest="mmap", help="whether to map the file, not read it (1)")
+    add("-r", "--repetitions", type=positive, default=5, metavar="N", help="how often to run each test (5)")
+    add("--no-warmup", action="store_true", help="measure from the first token on")
+    add("--no-parts", action="store_true", help="do not run the decode loop to take its tokens apart")
+    add_sampling(parser)
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("-o", "--output", choices=FORMATS, default="table", help="what to print (table)")
+    output.add_argument("--json", action="store_true", help="print one JSON object")
+    add("--plot", metavar="FILE", help="draw the latencies of tokens into a picture, such as out.png")
+    against = parser.add_mutually_exclusive_group()
+    against.add_argument("--baseline", metavar="FILE", help="compare with results written by -o json or jsonl")
+    against.add_argument("--compare-llama-bench", metavar="PATH", help="run upstream's llama-bench in turns with this")
+    add("--fail-below", type=float, metavar="RATIO", help="exit with 1 where a comparison gives less than this")
+    parser.set_defaults(refuse=parser.error)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run every test; the exit status is 1 where a comparison falls below `--fail-below`."""
+    if options.fail_below is not None and not (options.baseline or options.compare_llama_bench):
+        options.refuse("--fail-below needs something to compare with: --baseline or --compare-llama-bench")
+    from minerva_native import benchmark
+    from minerva_native.benchmark import compare, machine, plot
+
+    sources, tests = read_sources(options), read_tests(options)
+    if not tests:
+        options.refuse("there is nothing to test: -p, -n and -pg leave no tokens")
+    if options.plot and not any(test.n_gen for test in tests):
+        options.refuse("there is nothing to plot: no test generates tokens (see -n)")
+    if options.plot:
+        plot.check(options.plot)
+    settings = {
+        "repetitions": options.repetitions,
+        "warm_up": not options.no_warmup,
+        "sampling": sampling(options),
+        "take_apart": not options.no_parts,
+        "baseline": compare.load(options.baseline) if options.baseline else (),
+        "llama_bench": compare.LlamaBench(options.compare_llama_bench) if options.compare_llama_bench else None,
+    }
+    for sentence in machine.noise(max(test.n_threads for test in tests)):
+        warn(sentence)
+    writer, rows = make_writer(options, sources, tests, sys.stdout), []
+    try:
+        with measuring(len(sources) * len(tests)) as progress:
+            for source in sources:
+                for row in benchmark.bench(source, tests, on_progress=progress.update, **settings):
+                    progress.pause()
+                    writer.row(row)
+                    rows.append(row)
+                    for sentence in doubts(row, options):
+                        warn(sentence)
+    finally:
+        writer.end()
+    if options.plot:
+        plot.draw(rows, options.plot)
+    return verdict(rows, options.fail_below) if settings["baseline"] or settings["llama_bench"] else 0
+
+
+def read_sources(options: argparse.Namespace) -> "list[Source]":
+    """Return which models are loaded, and how."""
+    from minerva_native.benchmark import Source
+
+    layers, mmap = flat(options.gpu_layers, ["auto"]), flat(options.mmap, ["1"])
+    return [Source(path, n, mapped == "1") for path, n, mapped in product(options.model or [None], layers, mmap)]
+
+
+def read_tests(options: argparse.Namespace) -> "list[Test]":
+    """Return the tests that the options ask for: every combination, in llama-bench's order."""
+    from minerva_native.benchmark import Test
+
+    lengths = [
+        *((n, 0) for n in flat(options.n_prompt, [512])),
+        *((0, n) for n in flat(options.n_gen, [128])),
+        *flat(options.pg, []),
+    ]
+    settings = product(
+        flat(options.n_batch, [2048]),
+        flat(options.n_ubatch, [512]),
+        flat(options.type_k, ["f16"]),
+        flat(options.type_v, ["f16"]),
+        flat(options.flash, ["auto"]),
+        flat(options.n_threads, [available_cpus()]),
+        flat(options.n_depth, [0]),
+    )
+    return [
+        Test(n_prompt, n_gen, depth, n_batch, n_ubatch, n_threads, type_k, type_v, flash)
+        for n_batch, n_ubatch, type_k, type_v, flash, n_threads, depth in settings
+        for n_prompt, n_gen in lengths
+        if n_prompt or n_gen
+    ]
+
+
+def make_writer(
+    options: argparse.Namespace, sources: "Sequence[Source]", tests: "Sequence[Test]", file: TextIO
+) -> "Writer":
+    """Return what writes the results."""
+    from minerva_native.benchmark import report
+
+    if options.json:
+        return report.JsonObject(file)
+    match options.output:
+        case "json":
+            return report.JsonList(file)
+        case "jsonl":
+            return report.JsonLines(file)
+        case "csv":
+            return report.Csv(file)
+    columns = report.columns(
+        [
+            {
+                **test._asdict(),
+                "test": test.name,
+                "flash_attn": test.flash_attention,
+                "n_gpu_layers": source.gpu_layers,
+                "mmap": source.mmap,
+            }
+            for source in sources
+            for test in tests
+        ],
+        is_compared=bool(options.baseline or options.compare_llama_bench),
+        with_model=options.output == "md",
+    )
+    return report.Markdown(file, columns) if options.output == "md" else report.Screen(file, columns)
+
+
+def doubts(row: "Row", options: argparse.Namespace) -> Iterator[str]:
+    """Yield what is doubtful about a result, as sentences."""
+    from minerva_native.benchmark import WIDE_SPREAD
+
+    spread = row["stddev_ts"] / row["avg_ts"]
+    if spread > WIDE_SPREAD:
+        yield f"{row['test']} spreads by {spread:.1%} over the repetitions, more than {WIDE_SPREAD:.0%}: noise"
+    if options.baseline and row["ratio"] is None:
+        yield f"the baseline has no {row['test']} of this model"
+
+
+def verdict(rows: "Sequence[Row]", fail_below: float | None) -> int:
+    """Say which comparisons fall below the limit, and return the exit status."""
+    compared = [row for row in rows if row["ratio"] is not None]
+    if not compared:
+        raise ValueError("the baseline has none of these tests: nothing was compared")
+    slower = [row for row in compared if fail_below is not None and row["ratio"] < fail_below]
+    for row in slower:
+        print(f"minerva: {row['test']} reaches {row['ratio']:.3f}, less than {fail_below}", file=sys.stderr)
+    return 1 if slower else 0
+
+
+def warn(sentence: str) -> None:
+    """Print a warning."""
+    print(f"minerva: warning: {sentence}", file=sys.stderr)
+
+
+def flat(lists: list[list[T]] | None, default: list[T]) -> list[T]:
+    """Return the values of an option that may be repeated, each as a list; the default where it is not given."""
+    return [value for values in lists for value in values] if lists else default
+
+
+def numbers(text: str) -> list[int]:
+    """Parse a list of numbers that are not negative, such as "1,2", "0-8+4" or "128-1024*2"."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+)(?:([+*])(\d+))?)?", part.strip())
+        if match is None:
+            raise argparse.ArgumentTypeError(f"{part!r} is no number or range of numbers, such as 128 or 128-1024*2")
+        first, last = int(match[1]), int(match[2] or match[1])
+        step = (match[3] or "+", int(match[4] or 1))
+        if last < first or step == ("+", 0) or (step[0] == "*" and (step[1] < 2 or first == 0)):
+            raise argparse.ArgumentTypeError(f"the range {part!r} has no end")
+        while first <= last:
+            found.append(first)
+            first = first + step[1] if step[0] == "+" else first * step[1]
+    return found
+
+
+def positive(text: str) -> int:
+    """Parse a number of 1 or more."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
+    return int(text)
+
+
+def pair(text: str) -> list[tuple[int, int]]:
+    """Parse `-pg`."""
+    match = re.fullmatch(r"(\d+),(\d+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not two numbers, such as 512,128")
+    return [(int(match[1]), int(match[2]))]
+
+
+def one_of(names: Sequence[str] | dict[str, int], others: dict[str, str] | None = None) -> Callable[[str], list[str]]:
+    """Return a parser of a list of names, of which some have another spelling."""
+
+    def parse(text: str) -> list[str]:
+        found = [(others or {}).get(name, name) for name in text.split(",")]
+        for name in found:
+            if name not in names:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(names)}")
+        return found
+
+    return parse
+
+
+def gpu_layer_list(text: str) -> list[Any]:
+    """Parse `-ngl`."""
+    return [gpu_layers(part) for part in text.split(",")]

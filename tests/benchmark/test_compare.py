@@ -1,0 +1,159 @@
+"""Comparisons: ratios of pairs and their intervals, results read back from files, and llama-bench run in turns."""
+
+import itertools
+import json
+import stat
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import minerva_native as mn
+from minerva_native.benchmark import Source, bench, compare, measure
+
+ROW: dict[str, Any] = {
+    "n_prompt": 0,
+    "n_gen": 128,
+    "n_depth": 0,
+    "model_size": 5,
+    "model_n_params": 7,
+    "n_threads": 2,
+    "type_k": "f16",
+    "samples_ts": [1.0, 2.0],
+}
+
+
+def test_a_ratio_is_the_median_of_pairs() -> None:
+    ratio = compare.Ratio.of([10.0, 22.0, 30.0], [10.0, 20.0, 40.0])
+    assert (ratio.median, ratio.low, ratio.high) == (1.0, 0.75, 1.1)
+
+
+@pytest.mark.parametrize(
+    ("n", "low", "high", "confidence"),
+    # By the sign test: with n pairs, the true median is outside of (k-th smallest, k-th largest) for 2 P(X < k) of
+    # X ~ Binomial(n, 1/2); as in tables of confidence intervals of a median.
+    [(1, 1, 1, 0.0), (5, 1, 5, 0.9375), (6, 1, 6, 0.96875), (9, 2, 8, 0.9609375), (20, 6, 15, 0.9586)],
+)
+def test_an_interval_has_the_confidence_that_it_says(n: int, low: int, high: int, confidence: float) -> None:
+    ratio = compare.Ratio.of([float(value) for value in range(1, n + 1)], [1.0] * n)
+    assert (ratio.low, ratio.high) == (low, high)
+    assert ratio.confidence == pytest.approx(confidence, abs=1e-4)
+
+
+def test_an_interval_holds_the_median_as_often_as_it_says() -> None:
+    # All 2^9 ways in which 9 ratios can fall to the two sides of a true median of 1.
+    inside = 0
+    for sides in itertools.product((0.5, 2.0), repeat=9):
+        ratio = compare.Ratio.of(sides, [1.0] * 9)
+        inside += ratio.low <= 1.0 <= ratio.high
+    assert inside / 2**9 == pytest.approx(ratio.confidence)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps([ROW, ROW]),
+        json.dumps({"results": [ROW, ROW]}),
+        f"{json.dumps(ROW)}\n{json.dumps(ROW)}\n",
+    ],
+    ids=["list", "object", "lines"],
+)
+def test_results_are_read_back(tmp_path: Path, content: str) -> None:
+    (tmp_path / "baseline").write_text(content)
+    assert compare.load(tmp_path / "baseline") == [ROW, ROW]
+
+
+def test_one_line_is_one_result(tmp_path: Path) -> None:
+    (tmp_path / "baseline").write_text(json.dumps(ROW))
+    assert compare.load(tmp_path / "baseline") == [ROW]
+
+
+@pytest.mark.parametrize("content", ["", "text", "[]", "[1]", '{"results": 3}', '[{"n_gen": 3}]', "3", "null"])
+def test_a_file_without_results(tmp_path: Path, content: str) -> None:
+    (tmp_path / "baseline").write_text(content)
+    with pytest.raises(ValueError, match="-o json"):
+        compare.load(tmp_path / "baseline")
+
+
+def test_the_same_test_is_found_by_its_lengths_and_its_model() -> None:
+    others = [ROW | {"n_gen": 64}, ROW | {"model_size": 6}, ROW | {"n_depth": 1}]
+    assert compare.find(ROW, [*others, ROW]) == (ROW, [])
+    assert compare.find(ROW, others) is None
+
+
+def test_of_several_the_most_alike_is_taken_and_what_differs_is_said() -> None:
+    near, far = ROW | {"n_threads": 4}, ROW | {"n_threads": 4, "type_k": "q8_0"}
+    assert compare.find(ROW, [far, near]) == (near, ["n_threads"])
+    assert compare.find(ROW, [far]) == (far, ["n_threads", "type_k"])
+
+
+def test_results_of_llama_bench_are_results_too() -> None:
+    theirs = {name: ROW[name] for name in ("n_prompt", "n_gen", "n_depth", "samples_ts")}
+    assert compare.find(ROW, [theirs]) == (theirs, [])
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> Path:
+    """A program that answers as llama-bench does, and notes how it was called."""
+    path = tmp_path / "llama-bench"
+    path.write_text(
+        f"#!{sys.executable}\n"
+        "import json, pathlib, sys\n"
+        "with (pathlib.Path(sys.argv[0]).parent / 'calls').open('a') as file:\n"
+        "    print(json.dumps(sys.argv[1:]), file=file)\n"
+        "print(json.dumps([{'avg_ns': 1000000, 'samples_ns': [1000000]}]))\n"
+    )
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def calls(stand_in: Path) -> list[list[str]]:
+    return [json.loads(line) for line in (stand_in.parent / "calls").read_text().splitlines()]
+
+
+def test_llama_bench_runs_in_turns_with_this(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[int] = []
+    repeat = measure.Run.repeat
+
+    def noted(run: measure.Run) -> measure.Repetition:
+        turns.append(len(calls(stand_in)))
+        return repeat(run)
+
+    monkeypatch.setattr(measure.Run, "repeat", noted)
+    test = measure.Test(n_gen=4, n_threads=1)
+    (row,) = bench(Source(), [test], repetitions=3, take_apart=False, llama_bench=compare.LlamaBench(stand_in))
+    assert turns == [1, 2, 3]
+    assert row["compared_with"] == "llama-bench"
+    assert row["compared_samples_ts"] == [4000.0] * 3
+    assert row["ratio"] == pytest.approx(sorted(row["samples_ts"])[1] / 4000.0)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ((64, 0, 0), {"-p": "64", "-n": "0"}),
+        ((0, 16, 32), {"-p": "0", "-n": "16", "-d": "32"}),
+        ((64, 16, 0), {"-p": "0", "-n": "0", "-pg": "64,16"}),
+    ],
+)
+def test_llama_bench_is_asked_for_the_same_test(
+    stand_in: Path, lengths: tuple[int, int, int], expected: dict[str, str]
+) -> None:
+    test = measure.Test(*lengths, 256, 128, 3, "q8_0", "f32", "on")
+    assert compare.LlamaBench(stand_in).repeat("model.gguf", 5, test, mmap=False) == 1e6
+    (words,) = calls(stand_in)
+    asked = dict(zip(words[::2], words[1::2], strict=True))
+    settings = {"-m": "model.gguf", "-b": "256", "-ub": "128", "-t": "3", "-ctk": "q8_0", "-ctv": "f32", "-fa": "on"}
+    assert asked | settings | expected | {"-ngl": "5", "-lm": "none", "-r": "1", "-o": "json"} == asked
+
+
+def test_a_llama_bench_that_fails_says_why(stand_in: Path) -> None:
+    stand_in.write_text(f"#!{sys.executable}\nimport sys\nsys.exit('no such model')\n")
+    with pytest.raises(mn.MinervaError, match=r"exit status 1\): no such model"):
+        compare.LlamaBench(stand_in).repeat("model.gguf", 0, measure.Test(n_gen=1), mmap=True)
+
+
+def test_a_llama_bench_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="CONTRIBUTING"):
+        compare.LlamaBench(tmp_path / "llama-bench")

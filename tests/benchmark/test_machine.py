@@ -1,0 +1,70 @@
+"""What is said of the machine and the model, and when a measure is doubted."""
+
+import hashlib
+import json
+
+import pytest
+
+import minerva_native as mn
+from minerva_native.benchmark import machine
+
+
+def test_all_that_is_needed_to_measure_again_is_there() -> None:
+    facts = machine.facts()
+    json.dumps(facts)
+    assert facts["build_commit"] == mn.build_info()["llama_cpp"]
+    assert facts["cpu_info"]
+    assert facts["backends"]
+    assert facts["cpus"]
+    assert facts["python"]
+
+
+def test_what_changes_the_libraries_below_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOMP_SPINCOUNT", "0")
+    monkeypatch.setenv("SECRET", "1")
+    environment = machine.facts()["environment"]
+    assert environment["GOMP_SPINCOUNT"] == "0"
+    assert "SECRET" not in environment
+
+
+def test_a_model_goes_by_its_name_and_what_lies_before_its_weights(demo: mn.Model) -> None:
+    facts = machine.model_facts(demo)
+    start = min(tensor.offset for tensor in mn.GGUF(demo.path).tensors)
+    assert facts["model_header_sha256"] == hashlib.sha256(demo.path.read_bytes()[:start]).hexdigest()
+    assert facts["model_filename"] == str(demo.path)
+    assert facts["model_size"] == demo.size_bytes
+    assert facts["model_file_bytes"] == demo.path.stat().st_size
+    assert facts["model_type"] == demo.description
+    json.dumps(facts)
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine that gives no reason for doubt."""
+    monkeypatch.setattr(machine, "_load", lambda: 0.1)
+    monkeypatch.setattr(machine, "cpu_quota", lambda: float("inf"))
+    monkeypatch.setattr(machine, "_cpus", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr(machine, "_governors", lambda: ["performance"])
+    return monkeypatch
+
+
+def test_a_quiet_machine_is_not_doubted(quiet: pytest.MonkeyPatch) -> None:
+    assert machine.noise(4) == []
+    quiet.setattr(machine, "_governors", lambda: None)
+    quiet.setattr(machine, "_load", lambda: None)
+    assert machine.noise(4) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("_load", 1.7, "load was 1.7"),
+        ("cpu_quota", 1.5, "quota of 1.5 is less than 4 threads"),
+        ("_cpus", [0, 1], "4 threads share 2 CPUs"),
+        ("_governors", ["powersave"], "'powersave'"),
+    ],
+)
+def test_what_makes_times_vary_is_said(quiet: pytest.MonkeyPatch, name: str, value: object, words: str) -> None:
+    quiet.setattr(machine, name, lambda: value)
+    (sentence,) = machine.noise(4)
+    assert words in sentence

@@ -1,0 +1,156 @@
+"""Figures from times that are made up, and what each writer makes of them."""
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from minerva_native.benchmark import measure, report
+
+Row = dict[str, Any]
+
+
+def repetition(token_us: list[int], prompt_us: int = 0) -> measure.Repetition:
+    token_ns = 1000 * np.array(token_us, np.int64)
+    first = 1000 * prompt_us + 500 if prompt_us else None
+    return measure.Repetition(1000 * prompt_us + int(token_ns.sum()), token_ns, first)
+
+
+def test_rates_are_those_of_the_repetitions() -> None:
+    row = report.figures(measure.Test(n_gen=2), [repetition([100, 100]), repetition([150, 250])])
+    assert row["samples_ns"] == [200_000, 400_000]
+    assert row["samples_ts"] == [10_000, 5_000]
+    assert (row["avg_ns"], row["avg_ts"]) == (300_000, 7_500)
+    assert row["stddev_ns"] == 141_421
+    assert row["stddev_ts"] == pytest.approx(3535.53, abs=0.01)
+
+
+def test_one_repetition_has_no_deviation() -> None:
+    row = report.figures(measure.Test(n_gen=2), [repetition([100, 100])])
+    assert (row["stddev_ns"], row["stddev_ts"]) == (0, 0)
+
+
+def test_first_tokens_stand_apart_from_the_others() -> None:
+    times = [9000, 5000, 3000, 2000, *range(1, 102)]
+    row = report.figures(measure.Test(n_gen=105), [repetition(times), repetition(times)])
+    assert row["first_tokens_ns"] == [9e6, 5e6, 3e6, 2e6]
+    assert [row[f"token_p{p}_ns"] for p in (50, 90, 95, 99)] == [51_000, 91_000, 96_000, 100_000]
+    assert (row["token_max_ns"], row["token_mean_ns"]) == (101_000, 51_000)
+    assert row["token_jitter_ns"] == 1000
+    assert np.array(row["token_ns"]).shape == (2, 105)
+
+
+def test_few_tokens_are_all_looked_at() -> None:
+    row = report.figures(measure.Test(n_gen=2), [repetition([100, 300])])
+    assert (row["token_p50_ns"], row["token_jitter_ns"]) == (200_000, 200_000)
+
+
+def test_a_prompt_has_a_time_to_the_first_token_and_no_latencies() -> None:
+    row = report.figures(measure.Test(n_prompt=64), [repetition([], 700), repetition([], 900)])
+    assert row["time_to_first_token_ns"] == 800_500
+    assert row["avg_ns"] == 800_000
+    assert {name for name, value in row.items() if value is None} == {
+        *(f"token_p{p}_ns" for p in (50, 90, 95, 99)),
+        *("token_max_ns", "token_mean_ns", "token_jitter_ns", "first_tokens_ns", "token_ns"),
+    }
+
+
+def test_parts_are_means_over_runs() -> None:
+    row = report.taken_apart([measure.Parts(10, 2, 3, 4, 5, 26), measure.Parts(20, 2, 3, 4, 5, 36)])
+    assert (row["part_decode_ns"], row["part_loop_ns"]) == (15, 5)
+    assert (row["parts_sum_ns"], row["parts_whole_ns"]) == (29, 31)
+    assert set(report.taken_apart([]).values()) == {None}
+    assert report.taken_apart([]).keys() == row.keys()
+
+
+def test_what_is_not_compared_has_the_same_fields() -> None:
+    row = {"samples_ts": [2.0, 2.0]}
+    compared = report.compared(row, "baseline", [1.0, 1.0])
+    assert (compared["ratio"], compared["compared_avg_ts"]) == (2.0, 1.0)
+    assert report.compared(row, "baseline", []).keys() == compared.keys()
+
+
+@pytest.mark.parametrize(
+    ("nanoseconds", "text"),
+    [
+        (None, "-"),
+        (12, "12.0 ns"),
+        (999, "999 ns"),
+        (1500, "1.50 us"),
+        (23.4e6, "23.4 ms"),
+        (456e6, "456 ms"),
+        (2e9, "2.00 s"),
+    ],
+)
+def test_times_have_the_unit_that_suits_them(nanoseconds: float | None, text: str) -> None:
+    assert report.duration(nanoseconds) == text
+
+
+ROWS: list[Row] = [
+    {"test": "pp8", "avg_ts": 1.5, "list": [1, 2], "none": None},
+    {"test": "tg8", "avg_ts": 2.0, "list": [], "none": 'a,"b'},
+]
+
+
+def written(make: Callable[[io.StringIO], report.Writer], rows: list[Row]) -> str:
+    file = io.StringIO()
+    writer = make(file)
+    for row in rows:
+        writer.row(row)
+    writer.end()
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_json_is_a_list(count: int) -> None:
+    assert json.loads(written(report.JsonList, ROWS[:count])) == ROWS[:count]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_json_can_be_one_object(count: int) -> None:
+    assert json.loads(written(report.JsonObject, ROWS[:count])) == {"results": ROWS[:count]}
+
+
+def test_json_lines_are_an_object_each() -> None:
+    assert [json.loads(line) for line in written(report.JsonLines, ROWS).splitlines()] == ROWS
+
+
+def test_csv_names_its_columns_and_keeps_lists_in_cells() -> None:
+    first, second = csv.DictReader(io.StringIO(written(report.Csv, ROWS)))
+    assert first == {"test": "pp8", "avg_ts": "1.5", "list": "[1, 2]", "none": ""}
+    assert (second["list"], second["none"]) == ("[]", 'a,"b')
+
+
+@pytest.mark.parametrize("make", [report.JsonList, report.JsonLines, report.Csv])
+def test_a_result_is_out_before_the_next_is_measured(make: Callable[[io.StringIO], report.Writer]) -> None:
+    file = io.StringIO()
+    make(file).row(ROWS[0])
+    assert "pp8" in file.getvalue()
+
+
+TESTS: list[Row] = [
+    {"test": "pp512", "n_prompt": 512, "n_gen": 0, "n_threads": 1, **dict.fromkeys(("n_batch", "n_ubatch"), 64)},
+    {
+        "test": "tg128 @ d4096",
+        "n_prompt": 0,
+        "n_gen": 128,
+        "n_threads": 2,
+        **dict.fromkeys(("n_batch", "n_ubatch"), 64),
+    },
+]
+for test in TESTS:
+    test |= dict.fromkeys(("type_k", "type_v", "flash_attn", "n_gpu_layers", "mmap"), "x")
+
+
+def test_a_setting_has_a_column_where_it_varies() -> None:
+    names = report.columns(TESTS, is_compared=False, with_model=False)
+    assert list(names)[:4] == ["threads", "test", "t/s", "first token"]
+    assert names["test"] == len("tg128 @ d4096")
+    assert "p99" in names
+    assert "p99" not in report.columns(TESTS[:1], is_compared=False, with_model=False)
+    assert "threads" not in report.columns(TESTS[:1], is_compared=False, with_model=False)
+    assert "ratio" in report.columns(TESTS, is_compared=True, with_model=True)

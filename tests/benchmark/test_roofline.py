@@ -1,0 +1,93 @@
+"""The bytes that a token needs, against sums over the weights that the test wrote itself."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+
+import minerva_native as mn
+from minerva_native.benchmark import roofline
+from tiny_models import TOKENS, TinyModel
+
+Load = Callable[[TinyModel], mn.Model]
+
+
+def touched(shape: TinyModel, share: Callable[[str], float]) -> float:
+    """Bytes of float32 weights, each tensor by the share of it that a token reads."""
+    return sum(share(name) * weights.nbytes for name, weights in shape.weights.items())
+
+
+def test_all_weights_are_read_but_one_row_of_the_embeddings(load_tiny: Load) -> None:
+    shape = TinyModel()
+    expected = touched(shape, lambda name: 1 / len(TOKENS) if name == "token_embd.weight" else 1)
+    assert roofline.weights_touched(load_tiny(shape)).total == pytest.approx(expected)
+
+
+def test_embeddings_that_are_the_output_matrix_too_are_read_whole(load_tiny: Load) -> None:
+    shape = TinyModel("gemma2", tied=True)
+    model = load_tiny(shape)
+    assert roofline.weights_touched(model).total == pytest.approx(touched(shape, lambda name: 1))
+    assert roofline.weights_touched(model).total == model.size_bytes
+
+
+def test_of_experts_only_those_in_use_are_read(load_tiny: Load) -> None:
+    shape = TinyModel("qwen3moe", n_expert=6, n_expert_used=2)
+
+    def share(name: str) -> float:
+        if name == "token_embd.weight":
+            return 1 / len(TOKENS)
+        return 2 / 6 if "_exps" in name else 1
+
+    assert roofline.weights_touched(load_tiny(shape)).total == pytest.approx(touched(shape, share))
+
+
+def test_an_encoder_is_not_read_again(load_tiny: Load) -> None:
+    shape = TinyModel("t5")
+
+    def share(name: str) -> float:
+        if name == "token_embd.weight":
+            return 1 / len(TOKENS)
+        return 0 if re.match(r"enc\.", name) else 1
+
+    assert roofline.weights_touched(load_tiny(shape)).total == pytest.approx(touched(shape, share))
+
+
+def test_weights_lie_where_their_layers_do(load_tiny: Load) -> None:
+    shape = TinyModel(n_layer=3)
+    model = load_tiny(shape)
+    whole = roofline.weights_touched(model)
+    assert whole.gpu == 0
+    try:
+        model.gpu_layers = 2  # the output, and the last layer
+        on_gpu = touched(shape, lambda name: name.startswith(("output", "blk.2.")))
+        assert tuple(roofline.weights_touched(model)) == pytest.approx((whole.total - on_gpu, on_gpu))
+        model.gpu_layers = 4
+        assert roofline.weights_touched(model).cpu == pytest.approx(whole.total - touched(shape, is_on_gpu))
+    finally:
+        model.gpu_layers = 0
+
+
+def is_on_gpu(name: str) -> bool:
+    return name != "token_embd.weight"
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_memory_can_be_read(monkeypatch: pytest.MonkeyPatch, n_threads: int) -> None:
+    monkeypatch.setattr(roofline, "_READ_SECONDS", 0.001)
+    assert roofline.read_bandwidth(n_threads) > 0
+
+
+def test_a_device_copies_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "_COPY_BYTES", 1 << 20)
+    assert roofline.copy_bandwidth("CPU") > 0
+
+
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(mn.DeviceError, match="no device 'CUDA7'"):
+        roofline.copy_bandwidth("CUDA7")
+
+
+def test_a_device_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "_COPY_BYTES", 1 << 60)
+    with pytest.raises(mn.DeviceError, match="no room"):
+        roofline.copy_bandwidth("CPU")

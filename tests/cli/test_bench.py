@@ -1,0 +1,242 @@
+"""`minerva bench` as a person or a script meets it."""
+
+import argparse
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import minerva_native as mn
+from minerva_native.benchmark import roofline
+from minerva_native.cli import bench, main
+
+MINERVA = [sys.executable, "-m", "minerva_native", "bench"]
+QUICK = ("-t", "1", "-r", "2")
+
+LLAMA_BENCH_FIELDS = {
+    *("build_commit", "build_number", "cpu_info", "gpu_info", "backends", "model_filename", "model_type"),
+    *("model_size", "model_n_params", "n_batch", "n_ubatch", "n_threads", "type_k", "type_v", "n_gpu_layers"),
+    *("flash_attn", "devices", "n_prompt", "n_gen", "n_depth", "test_time", "avg_ns", "stddev_ns", "avg_ts"),
+    *("stddev_ts", "samples_ns", "samples_ts"),
+}
+
+
+@pytest.fixture(autouse=True)
+def quick_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "_READ_SECONDS", 0.001)
+
+
+class Output:
+    """What a command in this process printed."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], *arguments: str):
+        lengths = () if {"-p", "-n"} & {*arguments} else ("-p", "8", "-n", "8")
+        self.status = main(["bench", *QUICK, *lengths, *arguments])
+        self.out, self.err = capsys.readouterr()
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = json.loads(self.out)
+        return rows
+
+
+def test_json_has_the_fields_of_llama_bench_and_more(capsys: pytest.CaptureFixture[str]) -> None:
+    output = Output(capsys, "-o", "json", "-pg", "8,8", "-d", "4")
+    assert output.status == 0
+    assert [row["test"] for row in output.rows] == ["pp8 @ d4", "tg8 @ d4", "pp8+tg8 @ d4"]
+    for row in output.rows:
+        assert row.keys() >= LLAMA_BENCH_FIELDS
+        assert row.keys() == output.rows[0].keys()
+        assert len(row["samples_ns"]) == len(row["samples_ts"]) == 2
+        assert (row["time_to_first_token_ns"] is not None) == (row["n_prompt"] > 0)
+        assert (row["token_p99_ns"] is not None) == (row["parts_whole_ns"] is not None) == (row["n_gen"] > 0)
+        assert (row["roofline_share"] is not None) == (row["n_gen"] > 0)
+
+
+def test_one_object_holds_all(capsys: pytest.CaptureFixture[str]) -> None:
+    results = json.loads(Output(capsys, "--json").out)["results"]
+    assert [row["test"] for row in results] == ["pp8", "tg8"]
+
+
+def test_every_format_has_every_test(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [json.loads(line)["test"] for line in Output(capsys, "-o", "jsonl").out.splitlines()] == ["pp8", "tg8"]
+    rows = list(csv.DictReader(io.StringIO(Output(capsys, "-o", "csv").out)))
+    assert [row["test"] for row in rows] == ["pp8", "tg8"]
+    names, rule, *lines = Output(capsys, "-o", "md").out.splitlines()
+    assert [name.strip() for name in names.strip("|").split("|")][:7] == [
+        *("model", "size", "params", "backend", "threads", "test", "t/s")
+    ]
+    assert len({len(line) for line in (names, rule, *lines)}) == 1
+    assert len(lines) == 2
+    table = Output(capsys).out
+    assert "pp8" in table
+    assert "a token of generate(): decode" in table
+    assert "the limit" in table
+
+
+def test_lists_multiply(capsys: pytest.CaptureFixture[str]) -> None:
+    output = Output(
+        capsys, "-o", "jsonl", "-ctk", "f16,q8_0", "-fa", "on", "-d", "0", "-d", "2,4", "-p", "8", "-n", "0"
+    )
+    rows = [json.loads(line) for line in output.out.splitlines()]
+    assert [(row["type_k"], row["n_depth"]) for row in rows] == [
+        (kind, depth) for kind in ("f16", "q8_0") for depth in (0, 2, 4)
+    ]
+    assert {row["flash_attn"] for row in rows} == {1}
+    assert {row["test"].partition(" ")[0] for row in rows} == {"pp8"}
+
+
+def test_the_machine_makes_everyone_doubt_what_it_says(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (3.0, 0.0, 0.0))
+    assert "minerva: warning: the load was 3.0" in Output(capsys, "-o", "json").err
+
+
+def test_progress_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    output = Output(capsys, "-o", "json")
+    assert "minerva: tg8, test 2 of 2" in output.err
+    assert len(output.rows) == 2
+
+
+@pytest.mark.parametrize(("factor", "status"), [(1e-3, 0), (1e3, 1)])
+def test_a_baseline_gives_ratios_and_a_verdict(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, factor: float, status: int
+) -> None:
+    rows = Output(capsys, "-o", "json").rows
+    for row in rows:
+        row["samples_ts"] = [factor * rate for rate in row["samples_ts"]]
+    (tmp_path / "baseline.json").write_text(json.dumps(rows))
+    output = Output(capsys, "-o", "json", "--baseline", str(tmp_path / "baseline.json"), "--fail-below", "0.97")
+    assert output.status == status
+    assert ("less than 0.97" in output.err) == bool(status)
+    for row in output.rows:
+        assert (row["ratio"] < 0.97) == bool(status)
+        assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+        assert row["baseline_differs"] == []
+
+
+def test_without_a_limit_a_slower_run_is_no_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    rows = Output(capsys, "-o", "json").rows
+    for row in rows:
+        row["samples_ts"] = [1e12] * 2
+    (tmp_path / "baseline.json").write_text(json.dumps(rows))
+    output = Output(capsys, "--baseline", str(tmp_path / "baseline.json"))
+    assert output.status == 0
+    assert "ratio" in output.out
+
+
+def test_a_baseline_of_other_tests_compares_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    row = {"n_prompt": 3, "n_gen": 0, "n_depth": 0, "samples_ts": [1.0]}
+    (tmp_path / "baseline.json").write_text(json.dumps([row]))
+    output = Output(capsys, "--baseline", str(tmp_path / "baseline.json"), "--fail-below", "0.5")
+    assert output.status == 1
+    assert "the baseline has no tg8 of this model" in output.err
+    assert "nothing was compared" in output.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--baseline", "missing.json"), "missing.json"),
+        (("--compare-llama-bench", "missing"), "missing is no program"),
+        (("-m", "missing.gguf"), "missing.gguf does not exist"),
+        (("--plot", "out.xyz"), "must be one of"),
+        (("--plot", "missing/out.png"), "no folder missing"),
+    ],
+)
+def test_what_cannot_be_is_one_line(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: str) -> None:
+    output = Output(capsys, *arguments)
+    assert output.status == 1
+    errors = [line for line in output.err.splitlines() if "warning" not in line]
+    assert len(errors) == 1
+    assert words in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("-p x", "'x' is no number"),
+        ("-p -1", "-p"),
+        ("-pg 8", "two numbers"),
+        ("-ctk f17", "'f17' is none of"),
+        ("-fa maybe", "'maybe' is none of"),
+        ("-o sql", "invalid choice"),
+        ("-ngl x", "-ngl"),
+        ("-r 0", "1 or more"),
+        ("-p 0 -n 0", "nothing to test"),
+        ("--fail-below 0.9", "something to compare with"),
+        ("-n 0 --plot out.png", "nothing to plot"),
+        ("--baseline x --compare-llama-bench y", "not allowed with"),
+    ],
+)
+def test_what_is_no_usage_ends_with_2(capsys: pytest.CaptureFixture[str], arguments: str, words: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", *arguments.split()])
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("5", [5]),
+        ("1,2", [1, 2]),
+        ("1-3", [1, 2, 3]),
+        ("0-8+4", [0, 4, 8]),
+        ("128-1024*2", [128, 256, 512, 1024]),
+        ("2-2", [2]),
+    ],
+)
+def test_numbers_are_lists_and_ranges(text: str, expected: list[int]) -> None:
+    assert bench.numbers(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "a", "1,", "3-1", "1-8*1", "0-8*2", "1-8+0", "1.5", "-3"])
+def test_what_is_no_list_of_numbers(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        bench.numbers(text)
+
+
+def test_pictures_are_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert Output(capsys, "--plot", str(tmp_path / "out.png")).status == 0
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "md", "table"])
+def test_a_run_that_is_killed_has_printed_what_it_finished(kind: str) -> None:
+    # The second test would take far longer than anybody waits.
+    command = [*MINERVA, "-t", "1", "-n", "4,100000", "-p", "0", "-r", "1", "--no-parts", "-o", kind]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        seen = ""
+        while "tg4" not in seen:
+            line = process.stdout.readline()
+            assert line, "it ended before the test was printed"
+            seen += line
+        process.kill()
+
+
+def test_ctrl_c_closes_the_list() -> None:
+    command = [*MINERVA, "-t", "1", "-n", "4,100000", "-p", "0", "-r", "1", "--no-parts", "-o", "json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while "test 2 of 2" not in process.stderr.readline():
+            pass
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert [row["test"] for row in json.loads(out)] == ["tg4"]
+    assert "Traceback" not in err
+
+
+def test_a_model_of_ones_own(capsys: pytest.CaptureFixture[str], tiny: mn.Model) -> None:
+    output = Output(capsys, "-m", str(tiny.path), "-m", str(mn.model.DEMO), "-o", "json", "-n", "4", "-p", "0")
+    assert [row["model_filename"] for row in output.rows] == [str(tiny.path), str(mn.model.DEMO)]
