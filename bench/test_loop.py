@@ -1,4 +1,4 @@
-"""What this package adds to a token besides libllama: `pytest bench/test_loop.py --benchmark-enable`.
+"""What this package adds to a token besides libllama: `pytest bench/test_loop.py`.
 
 The loop's own cost is the time of a generation less what was spent in `llama_decode` and in the sampler, by clocks
 around those two; it is in `extra_info` as `loop_us_per_token`, the median over the rounds. Its bar is 10 microseconds.
@@ -10,7 +10,6 @@ Reading logits and greedy sampling are timed on a vocabulary of 128,256; the bar
 import statistics
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -91,9 +90,3 @@ def test_appending_and_taking_back_a_token(benchmark: BenchmarkFixture, wide: mn
         wide.rewind(1)
 
     benchmark(append_and_rewind)
-
-
-def test_encoding_a_page_of_text(benchmark: BenchmarkFixture) -> None:
-    text = Path(mn.__file__).read_text()[:2000]
-    with mn.Model.demo() as model:
-        benchmark(model.tokenizer.encode, text)

@@ -1,4 +1,4 @@
-"""The sampler against libllama's own: `pytest bench/test_sampling.py --benchmark-enable`.
+"""The sampler against libllama's own: `pytest bench/test_sampling.py`.
 
 The baseline is `llama_sampler_sample` itself, on a context of a model that is all vocabulary and whose logits are
 overwritten: everything that libllama does for a token, from its logits to the accepted token, and nothing else.

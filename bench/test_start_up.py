@@ -1,20 +1,59 @@
-"""Whole processes from start to end, against `import numpy`: `pytest bench/test_start_up.py --benchmark-enable`.
+"""Whole processes from start to end, against `import numpy` and llama-cpp-python: `pytest bench/test_start_up.py`.
 
 The processes take turns (A B A B ...), so that the machine's mood falls on both; `extra_info` has the median ratio.
-Bars: `import minerva_native` at most 1.5 times `import numpy`, `minerva generate` at most 3 times.
+Bars: `import minerva_native` at most 1.5 times `import numpy`, `minerva generate` at most 3 times; to the first token
+of the built-in model at most 0.8 of the time that a script with llama-cpp-python takes; 45 MB of memory then, weights
+and KV cache apart.
 """
 
+import json
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+import generations
+import minerva_native as mn
+from minerva_native.model import DEMO
+
 ROUNDS = 11
 
+N_CTX = 512
+PROMPT = "Once upon a time"
+
 NUMPY = [sys.executable, "-c", "import numpy"]
+
+MINERVA = f"""
+import minerva_native as mn
+model = mn.Model.demo()
+seq = model.context(n_ctx={N_CTX}).sequence()
+seq.extend(model.tokenizer.encode("{PROMPT}"))
+print(next(mn.generate(seq)).text)
+"""
+
+LLAMA_CPP_PYTHON = f"""
+from llama_cpp import Llama
+llm = Llama({str(DEMO)!r}, n_ctx={N_CTX}, verbose=False)
+tokens = llm.tokenize(b"{PROMPT}")
+print(llm.detokenize([next(llm.generate(tokens))]).decode())
+"""
+
+# The resident memory, less the pages of the model's file: what is mapped of it is weights.
+MEMORY = """
+import json, re
+weights = whole = 0
+for line in open("/proc/self/smaps"):
+    if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
+        is_model = line.rstrip().endswith(".gguf")
+    elif line.startswith("Rss:"):
+        whole += int(line.split()[1]) << 10
+        weights += (int(line.split()[1]) << 10) * is_model
+print(json.dumps({"whole": whole, "weights": weights}))
+"""
 
 
 def seconds(command: list[str]) -> float:
@@ -38,5 +77,39 @@ def test_a_cold_process_against_importing_numpy(benchmark: BenchmarkFixture, com
         ratios.append(seconds(command) / seconds(NUMPY))
 
     benchmark.pedantic(pair, rounds=ROUNDS, warmup_rounds=1)
-    benchmark.extra_info["ratio_to_import_numpy"] = round(statistics.median(ratios[1:]), 2)
+    benchmark.extra_info["ratio_to_import_numpy"] = round(statistics.median(ratios[1:] or ratios), 2)
     benchmark.extra_info["bar"] = bar
+
+
+def test_a_cold_start_against_llama_cpp_python(benchmark: BenchmarkFixture) -> None:
+    llama_cpp_python = generations.peer()
+    ratios: list[float] = []
+
+    def pair() -> None:
+        own = seconds([sys.executable, "-c", MINERVA])
+        ratios.append(own / seconds([llama_cpp_python, "-c", LLAMA_CPP_PYTHON]))
+
+    benchmark.pedantic(pair, rounds=ROUNDS, warmup_rounds=1)
+    benchmark.extra_info["ratio_to_llama_cpp_python"] = round(statistics.median(ratios[1:] or ratios), 2)
+    benchmark.extra_info["bar"] = 0.8
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not say what memory holds")
+@pytest.mark.parametrize("program", ["minerva", "llama_cpp_python"])
+def test_memory_at_the_first_token(benchmark: BenchmarkFixture, program: str) -> None:
+    python, script = sys.executable, MINERVA
+    if program == "llama_cpp_python":
+        python, script = generations.peer(), LLAMA_CPP_PYTHON
+
+    def memory() -> dict[str, int]:
+        done = subprocess.run([python, "-c", script + MEMORY], capture_output=True, text=True, check=True)
+        found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+    found = benchmark.pedantic(memory, rounds=1)
+    with mn.Model.demo() as model, model.context(n_ctx=N_CTX) as context, context.sequence() as sequence:
+        sequence.extend([1] * 2)
+        kv_cache = sequence.size_bytes // 2 * N_CTX
+    benchmark.extra_info["megabytes"] = round((found["whole"] - found["weights"] - kv_cache) / 1e6, 1)
+    benchmark.extra_info["kv_cache_megabytes"] = round(kv_cache / 1e6, 2)
+    benchmark.extra_info["bar"] = 45

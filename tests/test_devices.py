@@ -23,9 +23,17 @@ def test_the_cpu_may_be_named_although_libllama_takes_no_cpu_in_its_list() -> No
     assert len(select([cpu])) == 1
 
 
-def test_a_context_uses_the_cpus_of_this_process(demo: mn.Model) -> None:
+def test_a_context_uses_the_cpus_of_this_process(demo: mn.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minerva_native.context._ONE_THREAD_BYTES", 0)
     with demo.context(n_ctx=64) as context:
         assert context.n_threads == available_cpus()
+
+
+def test_a_tiny_model_is_computed_by_one_thread(demo: mn.Model) -> None:
+    with demo.context(n_ctx=64) as context:
+        assert context.n_threads == 1
+    with demo.context(n_ctx=64, n_threads=2) as context:
+        assert context.n_threads == 2
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no CPU affinity")

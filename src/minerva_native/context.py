@@ -39,6 +39,10 @@ FLASH_ATTENTION = {
     "off": lib.LLAMA_FLASH_ATTN_TYPE_DISABLED,
 }
 
+# A token of a model this small is computed in less time than threads need to meet after every layer; on a machine that
+# is busy with something else, waiting for each other makes it up to a hundred times slower.
+_ONE_THREAD_BYTES = 8 << 20
+
 _CELLS_STEP = 256  # libllama rounds the number of cells up to a multiple of this
 
 _MIN_STRIDE = 16  # so many tokens evaluated at once are worth a checkpoint of their own
@@ -107,7 +111,8 @@ class Context:
         self.n_batch = min(_in_range("n_batch", n_batch, 1, 2**31 - 1), self.n_ctx)
         self.n_ubatch = min(_in_range("n_ubatch", n_ubatch, 1, 2**31 - 1), self.n_batch)
         if n_threads is None:
-            n_threads = min(available_cpus(), lib.GGML_MAX_N_THREADS)
+            few = not model.vocab_only and model.size_bytes < _ONE_THREAD_BYTES
+            n_threads = 1 if few else min(available_cpus(), lib.GGML_MAX_N_THREADS)
         self.n_threads = _in_range("n_threads", n_threads, 1, lib.GGML_MAX_N_THREADS)
         flash = {True: "on", False: "off"}[flash_attention] if isinstance(flash_attention, bool) else flash_attention
         if flash not in FLASH_ATTENTION:

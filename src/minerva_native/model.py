@@ -126,7 +126,7 @@ class Model:
 
         `n_ctx`: tokens that all its sequences may hold together. `n_seq`: sequences at one time. `n_batch`: tokens
         evaluated in one call; `n_ubatch`: in one pass through the model. `n_threads`: by default the CPUs that this
-        process may use.
+        process may use, and one where the model is so small that threads would wait for each other more than compute.
 
         `kv_type`: the element type of the KV cache, such as "f16" or "q8_0", or a pair, of keys and of values.
         `flash_attention`: "auto" uses it where the model and the device can. `kv_unified`: sequences share one pool of

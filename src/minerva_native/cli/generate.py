@@ -15,10 +15,6 @@ from .progress import prefilling
 
 DEFAULT_N_CTX = 4096
 
-# A token of a model this small is computed in less time than threads need to meet after every layer; on a machine that
-# is busy with something else, waiting for each other makes it up to a hundred times slower.
-ONE_THREAD_BYTES = 8 << 20
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
@@ -62,13 +58,10 @@ def run(options: argparse.Namespace) -> int:
         given = sampling(options) | ({"logit_bias": end_biases(model)} if options.ignore_eos else {})
         sampler = mn.Sampler(mn.SamplingParams.from_model(model, **given))
         n_ctx = options.ctx_size if options.ctx_size is not None else min(DEFAULT_N_CTX, model.n_ctx_train)
-        threads = options.threads
-        if threads is None and model.size_bytes < ONE_THREAD_BYTES:
-            threads = 1
         with model.context(
             n_ctx=n_ctx,
             n_batch=options.batch_size,
-            n_threads=threads,
+            n_threads=options.threads,
             kv_type=(options.cache_type_k, options.cache_type_v),
             flash_attention=options.flash_attn,
             swa_full=options.swa_full or options.context_shift,

@@ -1,0 +1,36 @@
+"""From a file to a context that can compute: `pytest bench/test_loading.py`."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+import minerva_native as mn
+import models
+
+
+def load(path: Path) -> None:
+    mn.Model.load(path, gpu_layers=0).close()
+
+
+def load_unmapped(path: Path) -> None:
+    mn.Model.load(path, gpu_layers=0, mmap=False).close()
+
+
+def load_vocabulary(path: Path) -> None:
+    mn.Model.load(path, vocab_only=True).close()
+
+
+@pytest.mark.parametrize("how", [load, load_unmapped, load_vocabulary])
+def test_loading_a_vocabulary_of_128_256(benchmark: BenchmarkFixture, how: Callable[[Path], None]) -> None:
+    benchmark.pedantic(how, (models.make("wide-34m", "q4_0"),), rounds=9, warmup_rounds=1)
+
+
+def test_loading_the_built_in_model(benchmark: BenchmarkFixture) -> None:
+    benchmark(lambda: mn.Model.demo().close())
+
+
+def test_making_a_context(benchmark: BenchmarkFixture) -> None:
+    with mn.Model.demo() as model:
+        benchmark(lambda: model.context(n_ctx=4096).close())
