@@ -22,7 +22,18 @@ import minerva_native as mn
 
 ROOT = Path(__file__).parents[1]
 VOCABULARIES = ROOT / "vendor" / "llama.cpp" / "source" / "models"
-TYPES = {"q4_0": gguf.GGMLQuantizationType.Q4_0, "q8_0": gguf.GGMLQuantizationType.Q8_0}
+VERSION = 2  # of what this file writes: a file of another is not used
+
+# Each type with the standard deviation of the numbers in a random block whose scale is 1.
+TYPES = {
+    "q4_0": (gguf.GGMLQuantizationType.Q4_0, 4.6),
+    "q8_0": (gguf.GGMLQuantizationType.Q8_0, 74.0),
+    "q4_k": (gguf.GGMLQuantizationType.Q4_K, 258.0),
+}
+MINIMUM = 7.5  # of q4_k: how many scales one step of a block's minimum is, so that the numbers' mean is 0
+
+# Logits as peaked as real models' are: 95% of the probability on some 100 tokens of 128,256. Samplers depend on that.
+OUTPUT_NORM = 6.0
 
 Key = int | float | bool | str
 
@@ -55,6 +66,7 @@ SHAPES = {
 def make(name: str, kind: str) -> Path:
     """Return the file of a shape with weights of a type; make it where there is none yet, with progress on stderr."""
     folder = Path(os.environ.get("MINERVA_BENCH_MODELS") or Path.home() / ".cache" / "minerva-native" / "bench")
+    folder /= str(VERSION)
     path = folder / f"{name}-{kind}.gguf"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,8 +91,12 @@ def write(path: Path, shape: Shape, kind: str) -> None:
         if key.startswith("tokenizer."):
             writer.add_array(key, known) if isinstance(known, list) else add(writer, key, known)
     wanted = dict(tensors(shape, len(tokens)))
+    quantised, _ = TYPES[kind]
+    block, _ = gguf.GGML_QUANT_SIZES[quantised]
+    if any(len(size) == 2 and size[1] % block for size in wanted.values()):
+        raise SystemExit(f"{kind} has blocks of {block} weights, which do not divide the rows of this shape")
     for name, size in wanted.items():
-        dtype = TYPES[kind] if len(size) == 2 else gguf.GGMLQuantizationType.F32
+        dtype = quantised if len(size) == 2 else gguf.GGMLQuantizationType.F32
         stored = gguf.quant_shape_to_byte_shape(size, dtype) if len(size) == 2 else size
         writer.add_tensor_info(
             name, stored, np.dtype(np.uint8 if len(size) == 2 else np.float32), n_bytes(size, dtype), raw_dtype=dtype
@@ -89,8 +105,9 @@ def write(path: Path, shape: Shape, kind: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     rng = np.random.default_rng(1)
-    for size in track(wanted.values(), f"making {path.stem}", console=Console(stderr=True)):
-        writer.write_tensor_data(blocks(rng, size, kind) if len(size) == 2 else np.ones(size, np.float32))
+    for name, size in track(wanted.items(), f"making {path.stem}", console=Console(stderr=True)):
+        norm = OUTPUT_NORM if name == "output_norm.weight" else 1.0
+        writer.write_tensor_data(blocks(rng, size, kind) if len(size) == 2 else np.full(size, norm, np.float32))
     writer.close()
 
 
@@ -149,12 +166,15 @@ def n_bytes(size: tuple[int, ...], dtype: gguf.GGMLQuantizationType) -> int:
 
 
 def blocks(rng: np.random.Generator, size: tuple[int, ...], kind: str) -> npt.NDArray[np.uint8]:
-    """Return random blocks of 32 weights: a float16 scale each, such that a row's products add up to about 1."""
-    _, block_bytes = gguf.GGML_QUANT_SIZES[TYPES[kind]]
+    """Return random blocks of weights, each with a float16 scale such that a row's products add up to about 1."""
+    dtype, spread = TYPES[kind]
+    block, block_bytes = gguf.GGML_QUANT_SIZES[dtype]
     rows, columns = size
-    data = rng.integers(0, 256, (rows, columns // 32, block_bytes), np.uint8)
-    spread = {"q4_0": 4.6, "q8_0": 74.0}[kind]  # the standard deviation of a random block's integers
-    data[..., :2] = np.array([1 / (spread * math.sqrt(columns))], np.float16).view(np.uint8)
+    data = rng.integers(0, 256, (rows, columns // block, block_bytes), np.uint8)
+    scale = 1 / (spread * math.sqrt(columns))
+    data[..., :2] = np.array([scale], np.float16).view(np.uint8)
+    if kind == "q4_k":
+        data[..., 2:4] = np.array([MINIMUM * scale], np.float16).view(np.uint8)
     return data.reshape(rows, -1)
 
 
