@@ -1,5 +1,6 @@
 """A signal handler may raise between any two lines of this package: no sequence may ever contradict its tokens."""
 
+import gc
 import random
 import signal
 from collections.abc import Callable, Iterator
@@ -101,3 +102,107 @@ def test_sequences_agree_with_a_fresh_evaluation(
                 assert np.abs(kept.logits - fresh.logits).max() < TOLERANCE * np.abs(fresh.logits).max()
                 fresh.truncate(0)
         assert interrupts > STEPS // 10
+
+
+@pytest.fixture
+def on_alarm() -> Iterator[Callable[[Callable[[], None]], None]]:
+    """Gives a function that sets what is called when `ITIMER_REAL` runs out."""
+    previous = signal.getsignal(signal.SIGALRM)
+
+    def set_handler(function: Callable[[], None]) -> None:
+        signal.signal(signal.SIGALRM, lambda number, frame: function())
+
+    yield set_handler
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.mark.parametrize("use", ["extend", "logits", "truncate", "close"])
+def test_what_a_handler_asks_for_amid_a_call_is_refused_or_waits(
+    tiny: mn.Model, on_alarm: Callable[[Callable[[], None]], None], use: str
+) -> None:
+    choice = random.Random(1)
+    options: dict[str, Any] = {"n_ctx": 2048, "n_batch": 16, "n_threads": 1, "kv_type": "f32", "flash_attention": "off"}
+    with tiny.context(**options, n_seq=8) as context, tiny.context(**options, prefix_cache=False) as other_context:
+        mine, others, fresh = context.sequence(), [context.sequence()], other_context.sequence()
+        handled, refused = 0, 0
+
+        def handler() -> None:
+            nonlocal handled, refused
+            try:
+                if use == "extend":
+                    others[0].extend([200])
+                elif use == "logits":
+                    others[0].append(200)
+                    _ = others[0].logits
+                elif use == "truncate":
+                    mine.truncate(min(2, len(mine)))
+                elif use == "close":
+                    others[0].close()
+                    others[0] = context.sequence()
+                handled += 1
+            except mn.ContextError:
+                refused += 1
+            except mn.ClosedError:
+                pass
+
+        on_alarm(handler)
+        for step in range(300):
+            ids = [choice.randrange(40, 43) for _ in range(choice.randrange(2, 40))]
+            if others[0].closed:
+                others[0] = context.sequence()
+            others[0].assign([1, 2, 3])
+            signal.setitimer(signal.ITIMER_REAL, choice.choice([3e-5, 6e-5, 1e-4, 3e-4]), 1e-4)
+            if step % 2:
+                mine.assign(ids)
+            else:
+                mine.fork().close()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            slots = [*context._pool.open, *context._pool.finished]
+            assert len({slot.id for slot in slots if slot.id >= 0}) == sum(slot.id >= 0 for slot in slots)
+            for sequence in (mine, others[0]):
+                if not sequence.closed and len(sequence):
+                    fresh.assign(list(sequence.tokens))
+                    expected = fresh.logits
+                    assert np.abs(sequence.logits - expected).max() < TOLERANCE * np.abs(expected).max()
+        assert handled + refused > 100
+        assert refused or use == "close"
+
+
+def test_what_the_garbage_collector_closes_amid_a_call_is_released_after_it(tiny: mn.Model) -> None:
+    choice = random.Random(1)
+
+    class Chat:
+        def __init__(self, ids: list[int]):
+            self.itself = self
+            self.sequence = context.sequence()
+            self.sequence.extend(ids)
+
+        def __del__(self) -> None:
+            self.sequence.close()
+
+    before = gc.get_threshold()
+    with tiny.context(n_ctx=4096, n_seq=64, n_batch=16, n_threads=1) as context, context.sequence() as sequence:
+        gc.set_threshold(20)
+        try:
+            for step in range(1500):
+                if not step % 50:
+                    gc.collect()  # what has grown old
+                ids = [choice.randrange(40, 43) for _ in range(choice.randrange(2, 30))]
+                Chat(ids)
+                sequence.assign(ids[::-1])
+                sequence.fork().close()
+        finally:
+            gc.set_threshold(*before)
+        gc.collect()
+        assert context.cells_used == len(sequence)
+        assert len(context._pool.open) == 1
+
+
+def test_a_callback_may_use_the_context(tiny: mn.Model) -> None:
+    with tiny.context(n_ctx=64, n_seq=2, n_batch=8, n_threads=1) as context:
+        sequence, other = context.sequence(), context.sequence()
+        sequence.extend(list(range(32)), on_progress=lambda done, total: other.extend([done]))
+        assert other == [8, 16, 24, 32]
+        with pytest.raises(mn.ClosedError):
+            sequence.extend(list(range(20)), on_progress=lambda done, total: sequence.close())

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pytest
 
 import minerva_native as mn
+from minerva_native._binding import lib
 from minerva_native.slot import clipped, common_prefix, count_cells
 from tiny_models import TinyModel
 
@@ -18,6 +19,7 @@ Logits = npt.NDArray[np.float32]
 IDS = list(range(20, 60))
 OTHER = list(range(100, 130))
 MAMBA, JAMBA, GEMMA = TinyModel("mamba"), TinyModel("jamba"), TinyModel("gemma2", tied=True)
+RWKV, LFM = TinyModel("rwkv7"), TinyModel("lfm2", n_layer=4)  # which is a hybrid with a sliding window
 
 Load = Callable[[TinyModel], mn.Model]
 
@@ -610,6 +612,136 @@ def test_going_back_in_a_fork_is_counted(load_tiny: Load) -> None:
         with pytest.raises(mn.ContextFullError):
             sequence.extend([5] * 150)
         assert context.cells_used <= 256
+
+
+@pytest.mark.parametrize(
+    "model", [TinyModel(), GEMMA, TinyModel("qwen3moe"), JAMBA], ids=lambda model: model.architecture
+)
+def test_a_shift_of_all_that_is_kept_changes_nothing(load_tiny: Load, model: TinyModel) -> None:
+    # Rotary positions count by their distance alone: keys turned by as much as everything moves must do as before.
+    with make(load_tiny(model), n_seq=2, prefix_cache=False) as context:
+        moved, left = context.sequence(), context.sequence()
+        for sequence in (moved, left):
+            sequence.extend(IDS)
+        moved.shift(0, 10)
+        lib.llama_memory_seq_rm(lib.llama_get_memory(context._pointer), left._slot.id, 0, 10)
+        for sequence in (moved, left):
+            sequence.extend([3])
+        assert_same(moved.logits, left.logits)
+
+
+@pytest.mark.parametrize("model", [TinyModel("smollm3"), TinyModel("gpt2"), LFM], ids=lambda model: model.architecture)
+def test_keys_that_a_shift_would_make_wrong_are_not_shifted(load_tiny: Load, model: TinyModel) -> None:
+    with make(load_tiny(model)) as context, context.sequence() as sequence:
+        sequence.extend(IDS)
+        assert not context.memory.can_shift
+        with pytest.raises(mn.ContextError, match="cannot shift"):
+            sequence.shift(0, 10)
+
+
+def test_a_context_has_no_more_cells_than_the_model_has_positions(
+    load_tiny: Load, caplog: pytest.LogCaptureFixture
+) -> None:
+    with make(load_tiny(TinyModel("gpt2", n_ctx_train=100)), n_ctx=4096) as context, context.sequence() as sequence:
+        assert context.n_ctx == 100
+        assert "n_ctx=100 is all that this model has positions for, not 4096" in caplog.text
+        sequence.extend([5] * 100)
+        with pytest.raises(mn.ContextFullError):
+            sequence.append(5)
+
+
+def test_a_fork_of_what_was_shifted_is_shifted_without_a_checkpoint(load_tiny: Load) -> None:
+    with make(load_tiny(JAMBA), checkpoint_bytes=0) as context:
+        sequence = context.sequence()
+        sequence.extend(IDS)
+        sequence.shift(4, 10)
+        fork = sequence.fork()
+        fork.shift(4, 20)
+        expected = [*IDS[:4], *IDS[34:]]
+        assert fork == expected
+        assert_same(fork.logits, fresh(context.model, expected))
+        assert sequence == [*IDS[:4], *IDS[14:]]
+
+
+def test_logits_are_a_copy_that_may_be_written_to(context: mn.Context, sequence: mn.Sequence) -> None:
+    sequence.extend(IDS)
+    expected = sequence.logits
+    fork = sequence.fork()
+    for held in (sequence, fork):
+        held.logits[:] = 0
+        assert np.array_equal(held.logits, expected)
+    sequence.assign(OTHER)
+    sequence.assign(IDS)
+    assert np.array_equal(sequence.logits, expected)
+
+
+@pytest.mark.parametrize("model", [MAMBA, RWKV, JAMBA], ids=lambda model: model.architecture)
+def test_logits_of_a_checkpoint_cannot_be_written_to(load_tiny: Load, model: TinyModel) -> None:
+    with make(load_tiny(model)) as context, context.sequence() as sequence:
+        sequence.extend(IDS)
+        expected = sequence.logits
+        sequence.logits[:] = 0
+        sequence.extend(OTHER)
+        sequence.truncate(len(IDS))
+        sequence.logits[:] = 0
+        assert np.array_equal(sequence.logits, expected)
+
+
+def test_more_sequences_than_a_batch_has_tokens(tiny: mn.Model) -> None:
+    with make(tiny, n_ctx=40, n_seq=50, n_batch=2) as context:
+        sequences = [context.sequence() for _ in range(20)]
+        assert context.extend({sequence: [5, 6] for sequence in sequences}) == 40
+        assert_same(sequences[-1].logits, fresh(tiny, [5, 6]))
+
+
+def test_a_function_may_close_what_is_being_assigned(tiny: mn.Model) -> None:
+    with make(tiny, n_ctx=256, on_full=lambda sequence, lacking: sequence.close()) as context:
+        other, sequence = context.sequence(), context.sequence()
+        other.extend([9] * 150)
+        sequence.extend([7] * 100)
+        with pytest.raises(mn.ClosedError):
+            sequence.assign([*[7] * 50, *[8] * 80])
+        assert context.cells_used == 150
+        other.extend([1] * 100)
+
+
+def test_cells_that_nobody_owns_are_found_when_they_are_missed(tiny: mn.Model) -> None:
+    with make(tiny, n_ctx=256, n_seq=4) as context:
+        sequence = context.sequence()
+        sequence.extend([7] * 200)
+        sequence._slot.id, sequence._slot.n_cached = -1, 0  # as after an interrupt that struck between two lines
+        sequence.truncate(0)
+        other = context.sequence()
+        other.extend([9] * 250)
+        assert_same(other.logits, fresh(tiny, [9] * 250))
+
+
+def test_a_function_may_not_change_what_was_checked(tiny: mn.Model) -> None:
+    ids = np.full(50, 5, np.int32)
+
+    def make_room(sequence: mn.Sequence, lacking: int) -> None:
+        ids[:] = 10**6
+        sequence.truncate(0)
+
+    with make(tiny, n_ctx=60, on_full=make_room) as context, context.sequence() as sequence:
+        sequence.extend([6] * 30)
+        sequence.extend(ids)
+        assert sequence == [5] * 50
+
+
+@pytest.mark.parametrize("texts", [None, [], {1: [2]}, {"a": [2]}], ids=str)
+def test_what_is_no_mapping_of_sequences(context: mn.Context, texts: Any) -> None:
+    with pytest.raises(TypeError):
+        context.extend(texts)
+
+
+def test_a_context_of_split_cells_becomes_full(tiny: mn.Model) -> None:
+    with make(tiny, n_ctx=101, n_seq=2, kv_unified=False) as context:
+        sequences = [context.sequence(), context.sequence()]
+        for sequence in sequences:
+            assert not context.is_full
+            sequence.extend([5] * 50)
+        assert context.is_full
 
 
 def test_a_small_window_is_not_filled_by_forks(load_tiny: Load) -> None:

@@ -1,5 +1,6 @@
 """Saved sequences: what is restored is what was saved, and a file that is not whole restores nothing."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -168,13 +169,80 @@ def test_a_file_with_any_byte_changed_is_refused(context: mn.Context, saved: Pat
 def test_a_file_whose_checksum_fits_and_whose_header_does_not(
     context: mn.Context, saved: Path, change: dict[str, object]
 ) -> None:
-    content = saved.read_bytes()
-    (size,) = struct.unpack_from("<I", content, 20)
-    header = {**json.loads(content[24 : 24 + size]), **change}
-    text = json.dumps({key: value for key, value in header.items() if value is not ...}).encode()
-    body = content[:20] + struct.pack("<I", len(text)) + text + content[24 + size : -32]
-    saved.write_bytes(body + hashlib.blake2b(body, digest_size=32).digest())
+    header, body = parts(saved)
+    text = json.dumps({key: value for key, value in {**header, **change}.items() if value is not ...}).encode()
+    write(saved, text, body)
     refused(context, saved)
+
+
+def parts(path: Path) -> tuple[dict[str, object], bytearray]:
+    """The header of a saved sequence, and what follows it."""
+    content = path.read_bytes()
+    (size,) = struct.unpack_from("<I", content, 20)
+    header: dict[str, object] = json.loads(content[24 : 24 + size])
+    return header, bytearray(content[24 + size : -32])
+
+
+def write(path: Path, header: bytes, body: bytes | bytearray) -> None:
+    """Write a file whose checksum fits, whatever else does not."""
+    content = path.read_bytes()[:20] + struct.pack("<I", len(header)) + header + body
+    path.write_bytes(content + hashlib.blake2b(content, digest_size=32).digest())
+
+
+def test_a_header_that_is_nested_without_end(context: mn.Context, saved: Path) -> None:
+    write(saved, b"[" * 100_000, b"")
+    refused(context, saved, "no header")
+
+
+@pytest.mark.parametrize("token", [-1, 10**6])
+def test_a_file_with_what_is_no_token(context: mn.Context, saved: Path, token: int) -> None:
+    header, body = parts(saved)
+    struct.pack_into("<i", body, 12, token)
+    write(saved, json.dumps(header).encode(), body)
+    refused(context, saved, "no token of this model")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_state_that_is_nonsense_leaves_nothing_behind(
+    load_tiny: Callable[[TinyModel], mn.Model], tmp_path: Path, name: str
+) -> None:
+    choice = random.Random(1)
+    with make(load_tiny(KINDS[name]), n_seq=3) as context, context.sequence() as sequence:
+        sequence.extend(IDS)
+        expected = sequence.logits
+        for _ in range(20):
+            sequence.save(tmp_path / "saved")
+            header, body = parts(tmp_path / "saved")
+            start = 4 * (len(IDS) + context.model.tokenizer.n_vocab)
+            for _ in range(20):
+                body[choice.randrange(start, min(start + 600, len(body)))] = choice.randrange(256)
+            write(tmp_path / "saved", json.dumps(header).encode(), body)
+            with contextlib.suppress(mn.StateError):
+                context.restore(tmp_path / "saved").close()
+                continue
+            assert len(context._pool.open) == 1
+            sequence.truncate(0)
+            sequence.extend(IDS)
+            np.testing.assert_allclose(sequence.logits, expected, rtol=0, atol=1e-3 * np.abs(expected).max())
+
+
+def test_keys_of_another_form(tiny: mn.Model, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("LLAMA_ATTN_ROT_DISABLE", "1")
+        with make(tiny) as context:
+            refused(context, saved, "its rotated is True, here it is False")
+    monkeypatch.setattr(mn.Model, "has_long_factors", True)
+    with make(tiny, n_ctx=513) as context:
+        refused(context, saved, "its long_factors is False, here it is True")
+    with make(tiny, n_ctx=512) as context:
+        assert context.restore(saved) == IDS
+
+
+def test_a_long_file_name(context: mn.Context, tmp_path: Path) -> None:
+    with context.sequence() as sequence:
+        sequence.extend(IDS)
+        sequence.save(tmp_path / ("n" * 250))
+        assert context.restore(tmp_path / ("n" * 250)) == IDS
 
 
 def test_a_longer_file_is_refused(context: mn.Context, saved: Path) -> None:

@@ -50,8 +50,10 @@ KINDS = {
         TinyModel("gemma2", tied=True), {"kv_unified": False, "n_ctx": N_SEQ * 80}
     ),
     "sliding window, small cache": Kind(TinyModel("gemma2", tied=True), {"swa_full": False, "n_ctx": 300}),
-    "recurrent": Kind(TinyModel("mamba")),
+    "recurrent, Mamba": Kind(TinyModel("mamba")),
+    "recurrent, RWKV": Kind(TinyModel("rwkv7")),
     "hybrid": Kind(TinyModel("jamba")),
+    "hybrid with a small window": Kind(TinyModel("lfm2", n_layer=4), {"swa_full": False, "n_ctx": 300}),
     "encoder-decoder": Kind(TinyModel("t5")),
 }
 

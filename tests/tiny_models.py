@@ -43,6 +43,7 @@ class TinyModel:
     ssm_conv: int = 4
     ssm_dt_rank: int = 8
     n_buckets: int = 32  # of relative positions
+    lora_rank: int = 16  # of RWKV's small matrices
 
     @property
     def head_size(self) -> int:
@@ -111,6 +112,31 @@ def qwen3moe_hyperparameters(model: TinyModel) -> dict[str, Key]:
     }
 
 
+def gpt2_hyperparameters(model: TinyModel) -> dict[str, Key]:
+    return {
+        **common_hyperparameters(model),
+        "feed_forward_length": model.n_ff,
+        "attention.head_count": model.n_head,
+        "attention.layer_norm_epsilon": model.rms_epsilon,
+    }
+
+
+def lfm2_hyperparameters(model: TinyModel) -> dict[str, Key]:
+    heads = [model.n_head_kv if attends(layer) else 0 for layer in range(model.n_layer)]
+    return {**gemma2_hyperparameters(model), "attention.head_count_kv": heads, "shortconv.l_cache": model.ssm_conv - 1}
+
+
+def rwkv7_hyperparameters(model: TinyModel) -> dict[str, Key]:
+    ranks = ("decay", "iclr", "value_residual_mix", "gate")
+    return {
+        **common_hyperparameters(model),
+        **{f"attention.{name}_lora_rank": model.lora_rank for name in ranks},
+        "attention.layer_norm_epsilon": model.rms_epsilon,
+        "feed_forward_length": model.n_ff,
+        "wkv.head_size": model.n_embd // 2,
+    }
+
+
 def mamba_hyperparameters(model: TinyModel) -> dict[str, Key]:
     return {
         **common_hyperparameters(model),
@@ -165,11 +191,15 @@ def gemma2_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
     yield f"blk.{layer}.post_ffw_norm.weight", (model.n_embd,)
 
 
-def qwen3moe_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
+def qwen3_attention(model: TinyModel, layer: int) -> Iterator[Tensor]:
     yield f"blk.{layer}.attn_norm.weight", (model.n_embd,)
     yield from attention(model, f"blk.{layer}")
     yield f"blk.{layer}.attn_q_norm.weight", (model.head_size,)
     yield f"blk.{layer}.attn_k_norm.weight", (model.head_size,)
+
+
+def qwen3moe_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
+    yield from qwen3_attention(model, layer)
     yield f"blk.{layer}.ffn_gate_inp.weight", (model.n_expert, model.n_embd)
     yield from feed_forward(model, f"blk.{layer}", "_exps", model.n_expert)
 
@@ -201,6 +231,68 @@ def jamba_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
     yield f"blk.{layer}.ssm_b_norm.weight", (model.ssm_state,)
     yield f"blk.{layer}.ssm_c_norm.weight", (model.ssm_state,)
     yield from feed_forward(model, f"blk.{layer}")
+
+
+def lfm2_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
+    if attends(layer):
+        yield from qwen3_attention(model, layer)
+    else:
+        yield f"blk.{layer}.attn_norm.weight", (model.n_embd,)
+        yield f"blk.{layer}.shortconv.conv.weight", (model.n_embd, model.ssm_conv - 1)
+        yield f"blk.{layer}.shortconv.in_proj.weight", (3 * model.n_embd, model.n_embd)
+        yield f"blk.{layer}.shortconv.out_proj.weight", (model.n_embd, model.n_embd)
+    yield from feed_forward(model, f"blk.{layer}")
+
+
+def lfm2_tensors(model: TinyModel) -> Iterator[Tensor]:
+    for name, shape in decoder(lfm2_layer, model):
+        yield name.replace("output_norm", "token_embd_norm"), shape
+
+
+def gpt2_tensors(model: TinyModel) -> Iterator[Tensor]:
+    yield "position_embd.weight", (model.n_ctx_train, model.n_embd)
+    for name, shape in decoder(gpt2_layer, model):
+        yield name, shape
+        if "embd" not in name and name != "output.weight":
+            yield name.replace(".weight", ".bias"), shape[:1]
+
+
+def gpt2_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
+    yield f"blk.{layer}.attn_norm.weight", (model.n_embd,)
+    yield f"blk.{layer}.attn_qkv.weight", (3 * model.n_embd, model.n_embd)
+    yield f"blk.{layer}.attn_output.weight", (model.n_embd, model.n_embd)
+    yield f"blk.{layer}.ffn_norm.weight", (model.n_embd,)
+    yield f"blk.{layer}.ffn_up.weight", (model.n_ff, model.n_embd)
+    yield f"blk.{layer}.ffn_down.weight", (model.n_embd, model.n_ff)
+
+
+def rwkv7_tensors(model: TinyModel) -> Iterator[Tensor]:
+    for name, shape in decoder(rwkv7_layer, model):
+        yield name, shape
+        if name.endswith(("norm.weight", "norm_2.weight", "time_mix_ln.weight")):
+            yield name.replace(".weight", ".bias"), shape
+        if name == "token_embd.weight":
+            yield "token_embd_norm.weight", (model.n_embd,)
+            yield "token_embd_norm.bias", (model.n_embd,)
+
+
+def rwkv7_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
+    wide = (model.n_embd,)
+    yield f"blk.{layer}.attn_norm.weight", wide
+    yield f"blk.{layer}.attn_norm_2.weight", wide
+    for name in "wav":
+        yield f"blk.{layer}.time_mix_{name}0.weight", wide
+    for name in "wavg":
+        yield f"blk.{layer}.time_mix_{name}1.weight", (model.lora_rank, model.n_embd)
+        yield f"blk.{layer}.time_mix_{name}2.weight", (model.n_embd, model.lora_rank)
+    yield f"blk.{layer}.time_mix_lerp_fused.weight", (6, 1, 1, model.n_embd)
+    for name in ("k_k", "k_a", "r_k", "ln"):
+        yield f"blk.{layer}.time_mix_{name}.weight", wide
+    for name in ("key", "value", "receptance", "output"):
+        yield f"blk.{layer}.time_mix_{name}.weight", (model.n_embd, model.n_embd)
+    yield f"blk.{layer}.channel_mix_lerp_k.weight", wide
+    yield f"blk.{layer}.channel_mix_key.weight", (model.n_ff, model.n_embd)
+    yield f"blk.{layer}.channel_mix_value.weight", (model.n_embd, model.n_ff)
 
 
 def decoder(layer_tensors: Callable[[TinyModel, int], Iterator[Tensor]], model: TinyModel) -> Iterator[Tensor]:
@@ -235,6 +327,10 @@ class Architecture(NamedTuple):
 
 SSM_SCALES = {"ssm_a": -0.5, "ssm_dt.bias": -2.0, "ssm_x.weight": 0.3}  # a state halves in about ten tokens
 GEMMA_SCALES = {"token_embd.weight": 0.02, "output_norm.weight": 6.0}  # it multiplies embeddings by sqrt(n_embd)
+RWKV_SCALES = {
+    "time_mix_w0.weight": -3.0,
+    **dict.fromkeys(("attn_norm.bias", "attn_norm_2.bias", "time_mix_ln.bias"), 0.1),
+}
 T5_SCALES = {"attn_q.weight": 0.2, "cross_attn_q.weight": 0.2}  # it does not divide by sqrt(head_size)
 
 ARCHITECTURES = {
@@ -243,6 +339,10 @@ ARCHITECTURES = {
     "qwen3moe": Architecture(qwen3moe_hyperparameters, partial(decoder, qwen3moe_layer)),
     "mamba": Architecture(mamba_hyperparameters, partial(decoder, mamba_layer), SSM_SCALES),
     "jamba": Architecture(jamba_hyperparameters, partial(decoder, jamba_layer), SSM_SCALES),
+    "gpt2": Architecture(gpt2_hyperparameters, gpt2_tensors),
+    "smollm3": Architecture(llama_hyperparameters, partial(decoder, llama_layer)),
+    "lfm2": Architecture(lfm2_hyperparameters, lfm2_tensors),
+    "rwkv7": Architecture(rwkv7_hyperparameters, rwkv7_tensors, RWKV_SCALES),
     "t5": Architecture(t5_hyperparameters, t5_tensors, T5_SCALES),
 }
 

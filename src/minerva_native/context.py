@@ -1,6 +1,7 @@
 """A context: the KV cache's memory, the compute graph, and the one place that calls `llama_decode`."""
 
 import functools
+import logging
 import math
 import operator
 import os
@@ -9,7 +10,8 @@ import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from .model import Model
     from .sequence import Sequence
 
+_logger = logging.getLogger("minerva_native")
+
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 
 FLASH_ATTENTION = {
@@ -44,6 +48,8 @@ FLASH_ATTENTION = {
 _ONE_THREAD_BYTES = 8 << 20
 
 _CELLS_STEP = 256  # libllama rounds the number of cells up to a multiple of this
+
+_MAX_BATCH = 1 << 16  # tokens in one call: more gain nothing, and the room for them is taken at once
 
 _MIN_STRIDE = 16  # so many tokens evaluated at once are worth a checkpoint of their own
 
@@ -103,12 +109,18 @@ class Context:
     ):
         self.model = model
         self.n_ctx = _in_range("n_ctx", n_ctx, 2, 2**31 - _CELLS_STEP)
+        if model.has_learned_positions and self.n_ctx > model.n_ctx_train >= 2:
+            self.n_ctx = model.n_ctx_train
+            _logger.warning("n_ctx=%d is all that this model has positions for, not %d", self.n_ctx, n_ctx)
         self.n_seq = _in_range("n_seq", n_seq, 1, lib.llama_max_parallel_sequences())
+        kv_unified = bool(kv_unified)
+        if model.architecture == "kimi-linear" and not kv_unified and self.n_seq > 2:
+            raise ContextError("libllama computes kimi-linear with at most 2 sequences where kv_unified=False")
         # How many tokens a sequence can have: all cells, or its own.
         self.n_cells = n_cells = self.n_ctx if kv_unified else self.n_ctx // self.n_seq
         if n_cells < 2:
             raise ValueError(f"n_ctx={n_ctx} leaves each of n_seq={n_seq} sequences less than 2 cells of its own")
-        self.n_batch = min(_in_range("n_batch", n_batch, 1, 2**31 - 1), self.n_ctx)
+        self.n_batch = min(_in_range("n_batch", n_batch, 1, 2**31 - 1), self.n_ctx, _MAX_BATCH)
         self.n_ubatch = min(_in_range("n_ubatch", n_ubatch, 1, 2**31 - 1), self.n_batch)
         if n_threads is None:
             few = not model.vocab_only and model.size_bytes < _ONE_THREAD_BYTES
@@ -130,6 +142,9 @@ class Context:
             raise ContextError("the model was loaded with vocab_only=True: it has no weights to compute with")
         self.stats = Stats()
         self._lock = threading.RLock()
+        # Whether this thread holds it, as `threading.Condition` asks.
+        self._is_mine: Callable[[], bool] = self._lock._is_owned  # type: ignore[attr-defined]
+        self._calls_back = False
         self._abort = ffi.new("minerva_abort_state *")
         self._abort.poll_interval_us = _POLL_INTERVAL_US
         self._was_cancelled = False
@@ -137,7 +152,7 @@ class Context:
         parameters = lib.llama_context_default_params()
         # A multiple of libllama's step, so that it grants exactly this many cells; `n_ctx` is kept to in Python.
         parameters.n_ctx = math.ceil(n_cells / _CELLS_STEP) * _CELLS_STEP * (1 if kv_unified else self.n_seq)
-        parameters.n_batch = self.n_batch
+        parameters.n_batch = max(self.n_batch, self.n_seq)  # or libllama ends the process
         parameters.n_ubatch = self.n_ubatch
         parameters.n_seq_max = self.n_seq
         parameters.n_threads = parameters.n_threads_batch = self.n_threads
@@ -160,6 +175,7 @@ class Context:
                 )
             self._handle = Handle("Context", pointer, lib.llama_free, parent=model._handle)
             self._has_decoder = bool(lib.llama_model_has_decoder(model_pointer))
+            self._has_encoder = self._has_decoder and bool(lib.llama_model_has_encoder(model_pointer))
         callbacks.raise_kept()
         self._pointer = pointer
         self.memory = Memory(model, self._handle, self.kv_type[0], kv_unified, swa_full)
@@ -181,15 +197,9 @@ class Context:
 
     def sequence(self) -> "Sequence":
         """Return a new empty sequence; raise `ContextError` where all `n_seq` are in use."""
-        from .sequence import Sequence
-
+        self._check_entry()
         with self._lock, self._handle:
-            name = self.model.architecture
-            if not self.memory.exists or not self._has_decoder:
-                raise ContextError(f"this model ({name}) has no decoder: it cannot continue a text")
-            if self.model.has_encoder and self.encoded is None:
-                raise ContextError(f"this model ({name}) has an encoder: give it the text to answer with encode first")
-            return Sequence(self, self._pool.new())
+            return self._new_sequence()
 
     def encode(self, ids: TokenIds) -> int:
         """Have an encoder-decoder model read the text that its sequences answer; return the token to begin those with.
@@ -199,14 +209,14 @@ class Context:
         Raises `ContextError` where the model has no encoder, `TypeError` or `ValueError` for what is no token id, or
         for more than `n_ubatch` of them, which an encoder has to see at once.
         """
+        self._check_entry()
         with self._lock, self._handle:
             text: list[int] = self.model.tokenizer.as_array(ids).tolist()
-            if not self.model.has_encoder or not self._has_decoder:
+            if not self._has_encoder:
                 raise ContextError(f"this model ({self.model.architecture}) is no encoder-decoder: extend a sequence")
             if not 1 <= len(text) <= self.n_ubatch:
                 raise ValueError(f"the text has {len(text)} tokens, and can have 1 to n_ubatch={self.n_ubatch}")
-            self.memory.check_idle()
-            self.clear_cache(pinned=True)
+            self._pool.clear_finished(pinned=True)
             self.encoded = None
             for slot in self._pool.open:
                 slot.forget_from(0)
@@ -233,13 +243,21 @@ class Context:
     ) -> int:
         """Add tokens to several sequences and evaluate them together; return how many were evaluated.
 
-        As `Sequence.extend` of each, but in shared batches, where a token more costs little. Raises what that does,
-        and `ValueError` for sequences of another context; whatever is raised,
-        every sequence is as it was before.
+        As `Sequence.extend` of each, but in shared batches, where a token more costs little. Texts that begin alike are
+        evaluated each: of one evaluated before they would take their beginning, see `Sequence.fork`.
+        Raises what `Sequence.extend` does, and `ValueError` for sequences of another context; whatever is raised, every
+        sequence is as it was before, or as `on_full` has made it.
         """
+        from .sequence import Sequence
+
+        if not isinstance(texts, Mapping):
+            raise TypeError(f"texts must be a mapping of sequences to token ids, not {type(texts).__name__}")
+        self._check_entry()
         with self._lock, self._handle:
             arrays = []
-            for sequence, ids in texts.items():
+            for sequence, ids in dict(texts).items():
+                if not isinstance(sequence, Sequence):
+                    raise TypeError(f"the keys of texts must be sequences, not {type(sequence).__name__}")
                 if sequence.context is not self:
                     raise ValueError(f"{sequence!r} belongs to another context")
                 sequence._slot.check_open()
@@ -263,6 +281,7 @@ class Context:
     def restore(self, path: str | os.PathLike[str]) -> "Sequence":
         """Return a new sequence as `Sequence.save` wrote it; nothing is evaluated.
 
+        The checksum finds damage, not malice: like a model, a file has to come from somebody who is trusted.
         Raises `StateError` for a file that is damaged, or was saved from another model, by another version, or with a
         KV cache of another form; `ContextFullError` where it does not fit, `ContextError` where all `n_seq` sequences
         are in use, `OSError` where it cannot be read.
@@ -274,10 +293,11 @@ class Context:
     @property
     def is_full(self) -> bool:
         """Whether the tokens of its sequences take every cell."""
-        return self.cells_used >= self.n_ctx
+        return self.cells_used >= (self.n_cells if self.memory.can_share else self.n_cells * self.n_seq)
 
     def clear_cache(self, pinned: bool = False) -> None:
         """Forget what closed sequences have left in the KV cache, pinned ones only if asked to."""
+        self._check_entry()
         with self._lock, self._handle:
             self._pool.clear_finished(pinned)
 
@@ -287,6 +307,7 @@ class Context:
 
         What closed sequences have left is not counted, as it is dropped when room is needed, unless it is pinned.
         """
+        self._check_entry()
         with self._lock:
             return self._pool.used()
 
@@ -301,8 +322,8 @@ class Context:
 
     def close(self) -> None:
         """Free the context and close its sequences. Closing twice is no error."""
+        self._check_entry()
         with self._lock:
-            self.memory.check_idle()
             self._pool.clear()
             self._handle.close()
 
@@ -318,9 +339,44 @@ class Context:
     def __repr__(self) -> str:
         if self.closed:
             return "<Context: closed>"
-        return f"<Context of {self.model.path.name}: {self.cells_used} of {self.n_ctx} cells used>"
+        return f"<Context of {self.model.path.name}: n_ctx={self.n_ctx}, n_seq={self.n_seq}>"
 
-    # What follows is for `Sequence`. The caller holds the lock, and the handle is open.
+    # What follows is for `Sequence`.
+
+    def _check_entry(self) -> None:
+        """Refuse what a signal handler or a finaliser asks for amid a call on its own thread; callbacks may ask."""
+        if self._is_mine() and not self._calls_back:
+            raise ContextError("this context is computing: it cannot be used or closed from within")
+
+    def _is_within(self) -> bool:
+        """Whether a call of this thread is under way, and is not waiting for a callback of its own to return."""
+        return self._is_mine() and not self._calls_back
+
+    # The caller holds the lock, and the handle is open.
+
+    @contextmanager
+    def _calling_back(self) -> Iterator[None]:
+        """Let what is called now use the context."""
+        before, self._calls_back = self._calls_back, True
+        try:
+            yield
+        finally:
+            self._calls_back = before
+
+    def _new_sequence(self) -> "Sequence":
+        from .sequence import Sequence
+
+        name = self.model.architecture
+        if not self.memory.exists or not self._has_decoder:
+            raise ContextError(f"this model ({name}) has no decoder: it cannot continue a text")
+        self._check_encoded()
+        return Sequence(self, self._pool.new())
+
+    def _check_encoded(self) -> None:
+        if self._has_encoder and self.encoded is None:
+            raise ContextError(
+                f"this model ({self.model.architecture}) has an encoder: give it the text to answer with encode first"
+            )
 
     def _begin(self) -> None:
         """Start a call: a `cancel` that came before it does not concern it."""
@@ -376,7 +432,8 @@ class Context:
                         queue.remove(slot)
                 done += count
                 if on_progress is not None:
-                    on_progress(done, total)
+                    with self._calling_back():
+                        on_progress(done, total)
         except BaseException:
             for slot in started:
                 if not slot.settled:
@@ -425,7 +482,8 @@ class Context:
             slot.checkpoint(stride, self._checkpoint_bytes)
 
     def _run(self, batch: Any, count: int) -> None:
-        self.memory.check_idle()
+        if self._has_encoder:
+            self._check_encoded()
         for slot in self._unread:
             self._keep_logits(slot)
         self._unread = ()
@@ -434,21 +492,21 @@ class Context:
 
     def _call(self, batch: Any, count: int, encode: bool = False) -> None:
         """Have libllama compute a batch, and wait for the result."""
-        memory, stats = self.memory, self.stats
+        stats = self.stats
         stats.decode_calls += 1
         code = 2  # as if it was aborted, should an interrupt strike before it is known
         try:
-            memory.computing = True
             before = time.perf_counter()
             code = lib.llama_encode(self._pointer, batch) if encode else lib.llama_decode(self._pointer, batch)
+            if code == 1 and not encode and self._pool.remove_strays():  # it found no cells
+                code = lib.llama_decode(self._pointer, batch)
             if encode:
                 lib.llama_synchronize(self._pointer)
             elif not code:
                 self._last_row = lib.llama_get_logits_ith(self._pointer, -1)  # waits for the result
             stats.decode_seconds += time.perf_counter() - before
         finally:
-            memory.computing = False
-            if code and memory.kind in ("recurrent", "hybrid"):
+            if code and self.memory.kind in ("recurrent", "hybrid"):
                 self._pool.doubt_all()
             if self._pool.shifted and not encode:
                 if code:
@@ -502,6 +560,7 @@ class Context:
         if pointer != self._seen_at:
             if not pointer:
                 raise ContextError("libllama has no logits for the last token; see its log")
+            self._seen_at = ffi.NULL  # should an interrupt come before both are set
             self._seen = np.frombuffer(ffi.buffer(pointer, 4 * self._n_vocab), np.float32)
             self._seen_at = pointer
         logits: npt.NDArray[np.float32] = self._seen.copy()

@@ -82,6 +82,11 @@ class GGUF:
             start = lib.gguf_get_data_offset(gguf)
             return [_tensor_info(gguf, index, start) for index in range(lib.gguf_get_n_tensors(gguf))]
 
+    def has_tensor(self, name: str) -> bool:
+        """Say whether there is a tensor of that name."""
+        with self._handle as gguf:
+            return bool(lib.gguf_find_tensor(gguf, name.encode()) >= 0)
+
     def check_tensors(self) -> None:
         """Raise `ModelLoadError` where a tensor's data would lie beyond the end of the file."""
         for tensor in self.tensors:

@@ -8,7 +8,6 @@ import numpy.typing as npt
 
 from ._binding import callbacks, ffi, lib
 from ._handle import Handle
-from .errors import ContextError
 
 if TYPE_CHECKING:
     from .model import Model
@@ -16,6 +15,16 @@ if TYPE_CHECKING:
 Kind = Literal["attention", "sliding window", "recurrent", "hybrid", "encoder-decoder"]
 
 State = npt.NDArray[np.uint8]
+
+_WITHOUT_GAPS = ("attention", "encoder-decoder")
+
+PARTLY_TURNED = frozenset(
+    {
+        *("afmoe", "cohere2", "cohere2moe", "exaone-moe", "exaone4"),
+        *("llama4", "maple", "muse-glimmer", "smallthinker", "smollm3"),
+    }
+)
+"""Architectures with rotary positions in some of their layers only, which libllama's shift does not know."""
 
 
 class Memory:
@@ -48,13 +57,14 @@ class Memory:
         elif model.has_encoder:
             self.kind = "encoder-decoder"
         self.exists = self._memory != ffi.NULL
-        self.can_truncate = self.kind in ("attention", "encoder-decoder") or (
-            self.kind == "sliding window" and swa_full
-        )
+        self.can_truncate = self.kind in _WITHOUT_GAPS or (self.kind == "sliding window" and swa_full)
         self.can_shift: bool = self.exists and lib.llama_memory_can_shift(self._memory) and _keys_turn(model, key_type)
+        if self.kind == "hybrid" and self.window:  # libllama ends the process where no layer attends to everything
+            self.can_shift = False
+        self._is_small = bool(self.window) and not swa_full
         self.can_share = unified
+        self.key_transformations = _key_transformations(model, self._context)
         self.state_version: int = lib.LLAMA_STATE_SEQ_VERSION
-        self.computing = False
         self.spare = -1  # how many more tokens are known to find cells; below 0, that is to be counted again
 
     def __repr__(self) -> str:
@@ -63,14 +73,8 @@ class Memory:
 
     # What follows is for `Slot` and its pool. The caller holds the context's lock.
 
-    def check_idle(self) -> None:
-        """Refuse what a signal handler or a callback asks for amid a computation on its own thread."""
-        if self.computing:
-            raise ContextError("this context is computing: it cannot be used or closed from within")
-
     def remove(self, sequence_id: int, start: int, stop: int = -1) -> bool:
         """Forget a sequence's tokens from position `start` on, or up to `stop`; False where this kind cannot."""
-        self.check_idle()
         if self._handle.closed or sequence_id < 0:
             return True
         return bool(lib.llama_memory_seq_rm(self._memory, sequence_id, start, stop))
@@ -84,14 +88,22 @@ class Memory:
         # libllama reuses the cells of tokens that have left the window, which is then not there to go back to.
         return bool(lib.llama_memory_seq_pos_min(self._memory, sequence_id) <= max(0, n + 1 - self.window))
 
+    def is_whole(self, sequence_id: int, n: int) -> bool:
+        """Whether a sequence that was read holds `n` tokens at their positions, as far as libllama tells."""
+        first = lib.llama_memory_seq_pos_min(self._memory, sequence_id)
+        return self.holds(sequence_id, n) and (first == 0 if self.kind in _WITHOUT_GAPS else first >= 0)
+
+    def clear(self) -> None:
+        """Forget everything, and overwrite it."""
+        lib.llama_memory_clear(self._memory, True)
+
     def copy(self, source_id: int, target_id: int) -> bool:
         """Let an empty sequence hold what another does: the same cells, or copies where each has its own."""
-        self.check_idle()
         if not self.can_share:  # libllama's own copy is of the whole buffer, and only made by the next decode
             state = self.read(source_id)
             return state is not None and not self.write(target_id, state)
         # A small window reuses the cells of what has left it only while one sequence holds them: each gets its own.
-        window = self.read(source_id, partial=True) if self.kind == "sliding window" and not self.can_truncate else None
+        window = self.read(source_id, partial=True) if self._is_small else None
         lib.llama_memory_seq_cp(self._memory, source_id, target_id, -1, -1)
         return window is None or not self.write(target_id, window, partial=True)
 
@@ -100,7 +112,6 @@ class Memory:
 
         False where tokens that have left the window would come into it again, and are no longer there.
         """
-        self.check_idle()
         seen = max(0, n - discard + 1 - self.window)
         if self.kind == "sliding window" and keep > seen < lib.llama_memory_seq_pos_min(self._memory, sequence_id):
             return False
@@ -110,7 +121,6 @@ class Memory:
 
     def size_bytes(self, sequence_id: int, partial: bool = False) -> int:
         """Return how many bytes a sequence's state takes, or that part of it which cannot be cut."""
-        self.check_idle()
         flags = lib.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY if partial else 0
         return lib.llama_state_seq_get_size_ext(self._context, sequence_id, flags)
 
@@ -123,7 +133,6 @@ class Memory:
 
     def write(self, sequence_id: int, state: State, partial: bool = False) -> str:
         """Replace a sequence's state by one that was read; return why it could not be, or nothing."""
-        self.check_idle()
         flags = lib.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY if partial else 0
         with callbacks.captured_errors() as errors:
             size = lib.llama_state_seq_set_data_ext(self._context, _pointer(state), state.size, sequence_id, flags)
@@ -140,13 +149,32 @@ def head_sizes(model: "Model") -> tuple[float, float]:
 def _keys_turn(model: "Model", key_type: str) -> bool:
     """Whether libllama can turn keys of this type to other positions: for some, its shift ends the process.
 
-    Quantised ones it turns through a Hadamard rotation, which it has for whole heads of a multiple of 64 alone.
+    Quantised ones it turns through a Hadamard rotation, which it has for whole heads of a multiple of 64 alone. Where
+    some layers' keys are not turned by position in the first place, or a learned position is in all of them, it turns
+    them all the same, and they are wrong.
     """
+    if model.architecture in PARTLY_TURNED or model.has_learned_positions:
+        return False
     size = head_sizes(model)[0]
     turned = model.hyperparameter("rope.dimension_count", size)
     uniform = {size, *turned, *model.hyperparameter("attention.key_length_swa", size)} == {size}
-    rotates = uniform and size % 64 == 0 and "LLAMA_ATTN_ROT_DISABLE" not in os.environ
+    rotates = uniform and size % 64 == 0 and rotates_quantised_keys()
     return key_type in ("f32", "f16") or (key_type != "bf16" and rotates)
+
+
+def rotates_quantised_keys() -> bool:
+    """Whether libllama turns quantised keys through a rotation of its own, which its environment can forbid."""
+    return "LLAMA_ATTN_ROT_DISABLE" not in os.environ
+
+
+def _key_transformations(model: "Model", context: Any) -> dict[str, bool]:
+    """Return what keys are transformed by, besides the model: those of one form are of no use in another."""
+    original = max(model.hyperparameter("rope.scaling.original_context_length", model.n_ctx_train))
+    return {
+        "rotated": rotates_quantised_keys(),
+        # Some models have two sets of rotary factors: one for contexts no longer than the first training's.
+        "long_factors": model.has_long_factors and lib.llama_n_ctx_seq(context) > original,
+    }
 
 
 def _pointer(state: State) -> Any:

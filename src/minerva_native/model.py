@@ -124,9 +124,10 @@ class Model:
     ) -> "Context":
         """Make a context, which holds the KV cache and computes.
 
-        `n_ctx`: tokens that all its sequences may hold together. `n_seq`: sequences at one time. `n_batch`: tokens
-        evaluated in one call; `n_ubatch`: in one pass through the model. `n_threads`: by default the CPUs that this
-        process may use, and one where the model is so small that threads would wait for each other more than compute.
+        `n_ctx`: tokens that all its sequences may hold together; not more than a model with learned positions has of
+        them. `n_seq`: sequences at one time. `n_batch`: tokens evaluated in one call, at most 65,536; `n_ubatch`: in
+        one pass through the model. `n_threads`: by default the CPUs that this process may use, and one where the model
+        is so small that threads would wait for each other more than compute.
 
         `kv_type`: the element type of the KV cache, such as "f16" or "q8_0", or a pair, of keys and of values.
         `flash_attention`: "auto" uses it where the model and the device can. `kv_unified`: sequences share one pool of
@@ -162,6 +163,16 @@ class Model:
             checkpoint_interval=checkpoint_interval,
             checkpoint_bytes=checkpoint_bytes,
         )
+
+    @property
+    def has_learned_positions(self) -> bool:
+        """Whether the model knows its positions from a table, such as GPT-2's, and none beyond `n_ctx_train`."""
+        return self._gguf.has_tensor("position_embd.weight")
+
+    @property
+    def has_long_factors(self) -> bool:
+        """Whether the model turns keys by other factors in a long context (LongRoPE: arXiv:2402.13753)."""
+        return self._gguf.has_tensor("rope_factors_long.weight")
 
     def hyperparameter(self, name: str, *default: float) -> list[float]:
         """Return the numbers, one or one a layer, of the file's `<architecture>.<name>` key; else `default`, or 0."""

@@ -52,26 +52,32 @@ class Sequence(AbstractSequence[int]):
 
     @property
     def logits(self) -> npt.NDArray[np.float32]:
-        """The logits after the last token: float32, shape (n_vocab,), Python's own memory.
+        """The logits after the last token: float32, shape (n_vocab,), a copy of your own.
 
-        The array is yours: the same one until the sequence changes, and never written to again.
         After `truncate` or `rewind` the last token is evaluated again to have them, which `Context.stats` counts.
         Raises `ContextError` where the sequence is empty.
         """
         context, slot = self.context, self._slot
+        context._check_entry()
         with context._lock:
             slot.check_open()
             if slot.unread:
-                context._keep_logits(slot)
-            elif slot.logits is None:
+                return context._read_logits(slot.row)
+            if slot.logits is None:
                 if self._can_decode_one(1):
                     context._begin()
                     context._decode_one(slot)
-                    context._keep_logits(slot)
-                else:
-                    self._find_logits()
-            assert slot.logits is not None
-            return slot.logits
+                    return context._read_logits()
+                self._find_logits()
+            return self._copied_logits()
+
+    def _copied_logits(self) -> npt.NDArray[np.float32]:
+        """Copy the logits, which are known, so that no caller can write into what forks and checkpoints rely on."""
+        slot = self._slot
+        if slot.unread:
+            return self.context._read_logits(slot.row)
+        assert slot.logits is not None
+        return np.array(slot.logits)
 
     def _find_logits(self) -> None:
         """Have the logits, by the least work that gives them."""
@@ -82,7 +88,6 @@ class Sequence(AbstractSequence[int]):
             slot.logits = slot.at_checkpoint()
         if slot.logits is None:
             context._evaluate([slot])
-            context._keep_logits(slot)
 
     @property
     def is_full(self) -> bool:
@@ -90,6 +95,7 @@ class Sequence(AbstractSequence[int]):
         context = self.context
         if context.memory.spare > 0 or context.on_full != "error":
             return False
+        context._check_entry()
         with context._lock:
             return not self.closed and context._pool.used(self._slot) >= context.n_cells
 
@@ -97,6 +103,7 @@ class Sequence(AbstractSequence[int]):
     def size_bytes(self) -> int:
         """How many bytes the keys, values and states of what is evaluated take (`llama_state_seq_get_size`)."""
         context, slot = self.context, self._slot
+        context._check_entry()
         with context._lock, context._handle:
             slot.check_open()
             slot.settle()
@@ -125,6 +132,7 @@ class Sequence(AbstractSequence[int]):
         Raises `TypeError` or `ValueError` for what is no token id, `ContextFullError` where no cell is free.
         """
         context = self.context
+        context._check_entry()
         with context._lock:
             self._slot.check_open()
             token = context.model.tokenizer.check(token)
@@ -143,6 +151,7 @@ class Sequence(AbstractSequence[int]):
         sequence is as it was before, or as `on_full` has made it.
         """
         context = self.context
+        context._check_entry()
         with context._lock:
             self._slot.check_open()
             if type(ids) is list and len(ids) == 1 and type(ids[0]) is int and on_progress is None:
@@ -162,6 +171,7 @@ class Sequence(AbstractSequence[int]):
         raised, the tokens are as they were before.
         """
         context, slot = self.context, self._slot
+        context._check_entry()
         with context._lock, context._handle:
             slot.check_open()
             new = context.model.tokenizer.as_array(ids)
@@ -193,6 +203,7 @@ class Sequence(AbstractSequence[int]):
         entry is NaN.
         """
         context, slot = self.context, self._slot
+        context._check_entry()
         with context._lock, context._handle:
             slot.check_open()
             new = context.model.tokenizer.as_array(ids)
@@ -202,7 +213,11 @@ class Sequence(AbstractSequence[int]):
             slot.settle()
             if context.memory.spare < len(new):
                 self._make_room(len(new))
-            scores[0] = logprob(self.logits, int(new[0])) if self._tokens else np.nan
+            scores[0] = np.nan
+            if self._tokens:
+                if not slot.unread and slot.logits is None:
+                    self._find_logits()
+                scores[0] = logprob(self._copied_logits(), int(new[0]))
             if context.memory.spare < len(new):  # the last token may have taken a cell of its own
                 self._make_room(len(new), exactly=True)
             rows = max(1, min(context._stride, _SCORE_BYTES // (4 * context._n_vocab)))
@@ -229,6 +244,7 @@ class Sequence(AbstractSequence[int]):
 
     def truncate(self, n: int) -> None:
         """Keep the first `n` tokens, and forget the rest. Raises `ValueError` unless 0 <= n <= len."""
+        self.context._check_entry()
         with self.context._lock:
             self._slot.check_open()
             n = operator.index(n)
@@ -239,12 +255,14 @@ class Sequence(AbstractSequence[int]):
 
     def rewind(self, n: int) -> None:
         """Forget the last `n` tokens. Raises `ValueError` unless 0 <= n <= len."""
+        self.context._check_entry()
         with self.context._lock:
             self._slot.check_open()
             n = operator.index(n)
             if not 0 <= n <= len(self._tokens):
                 raise ValueError(f"cannot rewind by {n}: the sequence has {len(self._tokens)} tokens")
-            self.truncate(len(self._tokens) - n)
+            if n:
+                self._slot.cut(len(self._tokens) - n)
 
     def shift(self, keep: int, discard: int) -> None:
         """Take the `discard` tokens after the first `keep` out, and move the rest to their positions.
@@ -257,29 +275,16 @@ class Sequence(AbstractSequence[int]):
         (`Context.memory`), `ContextFullError` where cells are shared with another sequence, so that this one needs some
         of its own, and there are too few.
         """
-        context, slot = self.context, self._slot
+        context = self.context
+        context._check_entry()
         with context._lock, context._handle:
-            slot.check_open()
+            self._slot.check_open()
             keep, discard = operator.index(keep), operator.index(discard)
             if keep < 0 or discard < 0 or keep + discard > len(self._tokens):
                 raise ValueError(
                     f"cannot discard {discard} tokens after the first {keep}: there are {len(self._tokens)}"
                 )
-            slot.settle()
-            if not discard or keep + discard == len(self._tokens):
-                self.truncate(len(self._tokens) - discard)
-                return
-            if keep + discard >= slot.n_cached:  # what is behind is not evaluated yet
-                rest = self._tokens[keep + discard :]
-                slot.cut(keep)
-                self._tokens.extend(rest)
-            else:
-                if not context.memory.can_shift:
-                    raise context._cannot_shift()
-                self._own_cells(keep + discard)
-                self._shift_cells(keep, discard)
-            slot.n_seen = slot.n_cached
-            context.stats.tokens_discarded += discard
+            self._shift(keep, discard)
 
     # Copying
 
@@ -292,13 +297,14 @@ class Sequence(AbstractSequence[int]):
         `ContextFullError` where what cannot be shared does not fit.
         """
         context, slot = self.context, self._slot
+        context._check_entry()
         with context._lock, context._handle:
             slot.check_open()
             n = len(self._tokens) if n is None else operator.index(n)
             if not 0 <= n <= len(self._tokens):
                 raise ValueError(f"n must be from 0 to the sequence's length {len(self._tokens)}, not {n}")
             slot.settle()
-            forked = context.sequence()
+            forked = context._new_sequence()
             try:
                 forked._tokens.extend(self._tokens[:n])
                 if shared := min(n, slot.n_cached):
@@ -334,15 +340,18 @@ class Sequence(AbstractSequence[int]):
 
     @pinned.setter
     def pinned(self, pinned: bool) -> None:
+        self.context._check_entry()
         with self.context._lock:
             self._slot.check_open()
             self._slot.pinned = bool(pinned)
 
     def close(self) -> None:
         """Give the place back; what was evaluated stays cached while there is room. Closing twice is no error."""
+        if self.context._is_within():  # a finaliser or a signal handler, amid a call: the next call gives it back
+            self._slot.closed, self._slot.owner = True, None
+            return
         with self.context._lock:
             if not self.closed:
-                self.context.memory.check_idle()
                 self.context._release(self._slot)
 
     @property
@@ -427,7 +436,8 @@ class Sequence(AbstractSequence[int]):
         lacking = pool.lacks(slot, wanted)
         if lacking and callable(context.on_full):
             before = self._tokens[:] if exactly else None
-            context.on_full(self, lacking)
+            with context._calling_back():
+                context.on_full(self, lacking)
             slot.check_open()
             slot.settle()
             if before is None or before == self._tokens:
@@ -438,10 +448,31 @@ class Sequence(AbstractSequence[int]):
             pool.clear_finished()  # they would have to go in any case; cells shared with others do not become free
             if keep + discard <= len(self._tokens) and not pool.n_shared(slot, keep):
                 _logger.info("the context is full: %d tokens after the first %d are discarded", discard, keep)
-                self.shift(keep, discard)
+                self._shift(keep, discard)
                 lacking = pool.lacks(slot, wanted)
         if lacking:
             raise context._full(wanted, slot)
+
+    def _shift(self, keep: int, discard: int) -> None:
+        context, slot = self.context, self._slot
+        slot.settle()
+        if not discard:
+            return
+        if keep + discard == len(self._tokens):
+            slot.cut(keep)
+            return
+        if keep + discard < slot.n_cached:
+            if not context.memory.can_shift:
+                raise context._cannot_shift()
+            self._own_cells(keep + discard)  # which may take having the whole evaluated anew
+        if keep + discard < slot.n_cached:
+            self._shift_cells(keep, discard)
+        else:  # what is behind is not evaluated yet
+            rest = self._tokens[keep + discard :]
+            slot.cut(keep)
+            self._tokens.extend(rest)
+        slot.n_seen = slot.n_cached
+        context.stats.tokens_discarded += discard
 
     def _shift_cells(self, keep: int, discard: int) -> None:
         context, slot = self.context, self._slot

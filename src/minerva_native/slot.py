@@ -27,7 +27,8 @@ class Slot:
     """A list of tokens, how many of them are in the KV cache, and under which sequence id.
 
     An interrupt may strike between any two lines: the cache then holds more than `n_cached` tokens, never less, and
-    `settled` stays False until `forget_from` has made them agree again.
+    `settled` stays False until `forget_from` has made them agree again. Cells of an id that it has taken from every
+    slot are found when they are missed (`SlotPool.remove_strays`).
     """
 
     def __init__(self, memory: Memory):
@@ -182,11 +183,17 @@ class SlotPool:
 
     def collect(self) -> None:
         """Release the slots whose sequence was never closed, and is gone."""
-        if not self._memory.computing:  # amid a computation a signal handler looks: not now
-            for slot in list(self.open):
-                if slot.owner is None or slot.owner() is None:
-                    slot.unread = False
-                    self.release(slot)
+        for slot in list(self.open):
+            if slot.owner is None or slot.owner() is None:
+                slot.unread = False
+                self.release(slot)
+
+    def remove_strays(self) -> bool:
+        """Free the cells that an interrupt has left under ids which no slot has; return whether there may be any."""
+        strays = set(range(self._n_seq)) - {slot.id for slot in (*self.open, *self.finished)}
+        for sequence_id in strays:
+            self._memory.remove(sequence_id, -1)
+        return bool(strays)
 
     def place(self, slot: Slot) -> None:
         """Give a slot a sequence id, if need be that of the finished one that was least recently used."""
@@ -259,6 +266,8 @@ class SlotPool:
 
     def take_back(self, slot: Slot, kept: Slot, tokens: "array[int]") -> None:
         """Undo `give_up`, as far as the cells are still there."""
+        if slot.closed:  # by a callback: there is nobody to give them back to
+            return
         slot.cut(0)
         slot.add(np.array(tokens, np.int32))
         if kept in self.finished:
@@ -389,6 +398,14 @@ class SlotPool:
             reaches |= held > 0 and end + held > start
             end, shared = end + length, shared + held
         return shared if reaches else 0
+
+    def forget_everything(self) -> None:
+        """Empty the memory: what open sequences hold is evaluated anew when it is asked for."""
+        for slot in self.open:
+            slot.forget_from(0)
+        for slot in list(self.finished):
+            self.drop(slot)
+        self._memory.clear()
 
     def clear(self) -> None:
         """Drop every slot: the context is closing."""

@@ -33,6 +33,7 @@ _SAMPLES, _SAMPLE_BYTES = 256, 4096  # of the model's file, for its fingerprint
 def save(sequence: "Sequence", path: str | os.PathLike[str]) -> None:
     """Write a sequence to a file; see `Sequence.save`."""
     context, slot = sequence.context, sequence._slot
+    context._check_entry()
     with context._lock, context._handle:
         sequence._slot.check_open()
         slot.settle()
@@ -60,6 +61,7 @@ def restore(context: "Context", path: str | os.PathLike[str]) -> "Sequence":
     """Read a sequence from a file; see `Context.restore`."""
     path = Path(path)
     header, body = _read(path)
+    context._check_entry()
     with context._lock, context._handle:
         requirements = _requirements(context)
         numbers = ("n_tokens", "n_cached", "n_logits")
@@ -87,10 +89,13 @@ def restore(context: "Context", path: str | os.PathLike[str]) -> "Sequence":
             and (n_pure is None or (isinstance(n_pure, int) and 0 <= n_pure <= n_cached))
         ):
             raise StateError(f"{path} contradicts itself: it was not written by this package")
-        ids = context.model.tokenizer.as_array(np.frombuffer(body, "<i4", n_tokens))
+        try:
+            ids = context.model.tokenizer.as_array(np.frombuffer(body, "<i4", n_tokens))
+        except ValueError as error:
+            raise StateError(f"{path} holds what is no token of this model ({error})") from None
         logits = np.frombuffer(body, "<f4", n_logits, offset=4 * n_tokens).astype(np.float32)
         state = np.frombuffer(body, np.uint8, offset=4 * (n_tokens + n_logits))
-        sequence = context.sequence()
+        sequence = context._new_sequence()
         slot, pool = sequence._slot, context._pool
         try:
             if pool.lacks(slot, n_tokens):
@@ -100,7 +105,8 @@ def restore(context: "Context", path: str | os.PathLike[str]) -> "Sequence":
                 pool.place(slot)
                 slot.settled = False
                 reason = context.memory.write(slot.id, state)
-                if reason or not context.memory.holds(slot.id, n_cached):
+                if reason or not context.memory.is_whole(slot.id, n_cached):
+                    pool.forget_everything()  # what libllama has read of it may lie anywhere
                     raise StateError(f"{path} cannot be restored here ({reason or 'its positions are not its tokens'})")
                 slot.n_cached = slot.n_seen = n_cached
                 slot.n_pure = n_pure
@@ -141,13 +147,14 @@ def _requirements(context: "Context") -> dict[str, Any]:
         "kv_type": list(context.kv_type),
         "kv_unified": context.memory.can_share,
         "encoded": context.encoded,
+        **context.memory.key_transformations,
         "state_version": context.memory.state_version,
     }
 
 
 def _write(path: Path, parts: "Iterable[bytes | memoryview]") -> None:
     """Write a file and its digest so that, whatever happens, the path holds the old content or the new."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.part")
     digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
     try:
         with temporary.open("xb") as file:
@@ -183,7 +190,7 @@ def _read(path: Path) -> tuple[dict[str, Any], memoryview]:
     start = _LEAD.size + header_bytes
     try:
         header = json.loads(bytes(body[_LEAD.size : start]))
-    except ValueError:
+    except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
         raise StateError(f"{path} has no header that can be read: it was not written by this package")

@@ -188,7 +188,7 @@ class Tokenizer:
             raise TypeError(f"token ids must be integers, not {array.dtype}")
         for token in (array.min(), array.max()):
             self.check(token)
-        return np.ascontiguousarray(array, np.int32)
+        return np.array(array, np.int32)  # the caller may change his own
 
     def _require_vocabulary(self) -> None:
         if self.type == "none":

@@ -95,6 +95,27 @@ def test_a_model_with_an_encoder_wants_a_question_first(context: mn.Context) -> 
         context.sequence()
 
 
+def test_without_a_question_no_answer_goes_on(context: mn.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    context.encode(QUESTION)
+    sequence = context.sequence()
+    sequence.extend(ANSWER)
+    begin = context._begin
+
+    def begin_and_cancel() -> None:
+        begin()
+        context.cancel()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(context, "_begin", begin_and_cancel)
+        with pytest.raises(mn.Cancelled):
+            context.encode(OTHER_QUESTION)
+    with pytest.raises(mn.ContextError, match="encode first"):
+        sequence.extend([7])
+    context.encode(QUESTION)
+    assert sequence == ANSWER
+    assert_same(sequence.logits, by_hand(context.model, QUESTION, ANSWER))
+
+
 @pytest.mark.parametrize(
     ("wrong", "error"), [([], ValueError), ([5] * 129, ValueError), ([-1], ValueError), (["a"], TypeError)]
 )
