@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pytest
 
 import minerva_native as mn
-from minerva_native._binding import lib
+from minerva_native._binding import ffi, lib
 from minerva_native.slot import count_cells
 from tiny_models import TinyModel
 
@@ -99,7 +99,10 @@ class ByHand:
                 lib.llama_memory_seq_add(memory, 0, keep + discard, -1, -discard)
             if window and not 0 <= lib.llama_memory_seq_pos_min(memory, 0) <= max(0, len(tokens) + 1 - window):
                 return None
-        return self.context._read_logits()
+        row = lib.llama_get_logits_ith(self.context._pointer, -1)
+        n_vocab = self.context.model.tokenizer.n_vocab
+        logits: Logits = np.frombuffer(ffi.buffer(row, 4 * n_vocab), np.float32).copy()
+        return logits
 
     def _evaluate(self, tokens: list[int], start: int) -> None:
         batch = self.context._batch
@@ -108,7 +111,6 @@ class ByHand:
             batch.put(0, np.array(part, np.int32), start + at, 0)
             batch.struct.n_tokens = len(part)
             assert lib.llama_decode(self.context._pointer, batch.struct) == 0
-            self.context._last_row = lib.llama_get_logits_ith(self.context._pointer, -1)
 
 
 class Text:

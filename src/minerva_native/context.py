@@ -1,11 +1,9 @@
 """A context: the KV cache's memory, the compute graph, and the one place that calls `llama_decode`."""
 
-import functools
 import logging
 import math
 import operator
 import os
-import struct
 import threading
 import time
 from array import array
@@ -173,7 +171,17 @@ class Context:
                     f"no context could be made with n_ctx={n_ctx}, n_batch={n_batch}, n_seq={n_seq}, "
                     f"kv_type={self.kv_type}, flash_attention={flash!r} ({why}): ask for less, or another type"
                 )
-            self._handle = Handle("Context", pointer, lib.llama_free, parent=model._handle)
+            # Without a pool of its own, libllama makes one for every graph that it computes.
+            threads = ffi.new("struct ggml_threadpool_params *")
+            lib.ggml_threadpool_params_init(threads, self.n_threads)
+            pool = lib.ggml_threadpool_new(threads)
+            lib.llama_attach_threadpool(pointer, pool, ffi.NULL)
+
+            def free(pointer: Any) -> None:
+                lib.llama_free(pointer)
+                lib.ggml_threadpool_free(pool)
+
+            self._handle = Handle("Context", pointer, free, parent=model._handle)
             self._has_decoder = bool(lib.llama_model_has_decoder(model_pointer))
             self._has_encoder = self._has_decoder and bool(lib.llama_model_has_encoder(model_pointer))
         callbacks.raise_kept()
@@ -188,10 +196,11 @@ class Context:
         self._stride = self._max_batch if self.memory.can_truncate else min(self._max_batch, self._checkpoint_interval)
         self.encoded: list[int] | None = None  # what an encoder-decoder model has read
         self._n_vocab = model.tokenizer.n_vocab
-        self._last_row = self._seen_at = ffi.NULL
+        self._decoder = ffi.new("minerva_decoder *", {"context": pointer})
+        self._seen_at = ffi.NULL
         # libllama's memory at `_seen_at`: never given out
         self._seen: npt.NDArray[np.float32] = np.empty(0, np.float32)
-        self._batch, self._single = _Batch(self.n_batch), _SingleToken()
+        self._batch = _Batch(self.n_batch)
         self._unread: tuple[Slot, ...] = ()  # whose logits lie in libllama's buffer and nowhere else
         model._contexts.add(self)
 
@@ -229,9 +238,15 @@ class Context:
                         batch.seq_id[index][sequence_id] = sequence_id
                 batch.n_tokens = len(text)
                 self._begin()
-                self._call(batch, len(text), encode=True)
+                self.stats.decode_calls += 1
+                before = time.perf_counter()
+                code = lib.llama_encode(self._pointer, batch)
+                lib.llama_synchronize(self._pointer)
+                self.stats.decode_seconds += time.perf_counter() - before
             finally:
                 lib.llama_batch_free(batch)
+            if code or callbacks.kept:
+                self._raise_for(code, len(text))
             self.stats.tokens_encoded += len(text)
             self.encoded = text
             with self.model._handle as pointer:
@@ -419,8 +434,7 @@ class Context:
                     slot.settled = False
                 if not parts:
                     break
-                self._batch.struct.n_tokens = count
-                self._run(self._batch.struct, count)
+                self._run(count)
                 self._unread = tuple(slot for slot, _, _ in parts)
                 for slot, size, row in parts:
                     finished = slot.n_cached + size == len(slot.tokens)
@@ -445,8 +459,7 @@ class Context:
         """Evaluate at most `n_batch` tokens that follow what is cached; the caller has unsettled the slot."""
         slot.check_open()
         self._batch.put(0, tokens, slot.n_cached, slot.id, all_logits)
-        self._batch.struct.n_tokens = len(tokens)
-        self._run(self._batch.struct, len(tokens))
+        self._run(len(tokens))
         self._advance(slot, len(tokens))
         self._checkpoint(slot, len(tokens))
 
@@ -454,13 +467,31 @@ class Context:
         """Evaluate a settled slot's last token, all before it being cached, at the least cost: the loop's case."""
         slot.settled = False
         position = slot.n_cached
-        self._single.set(slot.tokens[position], position, slot.id)
-        self._run(self._single.struct, 1)
+        if self._has_encoder:
+            self._check_encoded()
+        for other in self._unread:
+            if other.unread:
+                self._keep_logits(other)
+        stats, decoder = self.stats, self._decoder
+        stats.decode_calls += 1
+        code = 2  # as if it was aborted, should an interrupt strike before it is known
+        try:
+            before = time.perf_counter()
+            code = lib.minerva_decode_one(decoder, slot.tokens[position], position, slot.id)
+            if code == 1 and self._pool.remove_strays():  # it found no cells
+                code = lib.minerva_decode_one(decoder, slot.tokens[position], position, slot.id)
+            stats.decode_seconds += time.perf_counter() - before
+        finally:
+            if code or self._pool.shifted:
+                self._doubt(code)
+        if code or callbacks.kept:
+            self._raise_for(code, 1)
+        stats.tokens_evaluated += 1
         slot.n_cached = position + 1
         if slot.n_seen <= position:
             slot.n_seen = position + 1
         else:
-            self.stats.tokens_reevaluated += 1
+            stats.tokens_reevaluated += 1
         self._unread, slot.row, slot.unread = (slot,), -1, True
         if not self.memory.can_truncate:
             self._checkpoint(slot, 1)
@@ -481,41 +512,36 @@ class Context:
             )
             slot.checkpoint(stride, self._checkpoint_bytes)
 
-    def _run(self, batch: Any, count: int) -> None:
+    def _run(self, count: int) -> None:
+        """Have libllama evaluate so many tokens of the batch, and wait for the result."""
         if self._has_encoder:
             self._check_encoded()
         for slot in self._unread:
             self._keep_logits(slot)
-        self._unread = ()
-        self._call(batch, count)
-        self.stats.tokens_evaluated += count
-
-    def _call(self, batch: Any, count: int, encode: bool = False) -> None:
-        """Have libllama compute a batch, and wait for the result."""
+        self._batch.struct.n_tokens = count
         stats = self.stats
-        stats.decode_calls += 1
-        code = 2  # as if it was aborted, should an interrupt strike before it is known
+        stats.decode_calls += 1  # before it: from now on what logits lay in the buffer are not there any more
+        code = 2
         try:
             before = time.perf_counter()
-            code = lib.llama_encode(self._pointer, batch) if encode else lib.llama_decode(self._pointer, batch)
-            if code == 1 and not encode and self._pool.remove_strays():  # it found no cells
-                code = lib.llama_decode(self._pointer, batch)
-            if encode:
-                lib.llama_synchronize(self._pointer)
-            elif not code:
-                self._last_row = lib.llama_get_logits_ith(self._pointer, -1)  # waits for the result
+            code = lib.minerva_decode(self._decoder, self._batch.pointer)
+            if code == 1 and self._pool.remove_strays():
+                code = lib.minerva_decode(self._decoder, self._batch.pointer)
             stats.decode_seconds += time.perf_counter() - before
         finally:
-            if code and self.memory.kind in ("recurrent", "hybrid"):
-                self._pool.doubt_all()
-            if self._pool.shifted and not encode:
-                if code:
-                    self._pool.doubt_shifted()
-                self._pool.shifted = False
-        if callbacks.kept:
-            callbacks.raise_kept()
-        if code:
+            if code or self._pool.shifted:
+                self._doubt(code)
+        if code or callbacks.kept:
             self._raise_for(code, count)
+        stats.tokens_evaluated += count
+
+    def _doubt(self, code: int) -> None:
+        """Trust what a decode with this return code has left, and no more."""
+        if code and self.memory.kind in ("recurrent", "hybrid"):
+            self._pool.doubt_all()
+        if code and self._pool.shifted:
+            self._pool.doubt_shifted()
+        self._pool.shifted = False
 
     def _apply_shift(self, slot: "Slot") -> None:
         """Have a slot's shifted keys turned now, before they are copied: by evaluating one token more, for nothing."""
@@ -526,13 +552,16 @@ class Context:
             n, logits = slot.n_cached, slot.logits
             self._begin()
             slot.settled = False
-            self._single.set(slot.tokens[0], n, slot.id)
-            self._run(self._single.struct, 1)
+            self._batch.put(0, slot.tokens[:1], n, slot.id)
+            self._run(1)
             slot.forget_from(n)
             slot.logits = logits if slot.n_cached == n else None
 
     def _raise_for(self, code: int, count: int) -> None:
-        """Turn libllama's return code into an exception."""
+        """Raise what a callback has left behind, else what libllama's return code says, if anything."""
+        callbacks.raise_kept()
+        if code == 0:
+            return
         if code == 2:
             raise Cancelled("the computation was stopped by cancel()")
         if code == 1:
@@ -556,7 +585,7 @@ class Context:
     def _read_logits(self, row: int = -1) -> npt.NDArray[np.float32]:
         """Copy the logits of a token of the last batch, by its index there, out of libllama's buffer."""
         before = time.perf_counter()
-        pointer = self._last_row if row == -1 else lib.llama_get_logits_ith(self._pointer, row)
+        pointer = self._decoder.logits if row == -1 else lib.llama_get_logits_ith(self._pointer, row)
         if pointer != self._seen_at:
             if not pointer:
                 raise ContextError("libllama has no logits for the last token; see its log")
@@ -606,8 +635,8 @@ class _Batch:
         # Each token belongs to one sequence, whose id lies at the token's index in `sequences`.
         self._counts = np.ones(capacity, np.int32)
         self._addresses = self.sequences.ctypes.data + np.arange(capacity, dtype=np.uintp) * self.sequences.itemsize
-        self._owner = ffi.new("struct llama_batch *")
-        self.struct = self._owner[0]
+        self.pointer = ffi.new("struct llama_batch *")
+        self.struct = self.pointer[0]
         self.struct.token = ffi.from_buffer("llama_token[]", self.tokens)
         self.struct.pos = ffi.from_buffer("llama_pos[]", self.positions)
         self.struct.n_seq_id = ffi.from_buffer("int32_t[]", self._counts)
@@ -638,28 +667,6 @@ class _Batch:
         self.sequences[at:end] = sequence_id
         self.outputs[at:end] = all_logits
         self.outputs[end - 1] = True
-
-
-class _SingleToken:
-    """A `llama_batch` of one token, whose three numbers lie side by side and are set in one go."""
-
-    def __init__(self) -> None:
-        self._numbers = ffi.new("int32_t[]", 3)  # token, position, sequence id
-        self._count, self._output = ffi.new("int32_t *", 1), ffi.new("int8_t *", 1)
-        self._sequence = ffi.new("llama_seq_id **", self._numbers + 2)
-        self._owner = ffi.new(
-            "struct llama_batch *",
-            {
-                "n_tokens": 1,
-                "token": self._numbers,
-                "pos": self._numbers + 1,
-                "n_seq_id": self._count,
-                "seq_id": self._sequence,
-                "logits": self._output,
-            },
-        )
-        self.struct = self._owner[0]
-        self.set = functools.partial(struct.Struct("=3i").pack_into, ffi.buffer(self._numbers), 0)
 
 
 def _in_range(name: str, value: int, low: int, high: int) -> int:

@@ -64,7 +64,7 @@ class Sequence(AbstractSequence[int]):
             if slot.unread:
                 return context._read_logits(slot.row)
             if slot.logits is None:
-                if self._can_decode_one(1):
+                if len(self._tokens) - slot.n_cached == 1 and slot.settled and slot.id >= 0 <= context.memory.spare:
                     context._begin()
                     context._decode_one(slot)
                     return context._read_logits()
@@ -150,17 +150,40 @@ class Sequence(AbstractSequence[int]):
         `ValueError` for what is no token id, `ContextFullError` where they do not fit; whatever is raised, the
         sequence is as it was before, or as `on_full` has made it.
         """
-        context = self.context
+        context, slot = self.context, self._slot
         context._check_entry()
         with context._lock:
-            self._slot.check_open()
-            if type(ids) is list and len(ids) == 1 and type(ids[0]) is int and on_progress is None:
-                token = context.model.tokenizer.check(ids[0])
-                if context.memory.spare > 0 and self._can_decode_one(0):
-                    return self._extend_by_one(token)
+            slot.check_open()
+            if (
+                on_progress is None
+                and type(ids) is list
+                and len(ids) == 1
+                and type(ids[0]) is int
+                and 0 <= ids[0] < context._n_vocab
+                and context.memory.spare > 0
+                and slot.n_cached == len(self._tokens)
+                and slot.settled
+                and slot.id >= 0
+            ):
+                return self._extend_by_one(ids[0])
             with context._handle:
                 new = context.model.tokenizer.as_array(ids)
                 return self._extend(new, on_progress) if new.size else 0
+
+    def _extend_by_one(self, token: int) -> int:
+        """`extend` by a token that finds a cell, at the least cost: after each token, all code is cold again."""
+        context, slot = self.context, self._slot
+        context.memory.spare -= 1
+        slot.logits, slot.unread = None, False
+        self._tokens.append(token)
+        try:
+            if context._was_cancelled:
+                context._begin()
+            context._decode_one(slot)
+        except BaseException:
+            slot.cut(len(self._tokens) - 1)
+            raise
+        return 1
 
     def assign(self, ids: TokenIds, on_progress: Callable[[int, int], object] | None = None) -> int:
         """Make the sequence these tokens, evaluating only what is not cached already; return how many that were.
@@ -360,28 +383,6 @@ class Sequence(AbstractSequence[int]):
         return self._slot.closed
 
     # The caller holds the lock.
-
-    def _can_decode_one(self, waiting: int) -> bool:
-        """Whether so many tokens are not evaluated yet, and nothing but that is to be done before the last one is."""
-        slot = self._slot
-        return (
-            len(self._tokens) - slot.n_cached == waiting and slot.settled and slot.id >= 0 <= self.context.memory.spare
-        )
-
-    def _extend_by_one(self, token: int) -> int:
-        """`extend` by a token that finds a cell, at the least cost."""
-        context, slot = self.context, self._slot
-        length = len(self._tokens)
-        context.memory.spare -= 1
-        slot.forget_logits()
-        self._tokens.append(token)
-        try:
-            context._begin()
-            context._decode_one(slot)
-        except BaseException:
-            slot.cut(length)
-            raise
-        return 1
 
     def _extend(
         self,

@@ -45,10 +45,18 @@ typedef struct {
     volatile int cancelled;
     int64_t poll_interval_us;
     int64_t next_poll_us;
+    int64_t clock_read_us;
+    int nodes_to_skip;
 } minerva_abort_state;
 void minerva_log(enum ggml_log_level level, const char * text, void * data);
 bool minerva_abort(void * state);
 void minerva_mute(void);
+typedef struct {
+    struct llama_context * context;
+    float * logits;
+} minerva_decoder;
+int32_t minerva_decode(minerva_decoder * decoder, struct llama_batch * batch);
+int32_t minerva_decode_one(minerva_decoder * decoder, int32_t token, int32_t position, int32_t sequence_id);
 """
 
 CALLBACK_SOURCE = """
@@ -59,6 +67,8 @@ typedef struct {
     volatile int cancelled;
     int64_t poll_interval_us;
     int64_t next_poll_us;
+    int64_t clock_read_us;
+    int nodes_to_skip;
 } minerva_abort_state;
 
 static volatile int minerva_muted = 0;
@@ -70,18 +80,57 @@ static void minerva_log(enum ggml_log_level level, const char * text, void * dat
     }
 }
 
-// libllama asks this at every node of the compute graph: Python is consulted a few times a second, no more.
+// libllama asks this at every node of the compute graph, while all its threads wait: Python is consulted a few times a
+// second, and where nodes are so small that reading the clock would cost something, most of them do without.
+enum { MINERVA_SMALL_NODES = 16, MINERVA_SMALL_NODES_US = 1000 };
+
 static bool minerva_abort(void * data) {
     minerva_abort_state * state = (minerva_abort_state *) data;
     if (state->cancelled || minerva_muted) {
         return true;
     }
+    if (state->nodes_to_skip > 0) {
+        --state->nodes_to_skip;
+        return false;
+    }
     int64_t now = llama_time_us();
+    if (now - state->clock_read_us < MINERVA_SMALL_NODES_US) {
+        state->nodes_to_skip = MINERVA_SMALL_NODES;
+    }
+    state->clock_read_us = now;
     if (now < state->next_poll_us) {
         return false;
     }
     state->next_poll_us = now + state->poll_interval_us;
     return minerva_on_poll();
+}
+
+typedef struct {
+    struct llama_context * context;
+    float * logits;  // after the last token of the last batch: libllama's memory
+} minerva_decoder;
+
+// Between two tokens nothing is warm, and each call from Python costs: this is one.
+static int32_t minerva_decode(minerva_decoder * decoder, struct llama_batch * batch) {
+    int32_t code = llama_decode(decoder->context, *batch);
+    if (code == 0) {
+        decoder->logits = llama_get_logits_ith(decoder->context, -1);  // waits for the result
+    }
+    return code;
+}
+
+static int32_t minerva_decode_one(minerva_decoder * decoder, int32_t token, int32_t position, int32_t sequence_id) {
+    int32_t count = 1;
+    int8_t output = 1;
+    llama_seq_id * sequence_ids = &sequence_id;
+    struct llama_batch batch = {0};
+    batch.n_tokens = 1;
+    batch.token = &token;
+    batch.pos = &position;
+    batch.n_seq_id = &count;
+    batch.seq_id = &sequence_ids;
+    batch.logits = &output;
+    return minerva_decode(decoder, &batch);
 }
 
 // The interpreter is going away: no library thread may enter it, to log or to ask, and computations stop.

@@ -70,14 +70,18 @@ def bench(
                     row |= _against(row, baseline)
                 yield row
             return
+    upstream = (about.facts["model_filename"], about.gpu_layers)
     for test in tests:
         samples, theirs = [], []
         for number in range(repetitions):
             on_progress(test.name, number, repetitions)
-            theirs.append(llama_bench.repeat(about.facts["model_filename"], about.gpu_layers, test, source.mmap))
+            if number % 2 == 0:  # each goes first as often, in case that matters
+                theirs.append(llama_bench.repeat(*upstream, test, source.mmap))
             with source.load() as model, Run(model, test, params) as run:
                 run.warm_up()
                 samples.append(_Sample.of(run, take_apart))
+            if number % 2 == 1:
+                theirs.append(llama_bench.repeat(*upstream, test, source.mmap))
         row = {**machine, **_row(about, source, test, samples)}
         yield row | compared(row, "llama-bench", [1e9 * (test.n_prompt + test.n_gen) / ns for ns in theirs])
 

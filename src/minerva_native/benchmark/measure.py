@@ -253,8 +253,7 @@ class _TimedLoop:
 @contextmanager
 def _no_collection() -> Iterator[None]:
     enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
+    gc.disable()  # and no collection before it either, which would leave the caches cold
     try:
         yield
     finally:

@@ -11,6 +11,8 @@ import minerva_native as mn
 
 from .report import FIRST_TOKENS, PERCENTILES
 
+SHOWN = 1.25  # times the highest percentile
+
 
 def check(path: str | os.PathLike[str]) -> None:
     """Raise `MinervaError` or `ValueError` now, where a picture could not be drawn after all is measured."""
@@ -42,15 +44,23 @@ def draw(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> Non
         for repetition in times:
             course.plot(index, repetition, color="tab:blue", alpha=0.25, linewidth=0.8)
         course.plot(index, np.median(times, axis=0), color="tab:blue", linewidth=1.6, label="median of the repetitions")
-        course.set(title=title, xlabel="generated token", ylabel="latency (ms)")
+        course.set_title(title, loc="left", fontsize="medium")
+        course.set(xlabel="generated token", ylabel="latency (ms)")
         course.legend(loc="upper right")
         steady = (times[:, FIRST_TOKENS:] if times.shape[1] > FIRST_TOKENS else times).ravel()
-        histogram.hist(steady, bins=60, color="tab:blue", alpha=0.6)
+        top = SHOWN * float(np.percentile(steady, PERCENTILES[-1]))
+        histogram.hist(steady[steady <= top], bins=60, color="tab:blue", alpha=0.6)
         for percentile, style in zip(PERCENTILES, ("-", "--", "-.", ":"), strict=True):
             value = float(np.percentile(steady, percentile))
             histogram.axvline(value, color="tab:red", linestyle=style, label=f"p{percentile}: {value:.3g} ms")
         histogram.set(title=f"without the first {FIRST_TOKENS}", xlabel="latency (ms)", ylabel="tokens")
         histogram.legend(loc="upper right")
+        # A few tokens that took ten times as long would leave nothing to see of the others.
+        above = int((times > top).sum())
+        course.set_ylim(0, top)
+        histogram.set_xlim(0.95 * steady.min(), top)
+        if above:
+            course.set_title(f"{above} of {times.size} tokens lie above the frame", loc="right", fontsize="small")
         for axis in (course, histogram):
             axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
