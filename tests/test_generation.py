@@ -407,3 +407,26 @@ def test_stop_may_be_any_iterable(demo: mn.Model) -> None:
         sequence.extend(demo.tokenizer.encode("Once upon a time"))
         steps = list(mn.generate(sequence, mn.Sampler(mn.SamplingParams(seed=1)), stop=(text for text in [" "])))  # type: ignore[arg-type]
         assert steps[-1].finish_reason == "stop"
+
+
+def test_a_decoder_of_ones_own_turns_tokens_into_text(sequence: mn.Sequence) -> None:
+    class Shouting:
+        def __init__(self) -> None:
+            self._stream = sequence.context.model.tokenizer.stream()
+
+        def feed(self, token: int) -> str:
+            return self._stream.feed(token).upper()
+
+        def flush(self) -> str:
+            return self._stream.flush() + "!"
+
+    steps = list(mn.generate(sequence, dictate("h", "e"), max_tokens=2, decoder=Shouting()))
+    assert text_of(steps) == "HE!"
+
+
+def test_a_decoder_can_go_on_amid_a_character(sequence: mn.Sequence) -> None:
+    decoder = sequence.context.model.tokenizer.stream()
+    first, *rest = [TOKENS.index(token) for token in ("Ã", "¤")]  # the two bytes of a letter
+    assert decoder.feed(first) == ""
+    sequence.append(first)
+    assert text_of(list(mn.generate(sequence, dictate(*rest), max_tokens=1, decoder=decoder))) == "ä"

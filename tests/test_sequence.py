@@ -629,3 +629,62 @@ def test_what_owns_memory_cannot_be_copied(tiny: mn.Model) -> None:
         for thing in (tiny, context, sequence):
             with pytest.raises(TypeError, match="cannot be copied"):
                 copy.copy(thing)
+
+
+# One token at a time
+
+
+def test_one_token_at_a_time_is_as_all_at_once(tiny: mn.Model, context: mn.Context, sequence: mn.Sequence) -> None:
+    for token in IDS:
+        assert evaluated_by(context, lambda token=token: sequence.extend([token])) == 1  # type: ignore[misc]
+    assert sequence == IDS
+    with make_context(tiny) as other, other.sequence() as whole:
+        whole.extend(IDS)
+        np.testing.assert_allclose(sequence.logits, whole.logits, rtol=0, atol=1e-3 * np.abs(whole.logits).max())
+    assert context.stats.decode_calls == len(IDS)
+
+
+def test_one_token_after_tokens_that_wait_evaluates_them_too(context: mn.Context, sequence: mn.Sequence) -> None:
+    sequence.extend(IDS)
+    sequence.append(5)
+    assert sequence.extend([6]) == 2
+    assert sequence == [*IDS, 5, 6]
+
+
+@pytest.mark.parametrize("token", [-1, 10**6, True, 1.5, "a"])
+def test_one_token_that_is_none_changes_nothing(context: mn.Context, sequence: mn.Sequence, token: object) -> None:
+    sequence.extend(IDS)
+    with pytest.raises((TypeError, ValueError)):
+        sequence.extend([token])  # type: ignore[list-item]
+    assert sequence == IDS
+
+
+def test_one_token_too_many(context: mn.Context, sequence: mn.Sequence) -> None:
+    sequence.extend([5] * N_CTX)
+    with pytest.raises(mn.ContextFullError):
+        sequence.extend([5])
+    assert len(sequence) == N_CTX
+
+
+def test_one_token_is_progress_too(sequence: mn.Sequence) -> None:
+    seen: list[tuple[int, int]] = []
+    sequence.extend(IDS)
+    sequence.extend([5], on_progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 1)]
+
+
+def test_reading_logits_is_timed(context: mn.Context, sequence: mn.Sequence) -> None:
+    sequence.extend(IDS)
+    assert context.stats.logits_seconds == 0
+    _ = sequence.logits
+    assert context.stats.logits_seconds > 0
+
+
+def test_a_sequence_says_how_many_bytes_it_takes(tiny: mn.Model, sequence: mn.Sequence) -> None:
+    assert sequence.size_bytes == 0
+    sequence.extend(IDS)
+    one = sequence.size_bytes / len(IDS)
+    # 3 layers, keys and values of 2 heads of 32, in float32; besides, libllama writes the position of each cell.
+    assert one == pytest.approx(3 * 2 * 2 * 32 * 4, rel=0.02)
+    sequence.truncate(12)
+    assert sequence.size_bytes == pytest.approx(12 * one, rel=0.02)

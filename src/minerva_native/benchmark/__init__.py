@@ -16,6 +16,11 @@ __all__ = ["LlamaBench", "Source", "Test", "bench"]
 
 WIDE_SPREAD = 0.05  # a standard deviation of the rates, over their mean, that is worth a warning
 
+_LIMIT = (
+    *("weight_bytes_per_token", "kv_bytes_per_token", "memory_bandwidth"),
+    *("roofline_ts", "roofline_share", "fits_cache"),
+)
+
 FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}  # llama-bench's numbers
 
 
@@ -75,13 +80,10 @@ def bench(
         samples, theirs = [], []
         for number in range(repetitions):
             on_progress(test.name, number, repetitions)
-            if number % 2 == 0:  # each goes first as often, in case that matters
-                theirs.append(llama_bench.repeat(*upstream, test, source.mmap))
+            theirs.append(llama_bench.repeat(*upstream, test, source.mmap))
             with source.load() as model, Run(model, test, params) as run:
                 run.warm_up()
                 samples.append(_Sample.of(run, take_apart))
-            if number % 2 == 1:
-                theirs.append(llama_bench.repeat(*upstream, test, source.mmap))
         row = {**machine, **_row(about, source, test, samples)}
         yield row | compared(row, "llama-bench", [1e9 * (test.n_prompt + test.n_gen) / ns for ns in theirs])
 
@@ -132,9 +134,7 @@ def _row(about: _About, source: Source, test: Test, samples: Sequence[_Sample]) 
 def _limit(about: _About, test: Test, kv_bytes: float, token_ns: float | None) -> dict[str, Any]:
     """Return how near a generated token comes to the time that reading what it needs takes."""
     if token_ns is None:
-        return dict.fromkeys(
-            ("weight_bytes_per_token", "kv_bytes_per_token", "memory_bandwidth", "roofline_ts", "roofline_share")
-        )
+        return dict.fromkeys(_LIMIT)
     weights = about.weights
     on_gpu = weights.gpu / weights.total  # keys and values lie where their layers do
     seconds, total = 0.0, weights.total + kv_bytes
@@ -149,6 +149,7 @@ def _limit(about: _About, test: Test, kv_bytes: float, token_ns: float | None) -
         "memory_bandwidth": total / seconds,
         "roofline_ts": 1.0 / seconds,
         "roofline_share": 1e9 * seconds / token_ns,
+        "fits_cache": not on_gpu and total < roofline.largest_cache_bytes(),
     }
 
 

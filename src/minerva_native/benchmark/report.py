@@ -320,6 +320,7 @@ def details(row: Row) -> list[str]:
             f"the limit: {row['weight_bytes_per_token'] / 1e6:,.1f} MB of weights and "
             f"{row['kv_bytes_per_token'] / 1e6:,.1f} MB of keys and values a token, read at "
             f"{row['memory_bandwidth'] / 1e9:,.1f} GB/s, are {row['roofline_ts']:,.1f} t/s"
+            + (" (but they fit into the CPU's cache, which is faster)" if row["fits_cache"] else "")
         )
     if row["first_tokens_ns"]:
         lines.append(f"the first tokens: {', '.join(map(duration, row['first_tokens_ns']))}")

@@ -67,7 +67,7 @@ def weights_touched(model: mn.Model) -> Weights:
 
 def read_bandwidth(n_threads: int) -> float:
     """Return the bytes per second that so many threads read from memory together, at best."""
-    size = max(_READ_BYTES, 4 * _largest_cache_bytes()) // n_threads
+    size = max(_READ_BYTES, 4 * largest_cache_bytes()) // n_threads
     buffers = [np.ones(size // 8, np.uint64) for _ in range(n_threads)]
     return max(_read_together(buffers) for _ in range(_READ_ROUNDS))
 
@@ -93,7 +93,7 @@ def _read_together(buffers: list[npt.NDArray[np.uint64]]) -> float:
     return sum(rates)
 
 
-def _largest_cache_bytes() -> int:
+def largest_cache_bytes() -> int:
     """Return the size of the largest cache of the CPU, where the system tells."""
     sizes = [0]
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
