@@ -4,13 +4,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 import minerva_native as mn
 
 from . import roofline
 from .compare import LlamaBench, Row, find
 from .machine import facts, model_facts
 from .measure import Parts, Repetition, Run, Test, clock_ns
-from .report import compared, figures, taken_apart
+from .report import compared, figures, steady, taken_apart
 
 __all__ = ["LlamaBench", "Source", "Test", "bench"]
 
@@ -63,13 +65,14 @@ def bench(
         about = _About(model_facts(model), roofline.weights_touched(model), model.gpu_layers)
         if llama_bench is None:
             for test in tests:
+                limit = about.limit(test)
                 with Run(model, test, params) as run:
                     if warm_up:
                         run.warm_up()
                     samples = []
                     for number in range(repetitions):
                         on_progress(test.name, number, repetitions)
-                        samples.append(_Sample.of(run, take_apart))
+                        samples.append(_Sample.of(run, limit, take_apart))
                 row = {**machine, **_row(about, source, test, samples)}
                 if baseline:
                     row |= _against(row, baseline)
@@ -77,13 +80,13 @@ def bench(
             return
     upstream = (about.facts["model_filename"], about.gpu_layers)
     for test in tests:
-        samples, theirs = [], []
+        samples, theirs, limit = [], [], about.limit(test)
         for number in range(repetitions):
             on_progress(test.name, number, repetitions)
             theirs.append(llama_bench.repeat(*upstream, test, source.mmap))
             with source.load() as model, Run(model, test, params) as run:
                 run.warm_up()
-                samples.append(_Sample.of(run, take_apart))
+                samples.append(_Sample.of(run, limit, take_apart))
         row = {**machine, **_row(about, source, test, samples)}
         yield row | compared(row, "llama-bench", [1e9 * (test.n_prompt + test.n_gen) / ns for ns in theirs])
 
@@ -95,18 +98,25 @@ class _About(NamedTuple):
     weights: roofline.Weights
     gpu_layers: int
 
+    def limit(self, test: Test) -> roofline.Limit | None:
+        """Return what the memory allows, where the test generates."""
+        return roofline.Limit(self.weights, test.n_threads) if test.n_gen else None
+
 
 class _Sample(NamedTuple):
     """One repetition, and what was looked at beside it."""
 
     repetition: Repetition
-    kv_bytes: float
     parts: Parts | None
+    kv_bytes: float
+    limit_seconds: float
 
     @classmethod
-    def of(cls, run: Run, take_apart: bool) -> "_Sample":
+    def of(cls, run: Run, limit: roofline.Limit | None, take_apart: bool) -> "_Sample":
         """Run a test once."""
-        return cls(run.repeat(), run.kv_bytes(), run.take_apart() if take_apart else None)
+        repetition, kv_bytes = run.repeat(), run.kv_bytes()
+        parts = run.take_apart() if take_apart else None
+        return cls(repetition, parts, kv_bytes, limit.seconds(kv_bytes) if limit else 0.0)
 
 
 def _row(about: _About, source: Source, test: Test, samples: Sequence[_Sample]) -> dict[str, Any]:
@@ -128,28 +138,23 @@ def _row(about: _About, source: Source, test: Test, samples: Sequence[_Sample]) 
         **figures(test, [sample.repetition for sample in samples]),
         **taken_apart([sample.parts for sample in samples if sample.parts]),
     }
-    return row | _limit(about, test, samples[-1].kv_bytes, row["token_mean_ns"])
+    return row | _limit(about.weights, samples)
 
 
-def _limit(about: _About, test: Test, kv_bytes: float, token_ns: float | None) -> dict[str, Any]:
-    """Return how near a generated token comes to the time that reading what it needs takes."""
-    if token_ns is None:
+def _limit(weights: roofline.Weights, samples: Sequence[_Sample]) -> dict[str, Any]:
+    """Return how near generated tokens come to the time that reading what they need takes, by their medians."""
+    if not samples[0].repetition.token_ns.size:
         return dict.fromkeys(_LIMIT)
-    weights = about.weights
-    on_gpu = weights.gpu / weights.total  # keys and values lie where their layers do
-    seconds, total = 0.0, weights.total + kv_bytes
-    if on_gpu < 1.0:
-        seconds += (weights.cpu + (1.0 - on_gpu) * kv_bytes) / roofline.read_bandwidth(test.n_threads)
-    if on_gpu > 0.0:
-        gpu = next(device.name for device in mn.devices() if device.type in ("gpu", "igpu"))
-        seconds += (weights.gpu + on_gpu * kv_bytes) / roofline.copy_bandwidth(gpu)
+    seconds = np.array([sample.limit_seconds for sample in samples])
+    token_seconds = np.array([steady(sample.repetition.token_ns).mean() / 1e9 for sample in samples])
+    total = weights.total + samples[-1].kv_bytes
     return {
         "weight_bytes_per_token": weights.total,
-        "kv_bytes_per_token": kv_bytes,
-        "memory_bandwidth": total / seconds,
-        "roofline_ts": 1.0 / seconds,
-        "roofline_share": 1e9 * seconds / token_ns,
-        "fits_cache": not on_gpu and total < roofline.largest_cache_bytes(),
+        "kv_bytes_per_token": samples[-1].kv_bytes,
+        "memory_bandwidth": float(np.median(total / seconds)),
+        "roofline_ts": float(np.median(1.0 / seconds)),
+        "roofline_share": float(np.median(seconds / token_seconds)),
+        "fits_cache": not weights.gpu and total < roofline.largest_cache_bytes(),
     }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 import minerva_native as mn
 
-from .report import FIRST_TOKENS, PERCENTILES
+from .report import FIRST_TOKENS, PERCENTILES, steady
 
 SHOWN = 1.25  # times the highest percentile
 
@@ -47,18 +47,18 @@ def draw(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> Non
         course.set_title(title, loc="left", fontsize="medium")
         course.set(xlabel="generated token", ylabel="latency (ms)")
         course.legend(loc="upper right")
-        steady = (times[:, FIRST_TOKENS:] if times.shape[1] > FIRST_TOKENS else times).ravel()
-        top = SHOWN * float(np.percentile(steady, PERCENTILES[-1]))
-        histogram.hist(steady[steady <= top], bins=60, color="tab:blue", alpha=0.6)
+        later = steady(times).ravel()
+        top = SHOWN * float(np.percentile(later, PERCENTILES[-1]))
+        histogram.hist(later[later <= top], bins=60, color="tab:blue", alpha=0.6)
         for percentile, style in zip(PERCENTILES, ("-", "--", "-.", ":"), strict=True):
-            value = float(np.percentile(steady, percentile))
+            value = float(np.percentile(later, percentile))
             histogram.axvline(value, color="tab:red", linestyle=style, label=f"p{percentile}: {value:.3g} ms")
         histogram.set(title=f"without the first {FIRST_TOKENS}", xlabel="latency (ms)", ylabel="tokens")
         histogram.legend(loc="upper right")
         # A few tokens that took ten times as long would leave nothing to see of the others.
         above = int((times > top).sum())
         course.set_ylim(0, top)
-        histogram.set_xlim(0.95 * steady.min(), top)
+        histogram.set_xlim(0.95 * later.min(), top)
         if above:
             course.set_title(f"{above} of {times.size} tokens lie above the frame", loc="right", fontsize="small")
         for axis in (course, histogram):

@@ -46,15 +46,20 @@ def figures(test: Test, repetitions: Sequence[Repetition]) -> Row:
     return row | _token_figures(np.array([repetition.token_ns for repetition in repetitions]))
 
 
+def steady(times: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the times without those of the first tokens, along the last axis; all of them, where there are no more."""
+    return times[..., FIRST_TOKENS:] if times.shape[-1] > FIRST_TOKENS else times
+
+
 def _token_figures(token_ns: npt.NDArray[np.int64]) -> Row:
     """Return how the times of tokens are distributed; shape (repetitions, n_gen)."""
-    steady = token_ns[:, FIRST_TOKENS:] if token_ns.shape[1] > FIRST_TOKENS else token_ns
-    some, several = bool(steady.size), steady.shape[1] > 1
+    times = steady(token_ns)
+    some, several = bool(times.size), times.shape[1] > 1
     return {
-        **{f"token_p{p}_ns": float(np.percentile(steady, p)) if some else None for p in PERCENTILES},
-        "token_max_ns": int(steady.max()) if some else None,
-        "token_mean_ns": float(steady.mean()) if some else None,
-        "token_jitter_ns": float(np.abs(np.diff(steady)).mean()) if several else None,
+        **{f"token_p{p}_ns": float(np.percentile(times, p)) if some else None for p in PERCENTILES},
+        "token_max_ns": int(times.max()) if some else None,
+        "token_mean_ns": float(times.mean()) if some else None,
+        "token_jitter_ns": float(np.abs(np.diff(times)).mean()) if several else None,
         "first_tokens_ns": np.median(token_ns[:, :FIRST_TOKENS], axis=0).tolist() if some else None,
         "token_ns": token_ns.tolist() if some else None,
     }

@@ -18,7 +18,7 @@ import minerva_native as mn
 from minerva_native._binding import ffi, lib
 
 _READ_BYTES = 256 << 20  # at the least; four times the largest cache, where that is more
-_READ_SECONDS, _READ_ROUNDS = 0.06, 5  # of every thread, and how often: the best round counts
+_READ_SECONDS, _READ_ROUNDS = 0.04, 3  # of every thread, and how often: the best round counts
 _COPY_BYTES, _COPY_TIMES, _COPY_ROUNDS = 256 << 20, 16, 5
 
 
@@ -65,11 +65,38 @@ def weights_touched(model: mn.Model) -> Weights:
     return Weights(cpu, gpu)
 
 
-def read_bandwidth(n_threads: int) -> float:
-    """Return the bytes per second that so many threads read from memory together, at best."""
-    size = max(_READ_BYTES, 4 * largest_cache_bytes()) // n_threads
-    buffers = [np.ones(size // 8, np.uint64) for _ in range(n_threads)]
-    return max(_read_together(buffers) for _ in range(_READ_ROUNDS))
+class Limit:
+    """What the memory allows a model that computes with so many threads; measured anew each time it is asked for.
+
+    Machines that are shared with others give now more, now less.
+    """
+
+    def __init__(self, weights: Weights, n_threads: int):
+        self._weights = weights
+        self._on_gpu = weights.gpu / weights.total  # keys and values lie where their layers do
+        self._reader = Reader(n_threads) if self._on_gpu < 1.0 else None
+        gpus = [device.name for device in mn.devices() if device.type in ("gpu", "igpu")]
+        self._gpu_bandwidth = copy_bandwidth(gpus[0]) if self._on_gpu > 0.0 else 1.0
+
+    def seconds(self, kv_bytes: float) -> float:
+        """Return the least time that a token takes with so many bytes of keys and values before it."""
+        weights, on_gpu = self._weights, self._on_gpu
+        seconds = (weights.gpu + on_gpu * kv_bytes) / self._gpu_bandwidth
+        if self._reader is not None:
+            seconds += (weights.cpu + (1.0 - on_gpu) * kv_bytes) / self._reader.bandwidth()
+        return seconds
+
+
+class Reader:
+    """Threads' worth of memory to read."""
+
+    def __init__(self, n_threads: int):
+        size = max(_READ_BYTES, 4 * largest_cache_bytes()) // n_threads
+        self._buffers = [np.ones(size // 8, np.uint64) for _ in range(n_threads)]
+
+    def bandwidth(self) -> float:
+        """Return the bytes per second that the threads read together, at best."""
+        return max(_read_together(self._buffers) for _ in range(_READ_ROUNDS))
 
 
 def _read_together(buffers: list[npt.NDArray[np.uint64]]) -> float:
