@@ -15,7 +15,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 import generations
 import models
 
-ROUNDS, N_TOKENS = 9, 200
+ROUNDS, N_TOKENS = 21, 200
 BARS = {"top_k, top_p, temperature": 1.05, "top_p": 1.5}
 
 
