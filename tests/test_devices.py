@@ -57,7 +57,7 @@ def test_affinity_counts() -> None:
         ({"cpu.max": "garbage\n"}, "0::/\n", math.inf),
     ],
 )  # fmt: skip
-def testcpu_quotas_count(tmp_path: Path, files: dict[str, str], membership: str, quota: float) -> None:
+def test_cpu_quotas_count(tmp_path: Path, files: dict[str, str], membership: str, quota: float) -> None:
     root = tmp_path / "cgroup"
     root.mkdir()
     for name, text in files.items():

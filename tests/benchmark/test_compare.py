@@ -69,7 +69,19 @@ def test_one_line_is_one_result(tmp_path: Path) -> None:
     assert compare.load(tmp_path / "baseline") == [ROW]
 
 
-@pytest.mark.parametrize("content", ["", "text", "[]", "[1]", '{"results": 3}', '[{"n_gen": 3}]', "3", "null"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "text", "[]", "[1]", '{"results": 3}', '[{"n_gen": 3}]', "3", "null"),
+        *(
+            json.dumps([ROW | {"samples_ts": rates}])
+            for rates in ([], [0.0], [-1], ["1"], [1.0, float("nan")], 3, [10**400])
+        ),
+        "[" * 100_000,
+        "\N{LATIN SMALL LETTER A WITH DIAERESIS}",
+        json.dumps([ROW | {"n_gen": "128"}]),
+    ],
+)
 def test_a_file_without_results(tmp_path: Path, content: str) -> None:
     (tmp_path / "baseline").write_text(content)
     with pytest.raises(ValueError, match="-o json"):
@@ -141,8 +153,9 @@ def test_llama_bench_is_asked_for_the_same_test(
     stand_in: Path, lengths: tuple[int, int, int], expected: dict[str, str]
 ) -> None:
     test = measure.Test(*lengths, 256, 128, 3, "q8_0", "f32", "on")
-    assert compare.LlamaBench(stand_in).repeat("model.gguf", 5, test, mmap=False) == 1e6
+    assert compare.LlamaBench(stand_in).repeat("model.gguf", 5, test, mmap=False, warm_up=False) == 1e6
     (words,) = calls(stand_in)
+    assert words.pop() == "--no-warmup"
     asked = dict(zip(words[::2], words[1::2], strict=True))
     settings = {"-m": "model.gguf", "-b": "256", "-ub": "128", "-t": "3", "-ctk": "q8_0", "-ctv": "f32", "-fa": "on"}
     assert asked | settings | expected | {"-ngl": "5", "-lm": "none", "-r": "1", "-o": "json"} == asked
@@ -151,7 +164,32 @@ def test_llama_bench_is_asked_for_the_same_test(
 def test_a_llama_bench_that_fails_says_why(stand_in: Path) -> None:
     stand_in.write_text(f"#!{sys.executable}\nimport sys\nsys.exit('no such model')\n")
     with pytest.raises(mn.MinervaError, match=r"exit status 1\): no such model"):
-        compare.LlamaBench(stand_in).repeat("model.gguf", 0, measure.Test(n_gen=1), mmap=True)
+        compare.LlamaBench(stand_in).repeat("model.gguf", 0, measure.Test(n_gen=1), mmap=True, warm_up=True)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "",
+        "[]",
+        "[" * 10_000,
+        '[{"avg_ns": 0}]',
+        '[{"avg_ns": -5}]',
+        '[{"avg_ns": NaN}]',
+        '[{"avg_ns": 1e-320}]',
+        "\xff",
+    ],
+)
+def test_a_llama_bench_that_answers_nonsense_fails(stand_in: Path, answer: str) -> None:
+    stand_in.write_text(f"#!{sys.executable}\nimport sys\nsys.stdout.buffer.write({answer.encode('latin-1')!r})\n")
+    with pytest.raises(mn.MinervaError, match="no result"):
+        compare.LlamaBench(stand_in).repeat("model.gguf", 0, measure.Test(n_gen=1), mmap=True, warm_up=True)
+
+
+def test_a_llama_bench_of_another_machine(stand_in: Path) -> None:
+    stand_in.write_bytes(b"\x7fELF of something else")
+    with pytest.raises(mn.MinervaError, match="could not be run"):
+        compare.LlamaBench(stand_in).repeat("model.gguf", 0, measure.Test(n_gen=1), mmap=True, warm_up=True)
 
 
 def test_a_llama_bench_that_is_not_there(tmp_path: Path) -> None:

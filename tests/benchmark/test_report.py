@@ -74,6 +74,11 @@ def test_what_is_not_compared_has_the_same_fields() -> None:
     assert report.compared(row, "baseline", []).keys() == compared.keys()
 
 
+def test_as_many_repetitions_are_compared_as_both_have() -> None:
+    compared = report.compared({"samples_ts": [2.0, 2.0]}, "baseline", [1.0, 1.0, 7.0])
+    assert (compared["ratio"], compared["compared_avg_ts"], compared["compared_samples_ts"]) == (2.0, 1.0, [1.0, 1.0])
+
+
 @pytest.mark.parametrize(
     ("nanoseconds", "text"),
     [

@@ -80,7 +80,10 @@ def test_memory_can_be_read(monkeypatch: pytest.MonkeyPatch, n_threads: int) -> 
 def test_the_limit_is_the_time_to_read_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline.Reader, "bandwidth", lambda reader: 1e9)
     monkeypatch.setattr(roofline, "copy_bandwidth", lambda device: 1e12)
-    assert roofline.Limit(roofline.Weights(6e8, 0.0), 1).seconds(4e8) == pytest.approx(1.0)
+    limit = roofline.Limit(roofline.Weights(6e8, 0.0), 1)
+    assert limit.cpu_bandwidth() == 1e9
+    assert limit.seconds(4e8, 1e9) == pytest.approx(1.0)
+    assert limit.seconds(4e8, 2e9) == pytest.approx(0.5)
 
 
 def test_what_lies_on_a_gpu_is_read_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,8 +92,9 @@ def test_what_lies_on_a_gpu_is_read_there(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(roofline.Reader, "bandwidth", lambda reader: 1e9)
     monkeypatch.setattr(roofline, "copy_bandwidth", lambda device: {"CUDA0": 1e12}[device])
     half = roofline.Weights(1e9, 1e9)
-    assert roofline.Limit(half, 1).seconds(2e9) == pytest.approx(2.0 + 0.002)
-    assert roofline.Limit(roofline.Weights(0.0, 1e12), 1).seconds(0.0) == pytest.approx(1.0)
+    assert roofline.Limit(half, 1).seconds(2e9, 1e9) == pytest.approx(2.0 + 0.002)
+    whole = roofline.Limit(roofline.Weights(0.0, 1e12), 1)
+    assert whole.seconds(0.0, whole.cpu_bandwidth()) == pytest.approx(1.0)
 
 
 def test_a_device_copies_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:

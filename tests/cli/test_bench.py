@@ -69,12 +69,16 @@ def test_every_format_has_every_test(capsys: pytest.CaptureFixture[str]) -> None
     assert [json.loads(line)["test"] for line in Output(capsys, "-o", "jsonl").out.splitlines()] == ["pp8", "tg8"]
     rows = list(csv.DictReader(io.StringIO(Output(capsys, "-o", "csv").out)))
     assert [row["test"] for row in rows] == ["pp8", "tg8"]
-    names, rule, *lines = Output(capsys, "-o", "md").out.splitlines()
+    names, rule, *lines, empty, about = Output(capsys, "-o", "md").out.splitlines()
     assert [name.strip() for name in names.strip("|").split("|")][:7] == [
         *("model", "size", "params", "backend", "threads", "test", "t/s")
     ]
     assert len({len(line) for line in (names, rule, *lines)}) == 1
     assert len(lines) == 2
+    assert not empty
+    assert mn.build_info()["llama_cpp"] in about
+    assert "threads" not in about, "it has a column"
+    assert "type_k f16" in about
     table = Output(capsys).out
     assert "pp8" in table
     assert "a token of generate(): decode" in table
@@ -93,9 +97,7 @@ def test_lists_multiply(capsys: pytest.CaptureFixture[str]) -> None:
     assert {row["test"].partition(" ")[0] for row in rows} == {"pp8"}
 
 
-def test_the_machine_makes_everyone_doubt_what_it_says(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_busy_machine_is_warned_about(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getloadavg", lambda: (3.0, 0.0, 0.0))
     assert "minerva: warning: the load was 3.0" in Output(capsys, "-o", "json").err
 
@@ -138,15 +140,37 @@ def test_a_baseline_of_other_tests_compares_nothing(capsys: pytest.CaptureFixtur
     (tmp_path / "baseline.json").write_text(json.dumps([row]))
     output = Output(capsys, "--baseline", str(tmp_path / "baseline.json"), "--fail-below", "0.5")
     assert output.status == 1
+    assert "there is nothing to compare with" in output.err
+    assert "tg8" not in output.err, "known before anything is measured"
+
+
+def test_a_baseline_of_another_model_compares_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    row = {"n_prompt": 0, "n_gen": 8, "n_depth": 0, "model_size": 1, "samples_ts": [1.0]}
+    (tmp_path / "baseline.json").write_text(json.dumps([row]))
+    output = Output(capsys, "--baseline", str(tmp_path / "baseline.json"), "--fail-below", "0.5")
+    assert output.status == 1
     assert "the baseline has no tg8 of this model" in output.err
     assert "nothing was compared" in output.err
+
+
+def test_what_differs_from_the_baseline_is_said_in_every_format(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    rows = Output(capsys, "-o", "json", "-n", "8").rows
+    for row in rows:
+        row |= {"cpu_info": "another", "n_threads": 64, "samples_ts": [1.0]}
+    (tmp_path / "baseline.json").write_text(json.dumps(rows))
+    for kind in ("md", "table", "jsonl"):
+        output = Output(capsys, "-n", "8", "-p", "0", "-o", kind, "--baseline", str(tmp_path / "baseline.json"))
+        assert "tg8 differs from the baseline in n_threads, cpu_info" in output.err
+        assert "tg8 has 1 repetitions in the baseline" in output.err
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("--baseline", "missing.json"), "missing.json"),
-        (("--compare-llama-bench", "missing"), "missing is no program"),
+        (("--compare-llama-bench", "missing"), "missing is not an executable"),
         (("-m", "missing.gguf"), "missing.gguf does not exist"),
         (("--plot", "out.xyz"), "must be one of"),
         (("--plot", "missing/out.png"), "no folder missing"),
@@ -163,13 +187,18 @@ def test_what_cannot_be_is_one_line(capsys: pytest.CaptureFixture[str], argument
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("-p x", "'x' is no number"),
+        ("-p x", "'x' is not a number"),
+        ("-p 1-100000", "more than"),
+        ("-p 8-4", "is empty"),
+        ("-t 1,0", "1 or more"),
+        ("-b 0", "1 or more"),
+        ("--fail-below 97% --baseline x", "is not a ratio"),
         ("-p -1", "-p"),
         ("-pg 8", "two numbers"),
         ("-ctk f17", "'f17' is none of"),
         ("-fa maybe", "'maybe' is none of"),
         ("-o sql", "invalid choice"),
-        ("-ngl x", "-ngl"),
+        ("-ngl x", "'x' is not a list of numbers"),
         ("-r 0", "1 or more"),
         ("-p 0 -n 0", "nothing to test"),
         ("--fail-below 0.9", "something to compare with"),
@@ -228,12 +257,13 @@ def test_ctrl_c_closes_the_list() -> None:
     command = [*MINERVA, "-t", "1", "-n", "4,100000", "-p", "0", "-r", "1", "--no-parts", "-o", "json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        while "test 2 of 2" not in process.stderr.readline():
-            pass
+        while "test 2 of 2" not in (line := process.stderr.readline()):
+            assert line, "it ended before the second test"
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert [row["test"] for row in json.loads(out)] == ["tg4"]
+    assert "interrupted: 1 of 2 tests are finished" in err
     assert "Traceback" not in err
 
 

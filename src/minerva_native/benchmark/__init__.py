@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 import minerva_native as mn
+from minerva_native.context import FLASH_ATTENTION
 
 from . import roofline
 from .compare import LlamaBench, Row, find
@@ -19,11 +21,9 @@ __all__ = ["LlamaBench", "Source", "Test", "bench"]
 WIDE_SPREAD = 0.05  # a standard deviation of the rates, over their mean, that is worth a warning
 
 _LIMIT = (
-    *("weight_bytes_per_token", "kv_bytes_per_token", "memory_bandwidth"),
+    *("weight_bytes_per_token", "kv_bytes_per_token", "memory_bandwidth", "memory_bandwidth_samples"),
     *("roofline_ts", "roofline_share", "fits_cache"),
 )
-
-FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}  # llama-bench's numbers
 
 
 class Source(NamedTuple):
@@ -51,28 +51,29 @@ def bench(
     llama_bench: LlamaBench | None = None,
     on_progress: Callable[[str, int, int], object] = lambda name, done, total: None,
 ) -> Iterator[dict[str, Any]]:
-    """Run tests on a model, and give the result of each as a row of figures (see `report`) as soon as it is there.
+    """Run tests on a model, and yield a row of figures for each (see `report`) as soon as it is measured.
 
     `take_apart` runs the decode loop too, to take its tokens apart; `sampling` is what its sampler is to have in place
     of what the model recommends (`SamplingParams.from_model`). `baseline`: rows to compare with. `llama_bench`: run in
     turns with this, both loading the model anew each time. `on_progress` is called with the test's name, how many
-    repetitions are done, and how many there are.
+    repetitions are done, and how many there are; first with 0 of them.
     Raises what loading a model and making a context raise, and `MinervaError` where llama-bench fails.
     """
     machine = {**facts(), "clock_ns": clock_ns()}
     with source.load() as model:
         params = mn.SamplingParams.from_model(model, **(sampling or {}))
-        about = _About(model_facts(model), roofline.weights_touched(model), model.gpu_layers)
+        how = {"sampling": asdict(params), "warm_up": warm_up}
+        about = _About(model_facts(model) | how, roofline.weights_touched(model), model.gpu_layers)
         if llama_bench is None:
             for test in tests:
-                limit = about.limit(test)
+                on_progress(test.name, 0, repetitions)
                 with Run(model, test, params) as run:
+                    limit, samples = about.limit(test), []
                     if warm_up:
                         run.warm_up()
-                    samples = []
                     for number in range(repetitions):
-                        on_progress(test.name, number, repetitions)
-                        samples.append(_Sample.of(run, limit, take_apart))
+                        samples.append(_measure(run, limit, warm_up, take_apart))
+                        on_progress(test.name, number + 1, repetitions)
                 row = {**machine, **_row(about, source, test, samples)}
                 if baseline:
                     row |= _against(row, baseline)
@@ -80,15 +81,18 @@ def bench(
             return
     upstream = (about.facts["model_filename"], about.gpu_layers)
     for test in tests:
-        samples, theirs, limit = [], [], about.limit(test)
+        on_progress(test.name, 0, repetitions)
+        samples, theirs = [], []
         for number in range(repetitions):
-            on_progress(test.name, number, repetitions)
-            theirs.append(llama_bench.repeat(*upstream, test, source.mmap))
+            theirs.append(llama_bench.repeat(*upstream, test, source.mmap, warm_up))
             with source.load() as model, Run(model, test, params) as run:
-                run.warm_up()
-                samples.append(_Sample.of(run, limit, take_apart))
+                limit = about.limit(test)
+                if warm_up:
+                    run.warm_up()
+                samples.append(_measure(run, limit, warm_up, take_apart))
+            on_progress(test.name, number + 1, repetitions)
         row = {**machine, **_row(about, source, test, samples)}
-        yield row | compared(row, "llama-bench", [1e9 * (test.n_prompt + test.n_gen) / ns for ns in theirs])
+        yield row | compared(row, "llama-bench", [1e9 * test.n_tokens / ns for ns in theirs])
 
 
 class _About(NamedTuple):
@@ -111,12 +115,15 @@ class _Sample(NamedTuple):
     kv_bytes: float
     limit_seconds: float
 
-    @classmethod
-    def of(cls, run: Run, limit: roofline.Limit | None, take_apart: bool) -> "_Sample":
-        """Run a test once."""
-        repetition, kv_bytes = run.repeat(), run.kv_bytes()
-        parts = run.take_apart() if take_apart else None
-        return cls(repetition, parts, kv_bytes, limit.seconds(kv_bytes) if limit else 0.0)
+
+def _measure(run: Run, limit: roofline.Limit | None, warm_up: bool, take_apart: bool) -> _Sample:
+    """Run a test once."""
+    bandwidth = limit.cpu_bandwidth() if limit else 1.0
+    if limit and warm_up:
+        run.settle()  # or the first token would pay for what the reading has left of the caches
+    repetition, kv_bytes = run.repeat(), run.kv_bytes()
+    parts = run.take_apart() if take_apart else None
+    return _Sample(repetition, parts, kv_bytes, limit.seconds(kv_bytes, bandwidth) if limit else 0.0)
 
 
 def _row(about: _About, source: Source, test: Test, samples: Sequence[_Sample]) -> dict[str, Any]:
@@ -128,7 +135,7 @@ def _row(about: _About, source: Source, test: Test, samples: Sequence[_Sample]) 
         "type_k": test.type_k,
         "type_v": test.type_v,
         "n_gpu_layers": about.gpu_layers,
-        "flash_attn": FLASH_ATTENTION[test.flash_attention],
+        "flash_attn": int(FLASH_ATTENTION[test.flash_attention]),
         "mmap": source.mmap,
         "n_prompt": test.n_prompt,
         "n_gen": test.n_gen,
@@ -142,7 +149,7 @@ def _row(about: _About, source: Source, test: Test, samples: Sequence[_Sample]) 
 
 
 def _limit(weights: roofline.Weights, samples: Sequence[_Sample]) -> dict[str, Any]:
-    """Return how near generated tokens come to the time that reading what they need takes, by their medians."""
+    """Return the figures of the roofline: medians over the repetitions."""
     if not samples[0].repetition.token_ns.size:
         return dict.fromkeys(_LIMIT)
     seconds = np.array([sample.limit_seconds for sample in samples])
@@ -152,6 +159,7 @@ def _limit(weights: roofline.Weights, samples: Sequence[_Sample]) -> dict[str, A
         "weight_bytes_per_token": weights.total,
         "kv_bytes_per_token": samples[-1].kv_bytes,
         "memory_bandwidth": float(np.median(total / seconds)),
+        "memory_bandwidth_samples": (total / seconds).tolist(),
         "roofline_ts": float(np.median(1.0 / seconds)),
         "roofline_share": float(np.median(seconds / token_seconds)),
         "fits_cache": not weights.gpu and total < roofline.largest_cache_bytes(),

@@ -19,7 +19,10 @@ Row = Mapping[str, Any]
 
 _TEST = ("n_prompt", "n_gen", "n_depth")
 _MODEL = ("model_size", "model_n_params")
-_SETTINGS = ("n_batch", "n_ubatch", "n_threads", "type_k", "type_v", "n_gpu_layers", "flash_attn", "build_commit")
+_SETTINGS = (
+    *("n_batch", "n_ubatch", "n_threads", "type_k", "type_v", "n_gpu_layers", "flash_attn", "mmap", "warm_up"),
+    *("build_commit", "cpu_info", "gpu_info", "model_header_sha256"),
+)
 
 
 class Ratio(NamedTuple):
@@ -50,23 +53,34 @@ def load(path: str | os.PathLike[str]) -> list[Row]:
 
     Raises `ValueError` for a file that holds none, `OSError` where it cannot be read.
     """
-    content = Path(path).read_text()
+    content = Path(path).read_bytes()
     try:
         try:
             data = json.loads(content)
         except ValueError:
             data = [json.loads(line) for line in content.splitlines() if line.strip()]
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{path} is neither JSON nor JSONL: write a baseline with -o json") from None
     rows = data.get("results", [data]) if isinstance(data, dict) else data
-    needed = {*_TEST, "samples_ts"}
-    if (
-        not isinstance(rows, list)
-        or not rows
-        or not all(isinstance(row, dict) and needed <= row.keys() for row in rows)
-    ):
+    if not isinstance(rows, list) or not rows or not all(map(_is_result, rows)):
         raise ValueError(f"{path} holds no results of a benchmark: write a baseline with -o json")
     return rows
+
+
+def _is_result(row: object) -> bool:
+    if not isinstance(row, dict) or not all(isinstance(row.get(name), int) for name in _TEST):
+        return False
+    rates = row.get("samples_ts")
+    return isinstance(rates, list) and bool(rates) and all(map(_is_rate, rates))
+
+
+def _is_rate(value: object) -> bool:
+    return isinstance(value, int | float) and 1e-9 < value < 1e15  # tokens in a second, whatever computes them
+
+
+def has(baseline: Sequence[Row], test: Test) -> bool:
+    """Return whether there is a result of the same test, of whatever model."""
+    return any(all(row[name] == getattr(test, name) for name in _TEST) for row in baseline)
 
 
 def find(row: Row, baseline: Sequence[Row]) -> tuple[Row, list[str]] | None:
@@ -81,7 +95,7 @@ def find(row: Row, baseline: Sequence[Row]) -> tuple[Row, list[str]] | None:
     same = [
         other
         for other in baseline
-        if all(int(other[name]) == row[name] for name in _TEST)
+        if all(other[name] == row[name] for name in _TEST)
         and all(other.get(name, row[name]) == row[name] for name in _MODEL)
     ]
     if not same:
@@ -96,10 +110,10 @@ class LlamaBench:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         if not self.path.is_file() or not os.access(self.path, os.X_OK):
-            raise ValueError(f"{path} is no program that can be run: see CONTRIBUTING.md on how to build llama-bench")
+            raise ValueError(f"{path} is not an executable file: see CONTRIBUTING.md on how to build llama-bench")
 
-    def repeat(self, model: str, gpu_layers: int, test: Test, mmap: bool) -> float:
-        """Run the same test on the same file, after a warm-up of its own; return its time in nanoseconds.
+    def repeat(self, model: str, gpu_layers: int, test: Test, mmap: bool, warm_up: bool) -> float:
+        """Run the same test on the same file, perhaps after a warm-up of its own; return its time in nanoseconds.
 
         Raises `MinervaError` where it fails.
         """
@@ -124,10 +138,18 @@ class LlamaBench:
         if not mmap:
             settings["-lm"] = "none"
         command = [str(self.path), *(str(word) for pair in settings.items() for word in pair)]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        if not warm_up:
+            command.append("--no-warmup")
+        try:
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        except OSError as error:
+            raise mn.MinervaError(f"{self.path} could not be run: {error.strerror}") from None
         try:
             (row,) = json.loads(done.stdout)
-            return float(row["avg_ns"])
-        except (ValueError, KeyError, TypeError):
-            last = (done.stderr.strip().splitlines() or ["it printed no result"])[-1]
-            raise mn.MinervaError(f"{self.path} failed (exit status {done.returncode}): {last}") from None
+            ns = float(row["avg_ns"])
+            if done.returncode == 0 and 0 < ns < math.inf and _is_rate(1e9 * test.n_tokens / ns):
+                return ns
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            pass
+        last = (done.stderr.decode(errors="replace").strip().splitlines() or ["it printed no result"])[-1]
+        raise mn.MinervaError(f"{self.path} failed (exit status {done.returncode}): {last}")

@@ -15,7 +15,7 @@ from minerva_native.devices import cpu_quota
 # What changes how the libraries under us run.
 _VARIABLES = ("OMP_", "GOMP_", "KMP_", "GGML_", "LLAMA_", "CUDA_", "GLIBC_TUNABLES", "MALLOC_", "LD_PRELOAD")
 
-BUSY_LOAD = 0.5  # of other work on the CPUs, when the measuring starts
+BUSY_LOAD = 0.5  # of the CPUs, that is more than noise when the measuring starts
 
 
 def facts() -> dict[str, Any]:
@@ -67,8 +67,8 @@ def noise(n_threads: int) -> list[str]:
     """Return what on this machine will make times differ from run to run, as sentences."""
     found = []
     load, quota, cpus = _load(), cpu_quota(), len(_cpus())
-    if load is not None and load > BUSY_LOAD:
-        found.append(f"the load was {load:.1f} in the minute before: other work may take part of the CPUs")
+    if load is not None and load > BUSY_LOAD and load + n_threads > cpus:
+        found.append(f"the load was {load:.1f} in the minute before: other work may be using the CPUs")
     if n_threads > quota:
         found.append(f"the CPU quota of {quota:g} is less than {n_threads} threads need: they will be stopped at times")
     if n_threads > cpus:

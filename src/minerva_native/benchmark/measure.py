@@ -25,13 +25,15 @@ from minerva_native.devices import available_cpus
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+FIRST_TOKENS = 4  # of each repetition, that are shown apart: caches and branch predictors are still cold
+
 _ENCODED_TOKENS = 32  # what an encoder-decoder model answers
 
 _clock = time.perf_counter_ns
 
 
 class Test(NamedTuple):
-    """What is evaluated, and with which settings; the defaults are llama-bench's."""
+    """What is evaluated, and with which settings; the defaults are llama-bench's, but for the threads."""
 
     n_prompt: int = 0  # tokens of the prompt
     n_gen: int = 0  # tokens generated after it
@@ -42,6 +44,11 @@ class Test(NamedTuple):
     type_k: str = "f16"
     type_v: str = "f16"
     flash_attention: str = "auto"
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens are evaluated and timed."""
+        return self.n_prompt + self.n_gen
 
     @property
     def name(self) -> str:
@@ -60,14 +67,18 @@ class Repetition(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Where the time of a generated token goes: nanoseconds, the mean over a run of the decode loop."""
+    """Where the time of a generated token goes: nanoseconds, the mean over a run of the decode loop.
+
+    The first four are timed where they happen. `loop` is the rest of the steps' time, so what the sum lacks of the
+    whole is the measuring itself.
+    """
 
     decode: float  # `llama_decode`, to the end of the computation
     logits: float  # copying the logits into an array
     sampler: float
     text: float  # detokenising
     loop: float  # bookkeeping and the loop itself
-    whole: float  # by one clock around the run: what the parts have to add up to
+    whole: float  # by one clock around the run
 
     @property
     def total(self) -> float:
@@ -115,6 +126,13 @@ class Run:
             sequence.extend(self._prompt)
         if self._tokens:
             sequence.extend(self._tokens[0])
+
+    def settle(self) -> None:
+        """Generate a few tokens, after something else has had the CPUs and their caches."""
+        if self._tokens:
+            sequence = self._start()
+            for token in self._tokens[:FIRST_TOKENS]:
+                sequence.extend(token)
 
     def repeat(self) -> Repetition:
         """Run the test once. Python's garbage collector rests meanwhile."""
@@ -166,11 +184,14 @@ class Run:
         return Parts(*(nanoseconds / n_steps for nanoseconds in times))
 
     def kv_bytes(self) -> float:
-        """Return how many bytes the keys, values and states of the sequence take half-way through the generation."""
+        """Return how many bytes the keys, values and states of the sequence take half-way through the generation.
+
+        At its end, where the memory cannot be cut.
+        """
         if self._sequence is None or not len(self._sequence):
             return 0.0
         half_way = self.test.n_depth + self.test.n_prompt + self.test.n_gen / 2
-        if not self.context.memory.can_truncate:  # a state or a window does not grow with the text
+        if not self.context.memory.can_truncate:  # how much of it grows with the text is not known
             return float(self._sequence.size_bytes)
         return self._sequence.size_bytes * half_way / len(self._sequence)
 

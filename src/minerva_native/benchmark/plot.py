@@ -9,7 +9,8 @@ import numpy as np
 
 import minerva_native as mn
 
-from .report import FIRST_TOKENS, PERCENTILES, steady
+from .measure import FIRST_TOKENS
+from .report import PERCENTILES, steady
 
 SHOWN = 1.25  # times the highest percentile
 
@@ -23,13 +24,13 @@ def check(path: str | os.PathLike[str]) -> None:
     kinds = Figure().canvas.get_supported_filetypes()
     kind = Path(path).suffix.lstrip(".").lower()
     if kind not in kinds:
-        raise ValueError(f"{path}: its ending must be one of {', '.join(sorted(kinds))}")
+        raise ValueError(f"{path}: the file extension must be one of {', '.join(sorted(kinds))}")
     if not Path(path).parent.is_dir():
         raise ValueError(f"{path}: there is no folder {Path(path).parent}")
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Draw a pair of graphs for each result with generated tokens, of which there is one at the least."""
+    """Draw a pair of graphs for each result with generated tokens, at least one of them."""
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if row["token_ns"]]

@@ -14,12 +14,11 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 import numpy.typing as npt
 
-from .compare import Ratio
-from .measure import Parts, Repetition, Test
+from .compare import CONFIDENCE, Ratio
+from .measure import FIRST_TOKENS, Parts, Repetition, Test
 
 PERCENTILES = (50, 90, 95, 99)
 PARTS = ("decode", "logits", "sampler", "text", "loop")
-FIRST_TOKENS = 4  # of each repetition, that are shown apart: caches and branch predictors are still cold
 
 Row = dict[str, Any]
 
@@ -27,11 +26,12 @@ Row = dict[str, Any]
 def figures(test: Test, repetitions: Sequence[Repetition]) -> Row:
     """Return what was timed: the rate, as llama-bench has it, and how the times of single tokens are distributed.
 
-    Percentiles are of all tokens but the first `FIRST_TOKENS` of each repetition, and jitter is the mean difference of
-    two in succession. `first_tokens_ns` are the medians of those first ones over the repetitions.
+    Percentiles, maximum and mean are of all tokens but the first `FIRST_TOKENS` of each repetition (of all, where there
+    are no more), and jitter is the mean absolute difference of two in succession. `first_tokens_ns` are the medians of
+    those first ones over the repetitions.
     """
     samples_ns = np.array([repetition.ns for repetition in repetitions], np.float64)
-    samples_ts = 1e9 * (test.n_prompt + test.n_gen) / samples_ns
+    samples_ts = 1e9 * test.n_tokens / samples_ns
     ddof = 1 if len(samples_ns) > 1 else 0
     row: Row = {
         "avg_ns": int(samples_ns.mean()),
@@ -76,7 +76,11 @@ def taken_apart(parts: Sequence[Parts]) -> Row:
 
 
 def compared(row: Row, name: str, samples_ts: Sequence[float]) -> Row:
-    """Return how a result compares with the rates of another, pair by pair; without any, as if not compared."""
+    """Return how a result compares with the rates of another, pair by pair; without any, as if not compared.
+
+    Of different numbers of repetitions, as many as both have are compared.
+    """
+    samples_ts = samples_ts[: len(row["samples_ts"])]
     ratio = Ratio.of(row["samples_ts"], samples_ts) if samples_ts else None
     return {
         "compared_with": name,
@@ -169,14 +173,14 @@ class Markdown:
     """A table in Markdown, in llama-bench's manner."""
 
     def __init__(self, file: TextIO, columns: Mapping[str, int]):
-        self._file, self._widths, self._started = file, columns, False
+        self._file, self._widths, self._about = file, columns, ""
 
     def row(self, row: Row) -> None:
         """Write one result."""
-        if not self._started:
+        if not self._about:
             self._line(self._widths)
             self._line("-" * width if name in LEFT else "-" * (width - 1) + ":" for name, width in self._widths.items())
-            self._started = True
+            self._about = f"{build(row)}; {settings(row, self._widths)}"
         self._line(cells(row, self._widths))
 
     def _line(self, texts: Iterable[str]) -> None:
@@ -187,7 +191,9 @@ class Markdown:
         print(f"| {' | '.join(padded)} |", file=self._file, flush=True)
 
     def end(self) -> None:
-        """Nothing closes it."""
+        """Say below the table what it is of."""
+        if self._about:
+            print(f"\n{self._about}", file=self._file, flush=True)
 
 
 class Screen:
@@ -196,15 +202,21 @@ class Screen:
     def __init__(self, file: TextIO, columns: Mapping[str, int]):
         from rich.console import Console
 
-        width = None if file.isatty() else sum(columns.values()) + 2 * len(columns)
+        widths, width = dict(columns), Console(file=file).width
+        for name in SPARE:
+            if file.isatty() and _total(widths) > width:
+                widths.pop(name, None)
+        # A table that is still too wide runs over the edge: a number that is cut off is another number.
+        width = max(width, _total(widths)) if file.isatty() else _total(columns)
         self._console = Console(file=file, width=width, highlight=False, soft_wrap=True)
-        self._widths, self._about = columns, ""
+        self._widths, self._about = widths, ""
+        self._spared = [name for name in columns if name not in widths]
 
     def row(self, row: Row) -> None:
         """Write one result."""
         from rich.table import Table
 
-        about = header(row)
+        about = f"{header(row)}\n{settings(row, self._widths)}"
         table = Table(box=None, show_header=about != self._about, header_style="bold", padding=(0, 1))
         if about != self._about:
             self._console.print(about, end="\n\n")
@@ -213,14 +225,20 @@ class Screen:
             table.add_column(name, width=width, no_wrap=True, justify="left" if name in LEFT else "right")
         table.add_row(*cells(row, self._widths))
         self._console.print(table)
-        for line in details(row):
+        more = ", ".join(f"{name} {text}" for name in self._spared if (text := _cell(row, name)) != "-")
+        for line in ([more] if more else []) + details(row):
             self._console.print(f"   {line}", style="dim")
 
     def end(self) -> None:
         """Nothing closes it."""
 
 
+def _total(widths: Mapping[str, int]) -> int:
+    return sum(widths.values()) + 2 * len(widths)
+
+
 LEFT = ("model", "backend", "test")
+SPARE = ("max", "jitter", "p95", "p90", "against", "p99", "first token", "of limit", "p50")  # on a narrow terminal
 
 
 def columns(rows: Sequence[Row], is_compared: bool, with_model: bool) -> dict[str, int]:
@@ -275,15 +293,19 @@ def _cell(row: Row, name: str) -> str:
         case "test":
             return str(row["test"])
         case "t/s":
-            return f"{row['avg_ts']:.2f} ± {row['stddev_ts']:.2f}"
+            spread = f" ± {row['stddev_ts']:.2f}" if len(row["samples_ts"]) > 1 else ""
+            return f"{row['avg_ts']:.2f}{spread}"
         case "against":
             return f"{row['compared_avg_ts']:.2f}" if row["ratio"] else "-"
         case "ratio":
-            return f"{row['ratio']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]" if row["ratio"] else "-"
+            if not row["ratio"]:
+                return "-"
+            interval = f" [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]" if row["ratio_confidence"] else ""
+            return f"{row['ratio']:.3f}{interval}"
         case "first token":
             return duration(row["time_to_first_token_ns"])
         case "of limit":
-            return f"{row['roofline_share']:.0%}" if row["roofline_share"] else "-"
+            return f"{row['roofline_share']:.0%}" if row["roofline_share"] and not row["fits_cache"] else "-"
     return duration(row[f"token_{name}_ns"])
 
 
@@ -301,14 +323,26 @@ _UNITS = ((1e9, "s"), (1e6, "ms"), (1e3, "us"))
 
 def header(row: Row) -> str:
     """Return what a table for people is about: the model, the machine, and the build."""
-    build = row["build"]
     return (
         f"{row['model_type']}: {Path(row['model_filename']).name}, {row['model_size'] / 2**20:,.1f} MiB, "
-        f"{row['model_n_params'] / 1e6:,.1f} M weights\n"
-        f"{row['gpu_info'] or row['cpu_info']}, {len(row['cpus'])} CPUs; {row['backends']}; "
-        f"llama.cpp {row['build_commit']} ({build['llama_cpp_source']}), minerva-native {row['minerva_version']}; "
-        f"reading the clock takes {row['clock_ns']:.0f} ns, once a token"
+        f"{row['model_n_params'] / 1e6:,.1f} M weights\n{build(row)}"
     )
+
+
+def build(row: Row) -> str:
+    """Return what was built, and what it runs on."""
+    return (
+        f"build: {row['build_commit']} ({row['build']['llama_cpp_source']}), minerva-native {row['minerva_version']}, "
+        f"{row['backends']}; {row['gpu_info'] or row['cpu_info']}, {len(row['cpus'])} CPUs"
+    )
+
+
+def settings(row: Row, names: Iterable[str]) -> str:
+    """Return the settings that are none of these columns, and how it was measured."""
+    texts = [f"{name} {_cell(row, name)}" for name in SETTINGS if name not in names]
+    texts.append(f"repetitions {len(row['samples_ts'])}" + ("" if row["warm_up"] else " without a warm-up"))
+    texts.append(f"clock {row['clock_ns']:.0f} ns")
+    return ", ".join(texts)
 
 
 def details(row: Row) -> list[str]:
@@ -325,10 +359,12 @@ def details(row: Row) -> list[str]:
             f"the limit: {row['weight_bytes_per_token'] / 1e6:,.1f} MB of weights and "
             f"{row['kv_bytes_per_token'] / 1e6:,.1f} MB of keys and values a token, read at "
             f"{row['memory_bandwidth'] / 1e9:,.1f} GB/s, are {row['roofline_ts']:,.1f} t/s"
-            + (" (but they fit into the CPU's cache, which is faster)" if row["fits_cache"] else "")
+            + (" (no limit: they fit into the CPU's cache)" if row["fits_cache"] else "")
         )
     if row["first_tokens_ns"]:
         lines.append(f"the first tokens: {', '.join(map(duration, row['first_tokens_ns']))}")
-    if row.get("baseline_differs"):
-        lines.append(f"not the baseline's: {', '.join(row['baseline_differs'])}")
+    if row.get("ratio_confidence"):
+        n, confidence = len(row["compared_samples_ts"]), row["ratio_confidence"]
+        few = " (of 6 pairs or more: 95%)" if confidence < CONFIDENCE else ""
+        lines.append(f"the ratio's interval: {n} pairs of repetitions, {confidence:.0%} confidence{few}")
     return lines

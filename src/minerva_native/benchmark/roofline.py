@@ -66,10 +66,7 @@ def weights_touched(model: mn.Model) -> Weights:
 
 
 class Limit:
-    """What the memory allows a model that computes with so many threads; measured anew each time it is asked for.
-
-    Machines that are shared with others give now more, now less.
-    """
+    """What the memory allows a model that computes with so many threads."""
 
     def __init__(self, weights: Weights, n_threads: int):
         self._weights = weights
@@ -78,13 +75,18 @@ class Limit:
         gpus = [device.name for device in mn.devices() if device.type in ("gpu", "igpu")]
         self._gpu_bandwidth = copy_bandwidth(gpus[0]) if self._on_gpu > 0.0 else 1.0
 
-    def seconds(self, kv_bytes: float) -> float:
+    def cpu_bandwidth(self) -> float:
+        """Measure, and return in bytes per second, what the threads read; 1 where they have nothing to read.
+
+        It is to be asked beside each repetition: machines that are shared with others give now more, now less.
+        """
+        return self._reader.bandwidth() if self._reader is not None else 1.0
+
+    def seconds(self, kv_bytes: float, cpu_bandwidth: float) -> float:
         """Return the least time that a token takes with so many bytes of keys and values before it."""
         weights, on_gpu = self._weights, self._on_gpu
-        seconds = (weights.gpu + on_gpu * kv_bytes) / self._gpu_bandwidth
-        if self._reader is not None:
-            seconds += (weights.cpu + (1.0 - on_gpu) * kv_bytes) / self._reader.bandwidth()
-        return seconds
+        on_cpu = (weights.cpu + (1.0 - on_gpu) * kv_bytes) if self._reader is not None else 0.0
+        return (weights.gpu + on_gpu * kv_bytes) / self._gpu_bandwidth + on_cpu / cpu_bandwidth
 
 
 class Reader:

@@ -35,5 +35,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (MinervaError, OSError, ValueError) as error:
-        print(f"minerva: error: {error}", file=sys.stderr)
+        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        print(f"minerva: error: {text}", file=sys.stderr)
         return 1

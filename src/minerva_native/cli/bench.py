@@ -1,6 +1,7 @@
 """Measure the latency of decoding, test by test, as llama-bench does and further."""
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,13 +20,16 @@ if TYPE_CHECKING:
 
 FORMATS = ("table", "md", "json", "jsonl", "csv")
 
+_MAX_RANGE = 10_000
+
 T = TypeVar("T")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.epilog = (
-        "Options marked * take several values, with commas or by being repeated, and every combination is tested. "
+        "Options marked * take several values: by being repeated, or (all but -m and -pg) with commas; "
+        "every combination is tested. "
         "Numbers may be ranges: FIRST-LAST, FIRST-LAST+STEP, FIRST-LAST*FACTOR."
     )
     add = parser.add_argument
@@ -38,9 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several("-n", "--n-gen", type=numbers, dest="n_gen", help="test generating N tokens; 0 for none (128)")
     several("-pg", type=pair, metavar="PP,TG", dest="pg", help="test a prompt of PP tokens and generating TG after it")
     several("-d", "--n-depth", type=numbers, dest="n_depth", help="tokens that are in the KV cache before (0)")
-    several("-b", "--batch-size", type=numbers, dest="n_batch", help="prompt tokens in one call (2048)")
-    several("-ub", "--ubatch-size", type=numbers, dest="n_ubatch", help="prompt tokens in one pass (512)")
-    several("-t", "--threads", type=numbers, dest="n_threads", help="threads (the usable CPUs)")
+    several("-b", "--batch-size", type=counts, dest="n_batch", help="prompt tokens in one call (2048)")
+    several("-ub", "--ubatch-size", type=counts, dest="n_ubatch", help="prompt tokens in one pass (512)")
+    several("-t", "--threads", type=counts, dest="n_threads", help="threads (the usable CPUs)")
     kinds = one_of(KV_TYPES)
     several("-ctk", "--cache-type-k", type=kinds, metavar="TYPE", dest="type_k", help="type of the cached keys (f16)")
     several("-ctv", "--cache-type-v", type=kinds, metavar="TYPE", dest="type_v", help="type of the cached values (f16)")
@@ -48,8 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several("-fa", "--flash-attn", type=flash, metavar="on|off|auto", dest="flash", help="flash attention (auto)")
     layers = "layers to put on a GPU; -1 for all, auto for all where there is one (auto)"
     several("-ngl", "--gpu-layers", "--n-gpu-layers", type=gpu_layer_list, dest="gpu_layers", help=layers)
-    mmap = one_of(("0", "1"))
-    several("-mmp", "--mmap", type=mmap, metavar="0|1", dest="mmap", help="whether to map the file, not read it (1)")
+    mmap = one_of(("0", "1"), {"none": "0", "mmap": "1"})
+    how = "map the file, or read it (mmap)"
+    several("-lm", "--load-mode", "-mmp", "--mmap", type=mmap, metavar="mmap|none", dest="mmap", help=how)
     add("-r", "--repetitions", type=positive, default=5, metavar="N", help="how often to run each test (5)")
     add("--no-warmup", action="store_true", help="measure from the first token on")
     add("--no-parts", action="store_true", help="do not run the decode loop to take its tokens apart")
@@ -61,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     against = parser.add_mutually_exclusive_group()
     against.add_argument("--baseline", metavar="FILE", help="compare with results written by -o json or jsonl")
     against.add_argument("--compare-llama-bench", metavar="PATH", help="run upstream's llama-bench in turns with this")
-    add("--fail-below", type=float, metavar="RATIO", help="exit with 1 where a comparison gives less than this")
+    fail = "exit with 1 where the median of a comparison is less than this, such as 0.97"
+    add("--fail-below", type=ratio, metavar="RATIO", help=fail)
     parser.set_defaults(refuse=parser.error)
 
 
@@ -87,6 +93,8 @@ def run(options: argparse.Namespace) -> int:
         "baseline": compare.load(options.baseline) if options.baseline else (),
         "llama_bench": compare.LlamaBench(options.compare_llama_bench) if options.compare_llama_bench else None,
     }
+    if settings["baseline"] and not any(compare.has(settings["baseline"], test) for test in tests):
+        raise ValueError(f"{options.baseline} has none of these tests: there is nothing to compare with")
     for sentence in machine.noise(max(test.n_threads for test in tests)):
         warn(sentence)
     writer, rows = make_writer(options, sources, tests, sys.stdout), []
@@ -99,10 +107,13 @@ def run(options: argparse.Namespace) -> int:
                     rows.append(row)
                     for sentence in doubts(row, options):
                         warn(sentence)
+    except KeyboardInterrupt:
+        warn(f"interrupted: {len(rows)} of {len(sources) * len(tests)} tests are finished")
+        raise
     finally:
         writer.end()
-    if options.plot:
-        plot.draw(rows, options.plot)
+        if options.plot and any(row["token_ns"] for row in rows):
+            plot.draw(rows, options.plot)
     return verdict(rows, options.fail_below) if settings["baseline"] or settings["llama_bench"] else 0
 
 
@@ -180,8 +191,14 @@ def doubts(row: "Row", options: argparse.Namespace) -> Iterator[str]:
     spread = row["stddev_ts"] / row["avg_ts"]
     if spread > WIDE_SPREAD:
         yield f"{row['test']} spreads by {spread:.1%} over the repetitions, more than {WIDE_SPREAD:.0%}: noise"
-    if options.baseline and row["ratio"] is None:
+    if not options.baseline:
+        return
+    if row["ratio"] is None:
         yield f"the baseline has no {row['test']} of this model"
+    elif differs := row["baseline_differs"]:
+        yield f"{row['test']} differs from the baseline in {', '.join(differs)}"
+    if row["ratio"] is not None and (n := len(row["compared_samples_ts"])) < len(row["samples_ts"]):
+        yield f"{row['test']} has {n} repetitions in the baseline: only as many are compared"
 
 
 def verdict(rows: "Sequence[Row]", fail_below: float | None) -> int:
@@ -211,21 +228,44 @@ def numbers(text: str) -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+)(?:([+*])(\d+))?)?", part.strip())
         if match is None:
-            raise argparse.ArgumentTypeError(f"{part!r} is no number or range of numbers, such as 128 or 128-1024*2")
+            raise argparse.ArgumentTypeError(f"{part!r} is not a number or a range, such as 128 or 128-1024*2")
         first, last = int(match[1]), int(match[2] or match[1])
         step = (match[3] or "+", int(match[4] or 1))
-        if last < first or step == ("+", 0) or (step[0] == "*" and (step[1] < 2 or first == 0)):
-            raise argparse.ArgumentTypeError(f"the range {part!r} has no end")
+        if last < first:
+            raise argparse.ArgumentTypeError(f"the range {part!r} is empty")
+        if step == ("+", 0) or (step[0] == "*" and (step[1] < 2 or first == 0)):
+            raise argparse.ArgumentTypeError(f"the range {part!r} never ends")
+        if (last - first) // (step[1] if step[0] == "+" else last) >= _MAX_RANGE:
+            raise argparse.ArgumentTypeError(f"the range {part!r} has more than {_MAX_RANGE} numbers")
         while first <= last:
             found.append(first)
             first = first + step[1] if step[0] == "+" else first * step[1]
     return found
 
 
+def counts(text: str) -> list[int]:
+    """Parse a list of numbers of 1 or more."""
+    found = numbers(text)
+    if 0 in found:
+        raise argparse.ArgumentTypeError("0 is not a number of 1 or more")
+    return found
+
+
+def ratio(text: str) -> float:
+    """Parse `--fail-below`."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a ratio, such as 0.97")
+    return value
+
+
 def positive(text: str) -> int:
     """Parse a number of 1 or more."""
     if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
     return int(text)
 
 
@@ -252,4 +292,7 @@ def one_of(names: Sequence[str] | dict[str, int], others: dict[str, str] | None 
 
 def gpu_layer_list(text: str) -> list[Any]:
     """Parse `-ngl`."""
-    return [gpu_layers(part) for part in text.split(",")]
+    try:
+        return [gpu_layers(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers, or auto") from None
