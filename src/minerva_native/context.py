@@ -63,8 +63,7 @@ class Stats:
 
     tokens_evaluated: int = 0
     tokens_reused: int = 0  # that were asked for and were in the KV cache already
-    # Of those evaluated: a second time, because their state was gone, or logits were asked for in their midst.
-    tokens_reevaluated: int = 0
+    tokens_reevaluated: int = 0  # evaluated again: their state was gone, or logits were asked for in their midst
     tokens_discarded: int = 0  # by `shift`
     tokens_encoded: int = 0  # by `Context.encode`
     decode_calls: int = 0
@@ -184,7 +183,11 @@ class Context:
             self._handle = Handle("Context", pointer, free, parent=model._handle)
             self._has_decoder = bool(lib.llama_model_has_decoder(model_pointer))
             self._has_encoder = self._has_decoder and bool(lib.llama_model_has_encoder(model_pointer))
-        callbacks.raise_kept()
+        try:
+            callbacks.raise_kept()
+        except BaseException:
+            self._handle.close()
+            raise
         self._pointer = pointer
         self.memory = Memory(model, self._handle, self.kv_type[0], kv_unified, swa_full)
         if on_full == "shift" and not self.memory.can_shift:
