@@ -134,9 +134,10 @@ def test_eight_sequences_at_a_time_beside_upstream(
             choice = np.random.default_rng(1)
             sequences = [context.sequence() for _ in range(BATCH)]
             context.extend({sequence: choice.integers(0, n_vocab, N_PROMPT) for sequence in sequences})
+            draws = choice.integers(0, n_vocab, (N_STEPS, BATCH, 1)).tolist()
             before = time.perf_counter()
-            for _ in range(N_STEPS):
-                context.extend({sequence: [int(choice.integers(n_vocab))] for sequence in sequences})
+            for tokens in draws:
+                context.extend(dict(zip(sequences, tokens, strict=True)))
             return BATCH * N_STEPS / (time.perf_counter() - before)
 
     ratios: list[float] = []

@@ -11,10 +11,11 @@ import minerva_native as mn
 ROOT = Path(__file__).parents[1]
 
 
-def failed_build(tmp_path: Path, *options: str, **environment: str) -> str:
-    """Run a build that is meant to stop early; return what it printed, on one line."""
+def failed_build(tmp_path: Path, *settings: str, **environment: str) -> str:
+    """Run a build with settings that is meant to stop early; return what it printed, on one line."""
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path / "wheels"), str(ROOT)]
-    command += ["-C", f"build-dir={tmp_path / 'build'}", *options]
+    settings = (f"build-dir={tmp_path / 'build'}", *settings)
+    command += [f"--config-settings={setting}" for setting in settings]  # pip before 23.1 knows no short form
     result = subprocess.run(
         command, cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600
     )
@@ -23,7 +24,7 @@ def failed_build(tmp_path: Path, *options: str, **environment: str) -> str:
 
 
 def test_a_folder_that_is_not_llama_cpp_is_refused(tmp_path: Path) -> None:
-    output = failed_build(tmp_path, "-C", f"cmake.define.MINERVA_LLAMA_CPP_DIR={tmp_path}")
+    output = failed_build(tmp_path, f"cmake.define.MINERVA_LLAMA_CPP_DIR={tmp_path}")
     assert "is not a llama.cpp checkout" in output
     assert "leave the option out to build the pin" in output
 
@@ -36,8 +37,8 @@ def test_flags_from_both_places_reach_llama_cpps_cmake_untouched(tmp_path: Path)
     (stand_in / "ggml" / "CMakeLists.txt").touch()
     report = "CUDA ${GGML_CUDA}, Vulkan ${GGML_VULKAN}, native ${GGML_NATIVE}"
     (stand_in / "CMakeLists.txt").write_text(f'message(FATAL_ERROR "{report}")\n')
-    options = [f"cmake.define.{name}" for name in (f"MINERVA_LLAMA_CPP_DIR={stand_in}", "GGML_VULKAN=ON")]
-    output = failed_build(tmp_path, "-C", options[0], "-C", options[1], CMAKE_ARGS="-DGGML_CUDA=ON -DGGML_NATIVE=OFF")
+    settings = [f"cmake.define.{name}" for name in (f"MINERVA_LLAMA_CPP_DIR={stand_in}", "GGML_VULKAN=ON")]
+    output = failed_build(tmp_path, *settings, CMAKE_ARGS="-DGGML_CUDA=ON -DGGML_NATIVE=OFF")
     assert "CUDA ON, Vulkan ON, native OFF" in output
 
 

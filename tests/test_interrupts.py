@@ -40,9 +40,8 @@ def use(sequences: list[mn.Sequence], choice: random.Random) -> None:
     index = choice.randrange(len(sequences))
     sequence = sequences[index]
     ids = [choice.randrange(100, 103) for _ in range(choice.randrange(1, 20))]  # few, so that texts begin alike
-    name = choice.choice(
-        ["extend", "append", "truncate", "rewind", "score", "logits", "generate", "assign", "fork", "close", "together"]
-    )
+    names = ["extend", "append", "truncate", "rewind", "score", "logits", "generate", "assign", "fork", "close"]
+    name = choice.choice([*names, "together", "a token each"])
     if name in ("extend", "score"):
         getattr(sequence, name)(ids)
     elif name in ("truncate", "rewind"):
@@ -57,6 +56,8 @@ def use(sequences: list[mn.Sequence], choice: random.Random) -> None:
         sequences[index] = sequence.context.sequence()
     elif name == "together":
         sequence.context.extend(dict.fromkeys(sequences, ids))
+    elif name == "a token each":
+        sequence.context.extend(dict.fromkeys(sequences, ids[:1]))
     elif len(sequence) and name == "logits":
         _ = sequence.logits
     elif len(sequence):

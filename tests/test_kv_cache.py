@@ -181,6 +181,26 @@ def test_sequences_extended_together_are_as_if_extended_alone(tiny: mn.Model) ->
             assert_same(sequence.logits, fresh(tiny, text))
 
 
+def test_a_token_each_is_taken_back_when_interrupted(
+    tiny: mn.Model, context: mn.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequences = [context.sequence(), context.sequence()]
+    context.extend(dict(zip(sequences, [IDS, OTHER], strict=True)))
+    run = context._run
+
+    def run_and_be_interrupted(count: int) -> None:
+        run(count)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(context, "_run", run_and_be_interrupted)
+        context.extend({sequence: [5] for sequence in sequences})
+    assert sequences == [IDS, OTHER]
+    assert context.extend({sequence: [7] for sequence in sequences}) == 2
+    for sequence, text in zip(sequences, [IDS, OTHER], strict=True):
+        assert_same(sequence.logits, fresh(tiny, [*text, 7]))
+
+
 def test_when_one_text_does_not_fit_none_is_added(context: mn.Context) -> None:
     one, other = context.sequence(), context.sequence()
     one.extend(IDS)

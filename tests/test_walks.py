@@ -31,6 +31,8 @@ TOLERANCE = 1e-3  # of the logits' size: batches of other sizes add in another o
 FEW = st.sampled_from([40, 41, 42])  # so few that texts often begin alike
 QUESTION = list(range(100, 108))  # for the encoder, where there is one
 TEXT = st.lists(FEW, min_size=1, max_size=24)
+TEXT_EACH = st.lists(TEXT, min_size=N_SEQ, max_size=N_SEQ)
+TOKEN_EACH = st.lists(st.lists(FEW, min_size=1, max_size=1), min_size=N_SEQ, max_size=N_SEQ)
 
 
 class Kind(NamedTuple):
@@ -61,7 +63,9 @@ OPTIONS: dict[str, Any] = {"n_threads": 1, "n_batch": 16, "n_ubatch": 8, "flash_
 
 
 class ByHand:
-    """Runs programs by libllama's calls: ("evaluate", tokens), ("cut", n), ("redo",), ("shift", keep, discard)"""
+    """Runs programs by libllama's calls: ("evaluate", tokens), ("cut", n), ("redo",), ("shift", keep, discard);
+    and ("restored",), which is none.
+    """
 
     def __init__(self, model: mn.Model, options: Mapping[str, Any]):
         unshared = {"kv_unified": True, "n_ctx": 256, "swa_full": True}
@@ -92,7 +96,7 @@ class ByHand:
             elif name == "redo":
                 lib.llama_memory_seq_rm(memory, 0, len(tokens) - 1, -1)
                 self._evaluate(tokens[-1:], len(tokens) - 1)
-            else:
+            elif name == "shift":
                 keep, discard = arguments
                 del tokens[keep : keep + discard]
                 lib.llama_memory_seq_rm(memory, 0, keep, keep + discard)
@@ -125,11 +129,14 @@ class Text:
     def program(self) -> list[tuple[Any, ...]]:
         return [("evaluate", tuple(self.tokens))] if self.shifts is None else self.shifts
 
-    def look(self, evaluated: int) -> None:
-        """Logits were asked for: after a cut, that takes evaluating the last token again, or a window all of it."""
+    def look(self, begun: int) -> None:
+        """Logits were asked for: after a cut, that takes evaluating the last token again, or a window all of it.
+
+        `begun`: how many tokens were evaluated for that, or taken from another sequence.
+        """
         self.waits = False
         if self.shifts is not None and self.shifts[-1][0] == "cut":
-            self.shifts = [*self.shifts, ("redo",)] if evaluated == 1 else None
+            self.shifts = [*self.shifts, ("redo",)] if begun == 1 else None
 
     def extend(self, ids: list[int]) -> None:
         self.tokens += ids
@@ -158,6 +165,13 @@ class Text:
     def shift(self, keep: int, discard: int) -> None:
         self.shifts = [*self.program, ("shift", keep, discard)]
         del self.tokens[keep : keep + discard]
+
+    def restored(self, can_truncate: bool) -> "Text":
+        """The text of a file: where a state cannot be cut, no further back than the file than to the beginning."""
+        copy = self.copy()
+        if copy.shifts is not None and not can_truncate:
+            copy.shifts.append(("restored",))
+        return copy
 
     def copy(self) -> "Text":
         return Text(list(self.tokens), None if self.shifts is None else list(self.shifts))
@@ -208,10 +222,11 @@ class Walk(stateful.RuleBasedStateMachine):
 
     def look(self, sequence: mn.Sequence, text: Text) -> Logits | None:
         """The logits of a sequence, where there is room to have them."""
+        reused = self.context.stats.tokens_reused
         evaluated = self.attempt(lambda: sequence.logits, text)
         if evaluated is None:
             return None
-        text.look(evaluated)
+        text.look(evaluated + self.context.stats.tokens_reused - reused)
         return sequence.logits
 
     @stateful.rule(data=st.data(), ids=TEXT)
@@ -306,7 +321,7 @@ class Walk(stateful.RuleBasedStateMachine):
         sequence, text = self.pick(data)
         if self.attempt(lambda: sequence.save(self.folder / "sequence"), Text([])) is None:
             return  # after a shift, it takes a cell to have that done
-        copy = text.copy()
+        copy = text.restored(self.can_truncate)
         self.attempt(lambda: self.texts.update({self.context.restore(self.folder / "sequence"): copy}), copy)
         copy.waits = text.waits
 
@@ -344,7 +359,7 @@ class Walk(stateful.RuleBasedStateMachine):
         if self.attempt(lambda: sequence.extend(ids), text) is not None:
             text.extend(ids)
 
-    @stateful.rule(data=st.data(), texts=st.lists(TEXT, min_size=N_SEQ, max_size=N_SEQ))
+    @stateful.rule(data=st.data(), texts=TEXT_EACH | TOKEN_EACH)
     def extend_several(self, data: st.DataObject, texts: list[list[int]]) -> None:
         chosen = data.draw(st.sets(st.sampled_from(range(len(self.texts))), min_size=1), label="which")
         wanted = [(list(self.texts)[index], texts[index]) for index in sorted(chosen)]

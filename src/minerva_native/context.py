@@ -272,8 +272,11 @@ class Context:
             raise TypeError(f"texts must be a mapping of sequences to token ids, not {type(texts).__name__}")
         self._check_entry()
         with self._lock, self._handle:
+            texts = dict(texts)
+            if on_progress is None and (n := self._extend_each_by_one(texts)):
+                return n
             arrays = []
-            for sequence, ids in dict(texts).items():
+            for sequence, ids in texts.items():
                 if not isinstance(sequence, Sequence):
                     raise TypeError(f"the keys of texts must be sequences, not {type(sequence).__name__}")
                 if sequence.context is not self:
@@ -295,6 +298,49 @@ class Context:
                     if slot.n_cached == length and self.stats.decode_calls == before:
                         slot.logits, slot.unread = logits, unread
                 raise
+
+    def _extend_each_by_one(self, texts: "Mapping[Sequence, TokenIds]") -> int:
+        """`extend` by a token each, where every one finds a cell, at the least cost; return 0 where it is not so."""
+        from .sequence import Sequence
+
+        slots: list[Slot] = []
+        tokens: list[int] = []
+        for sequence, ids in texts.items():
+            if type(ids) is not list or len(ids) != 1 or type(ids[0]) is not int or not 0 <= ids[0] < self._n_vocab:
+                return 0
+            if not isinstance(sequence, Sequence) or sequence.context is not self:
+                return 0
+            slot = sequence._slot
+            if slot.closed or not slot.settled or slot.id < 0 or slot.n_cached != len(slot.tokens):
+                return 0
+            slots.append(slot)
+            tokens.append(ids[0])
+        count = len(slots)
+        if count > self.memory.spare or count > self._max_batch or not self.memory.can_truncate:
+            return 0
+        positions = [slot.n_cached for slot in slots]
+        try:
+            self.memory.spare -= count
+            for slot, token in zip(slots, tokens, strict=True):
+                slot.settled = False
+                slot.logits, slot.unread = None, False
+                slot.tokens.append(token)
+            self._batch.put_each(tokens, positions, [slot.id for slot in slots])
+            self._begin()
+            self._run(count)
+            self._unread = tuple(slots)
+            for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
+                slot.n_cached = position + 1
+                if slot.n_seen <= position:
+                    slot.n_seen = position + 1
+                else:
+                    self.stats.tokens_reevaluated += 1
+                slot.row, slot.unread, slot.settled = row, True, True
+        except BaseException:
+            for slot, position in zip(slots, positions, strict=True):
+                slot.cut(position)
+            raise
+        return count
 
     def restore(self, path: str | os.PathLike[str]) -> "Sequence":
         """Return a new sequence as `Sequence.save` wrote it; nothing is evaluated.
@@ -520,7 +566,8 @@ class Context:
         if self._has_encoder:
             self._check_encoded()
         for slot in self._unread:
-            self._keep_logits(slot)
+            if slot.unread:
+                self._keep_logits(slot)
         self._batch.struct.n_tokens = count
         stats = self.stats
         stats.decode_calls += 1  # before it: from now on what logits lay in the buffer are not there any more
@@ -656,20 +703,18 @@ class _Batch:
     ) -> None:
         """Set the entries from `at` on: tokens at positions from `start`, of which the last is to have logits."""
         end = at + len(tokens)
-        if end - at == 1:  # a slice costs more than a number
-            self.tokens[at], self.positions[at], self.sequences[at], self.outputs[at] = (
-                tokens[0],
-                start,
-                sequence_id,
-                True,
-            )
-            return
         self.tokens[at:end] = tokens
         self.positions[at:end] = self.steps[: end - at]
         self.positions[at:end] += start
         self.sequences[at:end] = sequence_id
         self.outputs[at:end] = all_logits
         self.outputs[end - 1] = True
+
+    def put_each(self, tokens: list[int], positions: list[int], sequence_ids: list[int]) -> None:
+        """Set the entries from the first on: a token of each of several sequences, all of which are to have logits."""
+        count = len(tokens)
+        self.tokens[:count], self.positions[:count], self.sequences[:count] = tokens, positions, sequence_ids
+        self.outputs[:count] = True
 
 
 def _in_range(name: str, value: int, low: int, high: int) -> int:
