@@ -22,13 +22,22 @@ import minerva_native as mn
 
 ROOT = Path(__file__).parents[1]
 VOCABULARIES = ROOT / "vendor" / "llama.cpp" / "source" / "models"
-VERSION = 2  # of what this file writes: a file of another is not used
+VERSION = 3  # of what this file writes: a file of another is not used
 
-# Each type with the standard deviation of the numbers in a random block whose scale is 1.
+
+class Type(NamedTuple):
+    """A type of weights."""
+
+    of_tensors: gguf.GGMLQuantizationType
+    of_file: gguf.LlamaFileType
+    spread: float  # the standard deviation of the numbers in a random block whose scale is 1
+
+
 TYPES = {
-    "q4_0": (gguf.GGMLQuantizationType.Q4_0, 4.6),
-    "q8_0": (gguf.GGMLQuantizationType.Q8_0, 74.0),
-    "q4_k": (gguf.GGMLQuantizationType.Q4_K, 258.0),
+    "q4_0": Type(gguf.GGMLQuantizationType.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0, 4.6),
+    "q8_0": Type(gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0, 74.0),
+    "q4_k": Type(gguf.GGMLQuantizationType.Q4_K, gguf.LlamaFileType.MOSTLY_Q4_K_S, 258.0),
+    "f16": Type(gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16, 1.0),
 }
 MINIMUM = 7.5  # of q4_k: how many scales one step of a block's minimum is, so that the numbers' mean is 0
 
@@ -58,7 +67,8 @@ SHAPES = {
     "qwen2.5-0.5b": Shape("qwen2", "qwen2", 24, 896, 4864, 14, 2, 64, 32768, 1e6, True),
     "llama-3.2-1b": Shape("llama", "llama-bpe", 16, 2048, 8192, 32, 8, 64, 131072, 5e5, True),
     "mistral-7b": Shape("llama", "llama-spm", 32, 4096, 14336, 32, 8, 128, 32768, 1e6, False),
-    # No real model: so small that what surrounds the computation shows, with a large vocabulary.
+    # No real model: so small that what surrounds the computation shows, with a large vocabulary. In f16 a token takes
+    # some 2 ms, in q4_0 less than 1.
     "wide-34m": Shape("llama", "llama-bpe", 2, 256, 1024, 4, 2, 64, 8192, 5e5, True),
 }
 
@@ -85,18 +95,19 @@ def write(path: Path, shape: Shape, kind: str) -> None:
     tokens = source["tokenizer.ggml.tokens"]
     assert isinstance(tokens, list)
     writer = gguf.GGUFWriter(path, shape.architecture)
+    writer.add_file_type(TYPES[kind].of_file)
     for key, value in hyperparameters(shape).items():
         add(writer, f"{shape.architecture}.{key}", value)
     for key, known in source.items():
         if key.startswith("tokenizer."):
             writer.add_array(key, known) if isinstance(known, list) else add(writer, key, known)
     wanted = dict(tensors(shape, len(tokens)))
-    quantised, _ = TYPES[kind]
-    block, _ = gguf.GGML_QUANT_SIZES[quantised]
+    matrix = TYPES[kind].of_tensors
+    block, _ = gguf.GGML_QUANT_SIZES[matrix]
     if any(len(size) == 2 and size[1] % block for size in wanted.values()):
         raise SystemExit(f"{kind} has blocks of {block} weights, which do not divide the rows of this shape")
     for name, size in wanted.items():
-        dtype = quantised if len(size) == 2 else gguf.GGMLQuantizationType.F32
+        dtype = matrix if len(size) == 2 else gguf.GGMLQuantizationType.F32
         stored = gguf.quant_shape_to_byte_shape(size, dtype) if len(size) == 2 else size
         writer.add_tensor_info(
             name, stored, np.dtype(np.uint8 if len(size) == 2 else np.float32), n_bytes(size, dtype), raw_dtype=dtype
@@ -166,10 +177,12 @@ def n_bytes(size: tuple[int, ...], dtype: gguf.GGMLQuantizationType) -> int:
 
 
 def blocks(rng: np.random.Generator, size: tuple[int, ...], kind: str) -> npt.NDArray[np.uint8]:
-    """Return random blocks of weights, each with a float16 scale such that a row's products add up to about 1."""
-    dtype, spread = TYPES[kind]
+    """Return random weights such that a row's products add up to about 1: in blocks, each with a float16 scale."""
+    dtype, _, spread = TYPES[kind]
     block, block_bytes = gguf.GGML_QUANT_SIZES[dtype]
     rows, columns = size
+    if kind == "f16":
+        return (rng.standard_normal(size, np.float32) / math.sqrt(columns)).astype(np.float16).view(np.uint8)
     data = rng.integers(0, 256, (rows, columns // block, block_bytes), np.uint8)
     scale = 1 / (spread * math.sqrt(columns))
     data[..., :2] = np.array([scale], np.float16).view(np.uint8)

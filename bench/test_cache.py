@@ -27,7 +27,7 @@ N_SEQUENCES, N_TOKENS = 64, 8_000
 N_LONG = 100_000
 
 BATCH, N_PROMPT, N_STEPS = 8, 32, 32
-ROUNDS = {"wide-34m": 21, "llama-3.2-1b": 9}
+ROUNDS = {("wide-34m", "f16"): 21, ("wide-34m", "q4_0"): 21, ("llama-3.2-1b", "q4_0"): 9}
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +112,11 @@ def batched_bench() -> Path:
 
 
 @pytest.mark.parametrize("n_threads", [1, 2])
-@pytest.mark.parametrize("name", ROUNDS)
+@pytest.mark.parametrize("model_file", ROUNDS, ids="-".join)
 def test_eight_sequences_at_a_time_beside_upstream(
-    benchmark: BenchmarkFixture, batched_bench: Path, name: str, n_threads: int
+    benchmark: BenchmarkFixture, batched_bench: Path, model_file: tuple[str, str], n_threads: int
 ) -> None:
-    path = models.make(name, "q4_0")
+    path = models.make(*model_file)
     n_ctx = BATCH * (N_PROMPT + N_STEPS)
     arguments = ["-m", path, "-c", n_ctx, "-npp", N_PROMPT, "-ntg", N_STEPS, "-npl", BATCH, "-kvu", "-ngl", 0]
     command = [batched_bench, *arguments, "-t", n_threads, "-tb", n_threads, "--output-format", "jsonl"]
@@ -150,7 +150,7 @@ def test_eight_sequences_at_a_time_beside_upstream(
 
     with mn.Model.load(path, gpu_layers=0) as model:
         n_vocab = model.tokenizer.n_vocab
-        benchmark.pedantic(round_, rounds=ROUNDS[name], warmup_rounds=1)
+        benchmark.pedantic(round_, rounds=ROUNDS[model_file], warmup_rounds=1)
     benchmark.extra_info["ratio"] = round(statistics.median(ratios[1:] or ratios), 3)
     benchmark.extra_info["ratios"] = [round(ratio, 3) for ratio in sorted(ratios[1:])]
     benchmark.extra_info["tokens_per_second"] = round(statistics.median(speeds), 1)

@@ -21,9 +21,12 @@ BARS = {"top_k, top_p, temperature": 1.05, "top_p": 1.5}
 
 @pytest.mark.parametrize("n_threads", [1, 2])
 @pytest.mark.parametrize("chain", generations.CHAINS)
-def test_a_generation_against_llama_cpp_python(benchmark: BenchmarkFixture, chain: str, n_threads: int) -> None:
+@pytest.mark.parametrize("kind", ["f16", "q4_0"])
+def test_a_generation_against_llama_cpp_python(
+    benchmark: BenchmarkFixture, kind: str, chain: str, n_threads: int
+) -> None:
     llama_cpp_python = generations.peer()
-    path = models.make("wide-34m", "q4_0")
+    path = models.make("wide-34m", kind)
 
     def rate(python: str, loop: str) -> float:
         command = [python, generations.__file__, loop, str(path), str(n_threads), str(N_TOKENS), chain]

@@ -82,7 +82,6 @@ class ByHand:
         return self.known[key]
 
     def _run(self, program: list[tuple[Any, ...]]) -> Logits | None:
-        window = self.context.memory.window
         memory = lib.llama_get_memory(self.context._pointer)
         lib.llama_memory_seq_rm(memory, 0, -1, -1)
         tokens: list[int] = []
@@ -95,18 +94,25 @@ class ByHand:
                 lib.llama_memory_seq_rm(memory, 0, len(tokens), -1)
             elif name == "redo":
                 lib.llama_memory_seq_rm(memory, 0, len(tokens) - 1, -1)
+                if not self._holds(len(tokens) - 1):
+                    return None
                 self._evaluate(tokens[-1:], len(tokens) - 1)
             elif name == "shift":
                 keep, discard = arguments
                 del tokens[keep : keep + discard]
                 lib.llama_memory_seq_rm(memory, 0, keep, keep + discard)
                 lib.llama_memory_seq_add(memory, 0, keep + discard, -1, -discard)
-            if window and not 0 <= lib.llama_memory_seq_pos_min(memory, 0) <= max(0, len(tokens) + 1 - window):
+            if not self._holds(len(tokens)):
                 return None
         row = lib.llama_get_logits_ith(self.context._pointer, -1)
         n_vocab = self.context.model.tokenizer.n_vocab
         logits: Logits = np.frombuffer(ffi.buffer(row, 4 * n_vocab), np.float32).copy()
         return logits
+
+    def _holds(self, n: int) -> bool:
+        """Whether a window holds what comes after the first n tokens attends to."""
+        window, memory = self.context.memory.window, lib.llama_get_memory(self.context._pointer)
+        return not window or 0 <= lib.llama_memory_seq_pos_min(memory, 0) <= max(0, n + 1 - window)
 
     def _evaluate(self, tokens: list[int], start: int) -> None:
         batch = self.context._batch
@@ -166,11 +172,11 @@ class Text:
         self.shifts = [*self.program, ("shift", keep, discard)]
         del self.tokens[keep : keep + discard]
 
-    def restored(self, can_truncate: bool) -> "Text":
-        """The text of a file: where a state cannot be cut, no further back than the file than to the beginning."""
+    def restored(self, n_waiting: int) -> "Text":
+        """The text of a file, whose last tokens were not evaluated: a state goes back to the others, or to none."""
         copy = self.copy()
-        if copy.shifts is not None and not can_truncate:
-            copy.shifts.append(("restored",))
+        if copy.shifts is not None:
+            copy.shifts.insert(len(copy.shifts) - n_waiting, ("restored",))
         return copy
 
     def copy(self) -> "Text":
@@ -321,7 +327,7 @@ class Walk(stateful.RuleBasedStateMachine):
         sequence, text = self.pick(data)
         if self.attempt(lambda: sequence.save(self.folder / "sequence"), Text([])) is None:
             return  # after a shift, it takes a cell to have that done
-        copy = text.restored(self.can_truncate)
+        copy = text.copy() if self.can_truncate else text.restored(len(sequence) - sequence._slot.n_cached)
         self.attempt(lambda: self.texts.update({self.context.restore(self.folder / "sequence"): copy}), copy)
         copy.waits = text.waits
 

@@ -329,12 +329,8 @@ class Context:
             self._begin()
             self._run(count)
             self._unread = tuple(slots)
-            for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
-                slot.n_cached = position + 1
-                if slot.n_seen <= position:
-                    slot.n_seen = position + 1
-                else:
-                    self.stats.tokens_reevaluated += 1
+            for row, slot in enumerate(slots):
+                self._advance(slot, 1)
                 slot.row, slot.unread, slot.settled = row, True, True
         except BaseException:
             for slot, position in zip(slots, positions, strict=True):
@@ -516,31 +512,8 @@ class Context:
         """Evaluate a settled slot's last token, all before it being cached, at the least cost: the loop's case."""
         slot.settled = False
         position = slot.n_cached
-        if self._has_encoder:
-            self._check_encoded()
-        for other in self._unread:
-            if other.unread:
-                self._keep_logits(other)
-        stats, decoder = self.stats, self._decoder
-        stats.decode_calls += 1
-        code = 2  # as if it was aborted, should an interrupt strike before it is known
-        try:
-            before = time.perf_counter()
-            code = lib.minerva_decode_one(decoder, slot.tokens[position], position, slot.id)
-            if code == 1 and self._pool.remove_strays():  # it found no cells
-                code = lib.minerva_decode_one(decoder, slot.tokens[position], position, slot.id)
-            stats.decode_seconds += time.perf_counter() - before
-        finally:
-            if code or self._pool.shifted:
-                self._doubt(code)
-        if code or callbacks.kept:
-            self._raise_for(code, 1)
-        stats.tokens_evaluated += 1
-        slot.n_cached = position + 1
-        if slot.n_seen <= position:
-            slot.n_seen = position + 1
-        else:
-            stats.tokens_reevaluated += 1
+        self._call(1, lib.minerva_decode_one, slot.tokens[position], position, slot.id)
+        self._advance(slot, 1)
         self._unread, slot.row, slot.unread = (slot,), -1, True
         if not self.memory.can_truncate:
             self._checkpoint(slot, 1)
@@ -548,9 +521,13 @@ class Context:
 
     def _advance(self, slot: "Slot", size: int) -> None:
         """Take note that so many tokens more are cached."""
-        start, slot.n_cached = slot.n_cached, slot.n_cached + size
-        self.stats.tokens_reevaluated += max(0, min(slot.n_seen, slot.n_cached) - start)
-        slot.n_seen = max(slot.n_seen, slot.n_cached)
+        start, end = slot.n_cached, slot.n_cached + size
+        slot.n_cached = end
+        if slot.n_seen <= start:
+            slot.n_seen = end
+        else:
+            self.stats.tokens_reevaluated += min(slot.n_seen, end) - start
+            slot.n_seen = max(slot.n_seen, end)
 
     def _checkpoint(self, slot: "Slot", n_evaluated: int) -> None:
         """Where the memory cannot be cut, keep the state: every so many tokens, and after a text of some length."""
@@ -563,20 +540,24 @@ class Context:
 
     def _run(self, count: int) -> None:
         """Have libllama evaluate so many tokens of the batch, and wait for the result."""
+        self._batch.struct.n_tokens = count
+        self._call(count, lib.minerva_decode, self._batch.pointer)
+
+    def _call(self, count: int, decode: Callable[..., int], *arguments: Any) -> None:
+        """Have one of the decode functions evaluate so many tokens, and wait for the result."""
         if self._has_encoder:
             self._check_encoded()
         for slot in self._unread:
             if slot.unread:
                 self._keep_logits(slot)
-        self._batch.struct.n_tokens = count
         stats = self.stats
         stats.decode_calls += 1  # before it: from now on what logits lay in the buffer are not there any more
-        code = 2
+        code = 2  # as if it was aborted, should an interrupt strike before it is known
         try:
             before = time.perf_counter()
-            code = lib.minerva_decode(self._decoder, self._batch.pointer)
-            if code == 1 and self._pool.remove_strays():
-                code = lib.minerva_decode(self._decoder, self._batch.pointer)
+            code = decode(self._decoder, *arguments)
+            if code == 1 and self._pool.remove_strays():  # it found no cells
+                code = decode(self._decoder, *arguments)
             stats.decode_seconds += time.perf_counter() - before
         finally:
             if code or self._pool.shifted:
