@@ -63,9 +63,7 @@ OPTIONS: dict[str, Any] = {"n_threads": 1, "n_batch": 16, "n_ubatch": 8, "flash_
 
 
 class ByHand:
-    """Runs programs by libllama's calls: ("evaluate", tokens), ("cut", n), ("redo",), ("shift", keep, discard);
-    and ("restored",), which is none.
-    """
+    """Runs programs by libllama's calls: ("evaluate", tokens), ("cut", n), ("redo",), ("shift", keep, discard)"""
 
     def __init__(self, model: mn.Model, options: Mapping[str, Any]):
         unshared = {"kv_unified": True, "n_ctx": 256, "swa_full": True}
@@ -97,7 +95,7 @@ class ByHand:
                 if not self._holds(len(tokens) - 1):
                     return None
                 self._evaluate(tokens[-1:], len(tokens) - 1)
-            elif name == "shift":
+            else:
                 keep, discard = arguments
                 del tokens[keep : keep + discard]
                 lib.llama_memory_seq_rm(memory, 0, keep, keep + discard)
@@ -135,14 +133,13 @@ class Text:
     def program(self) -> list[tuple[Any, ...]]:
         return [("evaluate", tuple(self.tokens))] if self.shifts is None else self.shifts
 
-    def look(self, begun: int) -> None:
-        """Logits were asked for: after a cut, that takes evaluating the last token again, or a window all of it.
-
-        `begun`: how many tokens were evaluated for that, or taken from another sequence.
-        """
+    def look(self, is_anew: bool) -> None:
+        """Logits were asked for: after a cut, that takes evaluating the last token again, or a window all of it."""
         self.waits = False
-        if self.shifts is not None and self.shifts[-1][0] == "cut":
-            self.shifts = [*self.shifts, ("redo",)] if begun == 1 else None
+        if is_anew:
+            self.shifts = None
+        elif self.shifts is not None and self.shifts[-1][0] == "cut":
+            self.shifts.append(("redo",))
 
     def extend(self, ids: list[int]) -> None:
         self.tokens += ids
@@ -171,13 +168,6 @@ class Text:
     def shift(self, keep: int, discard: int) -> None:
         self.shifts = [*self.program, ("shift", keep, discard)]
         del self.tokens[keep : keep + discard]
-
-    def restored(self, n_waiting: int) -> "Text":
-        """The text of a file, whose last tokens were not evaluated: a state goes back to the others, or to none."""
-        copy = self.copy()
-        if copy.shifts is not None:
-            copy.shifts.insert(len(copy.shifts) - n_waiting, ("restored",))
-        return copy
 
     def copy(self) -> "Text":
         return Text(list(self.tokens), None if self.shifts is None else list(self.shifts))
@@ -228,11 +218,10 @@ class Walk(stateful.RuleBasedStateMachine):
 
     def look(self, sequence: mn.Sequence, text: Text) -> Logits | None:
         """The logits of a sequence, where there is room to have them."""
-        reused = self.context.stats.tokens_reused
-        evaluated = self.attempt(lambda: sequence.logits, text)
-        if evaluated is None:
+        if self.attempt(lambda: sequence.logits, text) is None:
             return None
-        text.look(evaluated + self.context.stats.tokens_reused - reused)
+        # Whether it was begun anew is for the slot to say: the logits have to be those of what it says.
+        text.look(sequence._slot.n_pure is None)
         return sequence.logits
 
     @stateful.rule(data=st.data(), ids=TEXT)
@@ -305,11 +294,8 @@ class Walk(stateful.RuleBasedStateMachine):
         if self.attempt(lambda: sequence.shift(keep, discard), text) is None:
             return
         text.shift(keep, discard)
-        evaluated = self.attempt(lambda: sequence.extend([40]), text)
-        if evaluated is not None:
+        if self.attempt(lambda: sequence.extend([40]), text) is not None:
             text.extend([40])
-            if evaluated > 1:  # its window had dropped what was to come back into it
-                text.shifts = None
 
     @stateful.precondition(lambda self: len(self.texts) < N_SEQ)
     @stateful.rule(data=st.data(), whole=st.booleans())
@@ -327,7 +313,7 @@ class Walk(stateful.RuleBasedStateMachine):
         sequence, text = self.pick(data)
         if self.attempt(lambda: sequence.save(self.folder / "sequence"), Text([])) is None:
             return  # after a shift, it takes a cell to have that done
-        copy = text.copy() if self.can_truncate else text.restored(len(sequence) - sequence._slot.n_cached)
+        copy = text.copy()
         self.attempt(lambda: self.texts.update({self.context.restore(self.folder / "sequence"): copy}), copy)
         copy.waits = text.waits
 

@@ -529,13 +529,18 @@ class Context:
             self.stats.tokens_reevaluated += min(slot.n_seen, end) - start
             slot.n_seen = max(slot.n_seen, end)
 
-    def _checkpoint(self, slot: "Slot", n_evaluated: int) -> None:
-        """Where the memory cannot be cut, keep the state: every so many tokens, and after a text of some length."""
+    def _checkpoint(self, slot: "Slot", n_evaluated: int | None = None) -> None:
+        """Where the memory cannot be cut, keep the state: every so many tokens, and after a text of some length.
+
+        Without `n_evaluated` in any case: where evaluating the tokens would not give it again.
+        """
         if not self.memory.can_truncate and self._checkpoint_bytes:
             self._keep_logits(slot)
-            stride = (
-                min(_MIN_STRIDE, self._checkpoint_interval) if n_evaluated >= _MIN_STRIDE else self._checkpoint_interval
-            )
+            stride = self._checkpoint_interval
+            if n_evaluated is None:
+                stride = 0
+            elif n_evaluated >= _MIN_STRIDE:
+                stride = min(_MIN_STRIDE, stride)
             slot.checkpoint(stride, self._checkpoint_bytes)
 
     def _run(self, count: int) -> None:

@@ -489,9 +489,7 @@ class Sequence(AbstractSequence[int]):
             context._pool.shifted = True
         slot.n_pure, slot.pieces = n_pure, clipped(slot.pieces, keep)
         slot.n_cached, slot.logits, slot.unread, slot.settled = n - discard, logits, unread, True
-        if not context.memory.can_truncate:  # to go back as far as here, and not to before the shift
-            context._keep_logits(slot)
-            slot.checkpoint(0, context._checkpoint_bytes)
+        context._checkpoint(slot)  # to go back as far as here, and not to before the shift
 
     def _own_cells(self, start: int) -> None:
         """Copy all cells where another sequence holds some of those from `start` on: they are about to change."""

@@ -111,8 +111,7 @@ def restore(context: "Context", path: str | os.PathLike[str]) -> "Sequence":
                 slot.n_cached = slot.n_seen = n_cached
                 slot.n_pure = n_pure
                 slot.logits = logits if n_logits else None
-                if not context.memory.can_truncate:  # to go back as far as here: what was shifted is nowhere else
-                    slot.checkpoint(0, context._checkpoint_bytes)
+                context._checkpoint(slot)  # to go back as far as here: what was shifted before is nowhere else
                 slot.settled = True
         except BaseException:
             sequence._discard()
