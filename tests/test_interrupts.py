@@ -170,6 +170,29 @@ def test_what_a_handler_asks_for_amid_a_call_is_refused_or_waits(
         assert refused or use == "close"
 
 
+def test_a_handler_amid_a_call_that_a_callback_makes_is_refused(
+    tiny: mn.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tiny.context(n_ctx=64, n_seq=3, n_threads=1) as context:
+        one, other, third = context.sequence(), context.sequence(), context.sequence()
+        call = context._call
+
+        def call_and_be_interrupted(*arguments: Any) -> None:
+            with pytest.raises(mn.ContextError, match="is computing"):
+                third.append(3)
+            with pytest.raises(mn.ContextError, match="is computing"):
+                context.close()
+            call(*arguments)
+
+        def on_progress(done: int, total: int) -> None:
+            other.extend([3, 4])
+            third.append(5)
+
+        monkeypatch.setattr(context, "_call", call_and_be_interrupted)
+        one.extend([1, 2], on_progress)
+        assert [one, other, third] == [[1, 2], [3, 4], [5]]
+
+
 def test_what_the_garbage_collector_closes_amid_a_call_is_released_after_it(tiny: mn.Model) -> None:
     choice = random.Random(1)
 

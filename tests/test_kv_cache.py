@@ -219,6 +219,24 @@ def test_a_sequence_of_another_context_is_refused(tiny: mn.Model, context: mn.Co
 
 def test_extending_nothing_together_is_no_work(context: mn.Context, sequence: mn.Sequence) -> None:
     assert context.extend({}) == context.extend({sequence: []}) == 0
+    sequence.extend(IDS)
+    assert context.extend({}) == 0
+
+
+@pytest.mark.parametrize("on_full", ["shift", "truncate"])
+def test_what_on_full_has_made_of_a_list_has_no_logits_of_before(tiny: mn.Model, on_full: str) -> None:
+    def truncate(full: mn.Sequence, lacking: int) -> None:
+        if full is one:
+            full.truncate(10)
+
+    with make(tiny, n_ctx=32, n_seq=2, on_full=truncate if on_full == "truncate" else "shift") as context:
+        one, other = context.sequence(), context.sequence()
+        context.extend({one: IDS[:20], other: [5, 6, 7, 8]})
+        _ = one.logits
+        with pytest.raises(mn.ContextFullError):
+            context.extend({one: OTHER[: 10 if on_full == "truncate" else 24], other: [9] * 100})
+        assert len(one) == (10 if on_full == "truncate" else 4)
+        assert_same(one.logits, fresh(tiny, list(one)))
 
 
 # Reuse
@@ -898,6 +916,25 @@ def test_going_back_to_the_end_of_a_prompt_evaluates_nothing(load_tiny: Load, mo
         assert evaluated_by(context, lambda: sequence.fork(len(IDS)).logits) == 0
 
 
+@pytest.mark.parametrize("n", [3, 18], ids=["no checkpoint", "a checkpoint"])
+@pytest.mark.parametrize("model", [MAMBA, JAMBA], ids=["recurrent", "hybrid"])
+def test_what_a_batch_that_was_cancelled_leaves_is_no_sequences_state(
+    load_tiny: Load, model: TinyModel, n: int
+) -> None:
+    with make(load_tiny(model), n_batch=4, checkpoint_interval=8, prefix_cache=False) as context:
+        one, closed, other = context.sequence(), context.sequence(), context.sequence()
+        for sequence in (one, closed, other):
+            sequence.extend(IDS[:n])
+        closed.close()
+        with pytest.raises(mn.Cancelled):  # in the second batch, whose places are not all side by side
+            context.extend({one: [50] * 6, other: [51] * 2}, on_progress=lambda done, total: context.cancel())
+        new = [context.sequence(), context.sequence()]
+        for sequence in new:
+            sequence.extend(OTHER)
+        for sequence in (one, other, *new):
+            assert_same(sequence.logits, fresh(load_tiny(model), list(sequence)))
+
+
 def test_without_room_for_checkpoints_everything_is_evaluated_anew(load_tiny: Load) -> None:
     with make(load_tiny(MAMBA), checkpoint_bytes=0) as context:
         sequence = context.sequence()
@@ -1000,6 +1037,20 @@ def test_keys_that_libllama_cannot_turn_are_not_shifted(
 def test_options_that_cannot_be(tiny: mn.Model, options: dict[str, object], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         make(tiny, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kv_type": ("f16", "q8_0")}, "T5's positions forbid"),
+        ({"kv_unified": False, "n_seq": 2}, "with one sequence only"),
+    ],
+)
+def test_what_libllama_cannot_do_with_an_encoder_decoder(
+    load_tiny: Load, options: dict[str, object], words: str
+) -> None:
+    with pytest.raises(mn.ContextError, match=words):
+        load_tiny(TinyModel("t5")).context(n_ctx=64, **options)  # type: ignore[arg-type]
 
 
 def test_a_type_whose_blocks_do_not_divide_a_head(load_tiny: Load) -> None:

@@ -70,6 +70,25 @@ def test_a_restored_sequence_is_the_one_that_was_saved(
         np.testing.assert_allclose(restored.logits, further, rtol=0, atol=1e-3 * np.abs(further).max())
 
 
+@pytest.mark.parametrize("name", ["recurrent", "hybrid"])
+def test_what_was_shifted_and_restored_can_be_come_back_to(
+    load_tiny: Callable[[TinyModel], mn.Model], tmp_path: Path, name: str
+) -> None:
+    with make(load_tiny(KINDS[name])) as context:
+        sequence = context.sequence()
+        sequence.extend(IDS[:8])
+        sequence.shift(3, 2)
+        sequence.extend([1])
+        sequence.save(tmp_path / "saved")
+        restored = context.restore(tmp_path / "saved")
+        logits = restored.logits
+        restored.extend([2, 3])
+        restored.rewind(2)
+        before = context.stats.tokens_evaluated
+        assert np.array_equal(restored.logits, logits)
+        assert context.stats.tokens_evaluated == before
+
+
 def test_tokens_that_wait_and_logits_that_are_not_known(context: mn.Context, tmp_path: Path) -> None:
     sequence = context.sequence()
     sequence.extend(IDS)

@@ -9,7 +9,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
@@ -22,7 +22,7 @@ from ._handle import Handle
 from .devices import available_cpus, devices, physical_memory_bytes
 from .errors import Cancelled, ContextError, ContextFullError
 from .memory import Memory, head_sizes
-from .slot import Slot, SlotPool
+from .slot import Before, Slot, SlotPool
 from .tokenizer import TokenIds
 
 if TYPE_CHECKING:
@@ -113,6 +113,8 @@ class Context:
         kv_unified = bool(kv_unified)
         if model.architecture == "kimi-linear" and not kv_unified and self.n_seq > 2:
             raise ContextError("libllama computes kimi-linear with at most 2 sequences where kv_unified=False")
+        if model.has_encoder and not kv_unified and self.n_seq > 1:
+            raise ContextError("libllama computes an encoder-decoder with one sequence only where kv_unified=False")
         # How many tokens a sequence can have: all cells, or its own.
         self.n_cells = n_cells = self.n_ctx if kv_unified else self.n_ctx // self.n_seq
         if n_cells < 2:
@@ -126,7 +128,7 @@ class Context:
         flash = {True: "on", False: "off"}[flash_attention] if isinstance(flash_attention, bool) else flash_attention
         if flash not in FLASH_ATTENTION:
             raise ValueError(f'flash_attention must be "auto", "on" or "off", not {flash_attention!r}')
-        self.kv_type = _kv_types(kv_type, flash)
+        self.kv_type = _kv_types(model, kv_type, flash)
         if on_full not in ("error", "shift") and not callable(on_full):
             raise ValueError(f'on_full must be "error", "shift" or a function, not {on_full!r}')
         self.on_full: OnFull = on_full
@@ -209,8 +211,7 @@ class Context:
 
     def sequence(self) -> "Sequence":
         """Return a new empty sequence; raise `ContextError` where all `n_seq` are in use."""
-        self._check_entry()
-        with self._lock, self._handle:
+        with self._entry(), self._handle:
             return self._new_sequence()
 
     def encode(self, ids: TokenIds) -> int:
@@ -221,8 +222,7 @@ class Context:
         Raises `ContextError` where the model has no encoder, `TypeError` or `ValueError` for what is no token id, or
         for more than `n_ubatch` of them, which an encoder has to see at once.
         """
-        self._check_entry()
-        with self._lock, self._handle:
+        with self._entry(), self._handle:
             text: list[int] = self.model.tokenizer.as_array(ids).tolist()
             if not self._has_encoder:
                 raise ContextError(f"this model ({self.model.architecture}) is no encoder-decoder: extend a sequence")
@@ -270,8 +270,7 @@ class Context:
 
         if not isinstance(texts, Mapping):
             raise TypeError(f"texts must be a mapping of sequences to token ids, not {type(texts).__name__}")
-        self._check_entry()
-        with self._lock, self._handle:
+        with self._entry(), self._handle:
             texts = dict(texts)
             if on_progress is None and (n := self._extend_each_by_one(texts)):
                 return n
@@ -284,19 +283,17 @@ class Context:
                 sequence._slot.check_open()
                 if (new := self.model.tokenizer.as_array(ids)).size:
                     arrays.append((sequence, new))
-            before = self.stats.decode_calls
-            grown: list[tuple[Slot, int, npt.NDArray[np.float32] | None, bool]] = []
+            calls = self.stats.decode_calls
+            grown: list[tuple[Slot, Before]] = []
             try:
                 for sequence, new in arrays:
-                    slot = sequence._slot
-                    logits, unread = slot.logits, slot.unread
-                    grown.append((slot, sequence._grow(new), logits, unread))
-                return self._evaluate([slot for slot, *_ in grown if slot.n_cached < len(slot.tokens)], on_progress)
+                    grown.append((sequence._slot, sequence._grow(new)))
+                return self._evaluate([slot for slot, _ in grown if slot.n_cached < len(slot.tokens)], on_progress)
             except BaseException:
-                for slot, length, logits, unread in grown:
-                    slot.cut(length)
-                    if slot.n_cached == length and self.stats.decode_calls == before:
-                        slot.logits, slot.unread = logits, unread
+                for slot, before in grown:
+                    slot.cut(before.n)
+                    if slot.n_cached == before.n and self.stats.decode_calls == calls:
+                        slot.logits, slot.unread = before.logits, before.unread
                 raise
 
     def _extend_each_by_one(self, texts: "Mapping[Sequence, TokenIds]") -> int:
@@ -316,7 +313,7 @@ class Context:
             slots.append(slot)
             tokens.append(ids[0])
         count = len(slots)
-        if count > self.memory.spare or count > self._max_batch or not self.memory.can_truncate:
+        if not 0 < count <= min(self.memory.spare, self._max_batch) or not self.memory.can_truncate:
             return 0
         positions = [slot.n_cached for slot in slots]
         try:
@@ -357,8 +354,7 @@ class Context:
 
     def clear_cache(self, pinned: bool = False) -> None:
         """Forget what closed sequences have left in the KV cache, pinned ones only if asked to."""
-        self._check_entry()
-        with self._lock, self._handle:
+        with self._entry(), self._handle:
             self._pool.clear_finished(pinned)
 
     @property
@@ -367,8 +363,7 @@ class Context:
 
         What closed sequences have left is not counted, as it is dropped when room is needed, unless it is pinned.
         """
-        self._check_entry()
-        with self._lock:
+        with self._entry():
             return self._pool.used()
 
     @property
@@ -382,8 +377,7 @@ class Context:
 
     def close(self) -> None:
         """Free the context and close its sequences. Closing twice is no error."""
-        self._check_entry()
-        with self._lock:
+        with self._entry():
             self._pool.clear()
             self._handle.close()
 
@@ -403,10 +397,22 @@ class Context:
 
     # What follows is for `Sequence`.
 
-    def _check_entry(self) -> None:
-        """Refuse what a signal handler or a finaliser asks for amid a call on its own thread; callbacks may ask."""
-        if self._is_mine() and not self._calls_back:
+    def _entry(self) -> AbstractContextManager[object]:
+        """Return what a call is made within: the lock, or where this thread has it, what lets only callbacks in.
+
+        A signal handler or a finaliser amid a call gets a `ContextError`, also amid a call that a callback makes.
+        """
+        return self._nested() if self._is_mine() else self._lock
+
+    @contextmanager
+    def _nested(self) -> Iterator[None]:
+        if not self._calls_back:
             raise ContextError("this context is computing: it cannot be used or closed from within")
+        self._calls_back = False
+        try:
+            yield
+        finally:
+            self._calls_back = True
 
     def _is_within(self) -> bool:
         """Whether a call of this thread is under way, and is not waiting for a callback of its own to return."""
@@ -555,6 +561,8 @@ class Context:
         for slot in self._unread:
             if slot.unread:
                 self._keep_logits(slot)
+        if self._pool.unclean:  # an interrupt came before it was cleaned
+            self._pool.clean()
         stats = self.stats
         stats.decode_calls += 1  # before it: from now on what logits lay in the buffer are not there any more
         code = 2  # as if it was aborted, should an interrupt strike before it is known
@@ -575,6 +583,7 @@ class Context:
         """Trust what a decode with this return code has left, and no more."""
         if code and self.memory.kind in ("recurrent", "hybrid"):
             self._pool.doubt_all()
+            self._pool.clean()
         if code and self._pool.shifted:
             self._pool.doubt_shifted()
         self._pool.shifted = False
@@ -713,16 +722,18 @@ def _in_range(name: str, value: int, low: int, high: int) -> int:
     return value
 
 
-def _kv_types(kv_type: str | tuple[str, str], flash: str) -> tuple[str, str]:
+def _kv_types(model: "Model", kv_type: str | tuple[str, str], flash: str) -> tuple[str, str]:
     """Return the types of keys and of values."""
     types = tuple(kv_type) if isinstance(kv_type, tuple | list) else (kv_type, kv_type)
     if len(types) != 2 or not all(kind in KV_TYPES for kind in types):
         raise ValueError(f"kv_type must be one of {', '.join(KV_TYPES)}, or a pair of them, not {kv_type!r}")
     key, value = types
-    if flash == "off" and lib.ggml_is_quantized(_ggml_type(value)):
-        raise ContextError(
-            f'values of type {value!r} need flash attention: leave it "auto", or use kv_type=({key!r}, "f16")'
-        )
+    if lib.ggml_is_quantized(_ggml_type(value)):
+        other = f'use kv_type=({key!r}, "f16")'
+        if flash == "off":
+            raise ContextError(f'values of type {value!r} need flash attention: leave it "auto", or {other}')
+        if model.has_encoder:  # it adds positions to the scores, which flash attention never has; memory is corrupted
+            raise ContextError(f"values of type {value!r} need flash attention, which T5's positions forbid: {other}")
     return key, value
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from .errors import ContextError
 from .sampling import logprob
-from .slot import Slot, clipped, common_prefix
+from .slot import Before, Slot, clipped, common_prefix
 from .tokenizer import TokenIds
 
 if TYPE_CHECKING:
@@ -58,8 +58,7 @@ class Sequence(AbstractSequence[int]):
         Raises `ContextError` where the sequence is empty.
         """
         context, slot = self.context, self._slot
-        context._check_entry()
-        with context._lock:
+        with context._entry():
             slot.check_open()
             if slot.unread:
                 return context._read_logits(slot.row)
@@ -95,16 +94,14 @@ class Sequence(AbstractSequence[int]):
         context = self.context
         if context.memory.spare > 0 or context.on_full != "error":
             return False
-        context._check_entry()
-        with context._lock:
+        with context._entry():
             return not self.closed and context._pool.used(self._slot) >= context.n_cells
 
     @property
     def size_bytes(self) -> int:
         """How many bytes the keys, values and states of what is evaluated take (`llama_state_seq_get_size`)."""
         context, slot = self.context, self._slot
-        context._check_entry()
-        with context._lock, context._handle:
+        with context._entry(), context._handle:
             slot.check_open()
             slot.settle()
             return context.memory.size_bytes(slot.id) if slot.n_cached else 0
@@ -132,8 +129,7 @@ class Sequence(AbstractSequence[int]):
         Raises `TypeError` or `ValueError` for what is no token id, `ContextFullError` where no cell is free.
         """
         context = self.context
-        context._check_entry()
-        with context._lock:
+        with context._entry():
             self._slot.check_open()
             token = context.model.tokenizer.check(token)
             memory, slot = context.memory, self._slot
@@ -151,8 +147,7 @@ class Sequence(AbstractSequence[int]):
         sequence is as it was before, or as `on_full` has made it.
         """
         context, slot = self.context, self._slot
-        context._check_entry()
-        with context._lock:
+        with context._entry():
             slot.check_open()
             if (
                 on_progress is None
@@ -194,8 +189,7 @@ class Sequence(AbstractSequence[int]):
         raised, the tokens are as they were before.
         """
         context, slot = self.context, self._slot
-        context._check_entry()
-        with context._lock, context._handle:
+        with context._entry(), context._handle:
             slot.check_open()
             new = context.model.tokenizer.as_array(ids)
             before = self._tokens[:]
@@ -226,8 +220,7 @@ class Sequence(AbstractSequence[int]):
         entry is NaN.
         """
         context, slot = self.context, self._slot
-        context._check_entry()
-        with context._lock, context._handle:
+        with context._entry(), context._handle:
             slot.check_open()
             new = context.model.tokenizer.as_array(ids)
             scores = np.empty(len(new), np.float32)
@@ -267,8 +260,7 @@ class Sequence(AbstractSequence[int]):
 
     def truncate(self, n: int) -> None:
         """Keep the first `n` tokens, and forget the rest. Raises `ValueError` unless 0 <= n <= len."""
-        self.context._check_entry()
-        with self.context._lock:
+        with self.context._entry():
             self._slot.check_open()
             n = operator.index(n)
             if not 0 <= n <= len(self._tokens):
@@ -278,8 +270,7 @@ class Sequence(AbstractSequence[int]):
 
     def rewind(self, n: int) -> None:
         """Forget the last `n` tokens. Raises `ValueError` unless 0 <= n <= len."""
-        self.context._check_entry()
-        with self.context._lock:
+        with self.context._entry():
             self._slot.check_open()
             n = operator.index(n)
             if not 0 <= n <= len(self._tokens):
@@ -299,8 +290,7 @@ class Sequence(AbstractSequence[int]):
         of its own, and there are too few.
         """
         context = self.context
-        context._check_entry()
-        with context._lock, context._handle:
+        with context._entry(), context._handle:
             self._slot.check_open()
             keep, discard = operator.index(keep), operator.index(discard)
             if keep < 0 or discard < 0 or keep + discard > len(self._tokens):
@@ -320,8 +310,7 @@ class Sequence(AbstractSequence[int]):
         `ContextFullError` where what cannot be shared does not fit.
         """
         context, slot = self.context, self._slot
-        context._check_entry()
-        with context._lock, context._handle:
+        with context._entry(), context._handle:
             slot.check_open()
             n = len(self._tokens) if n is None else operator.index(n)
             if not 0 <= n <= len(self._tokens):
@@ -363,8 +352,7 @@ class Sequence(AbstractSequence[int]):
 
     @pinned.setter
     def pinned(self, pinned: bool) -> None:
-        self.context._check_entry()
-        with self.context._lock:
+        with self.context._entry():
             self._slot.check_open()
             self._slot.pinned = bool(pinned)
 
@@ -373,7 +361,7 @@ class Sequence(AbstractSequence[int]):
         if self.context._is_within():  # a finaliser or a signal handler, amid a call: the next call gives it back
             self._slot.closed, self._slot.owner = True, None
             return
-        with self.context._lock:
+        with self.context._entry():
             if not self.closed:
                 self.context._release(self._slot)
 
@@ -390,23 +378,26 @@ class Sequence(AbstractSequence[int]):
         on_progress: Callable[[int, int], object] | None = None,
         exactly: bool = False,
     ) -> int:
-        length = self._grow(new, exactly)
+        before = self._grow(new, exactly)
         if self._slot.n_cached == len(self._tokens):
             return 0
         try:
             return self.context._evaluate([self._slot], on_progress)
         except BaseException:
-            self._slot.cut(length)
+            self._slot.cut(before.n)
             raise
 
-    def _grow(self, new: npt.NDArray[np.int32], exactly: bool = False) -> int:
-        """Put tokens at the end, with a cell for each; return the length before. On an error the list is as it was."""
-        self._slot.check_open()
-        self._slot.settle()
+    def _grow(self, new: npt.NDArray[np.int32], exactly: bool = False) -> Before:
+        """Put tokens at the end, with a cell for each; return what was before. On an error the list is as it was."""
+        slot = self._slot
+        slot.check_open()
+        slot.settle()
+        before = slot.before()
         if not self._try_to_grow(new):
             self._make_room(len(new), exactly)
-            self._slot.add(new)
-        return len(self._tokens) - len(new)
+            before = slot.before()  # `on_full` may have made the list another
+            slot.add(new)
+        return before
 
     def _try_to_grow(self, new: npt.NDArray[np.int32]) -> bool:
         """Put tokens at the end, share what others have cached of the whole, and say whether all of it fits."""

@@ -23,6 +23,14 @@ class Checkpoint(NamedTuple):
     logits: npt.NDArray[np.float32] | None
 
 
+class Before(NamedTuple):
+    """What a list was before tokens were added: its length, and the logits after its last token, as a slot has them."""
+
+    n: int
+    logits: npt.NDArray[np.float32] | None
+    unread: bool
+
+
 class Slot:
     """A list of tokens, how many of them are in the KV cache, and under which sequence id.
 
@@ -53,6 +61,10 @@ class Slot:
         """Raise `ClosedError` where the sequence was closed, be it by a callback amid the call."""
         if self.closed:
             raise ClosedError("this Sequence is closed")
+
+    def before(self) -> Before:
+        """Return what the list is, to come back to."""
+        return Before(len(self.tokens), self.logits, self.unread)
 
     def add(self, tokens: npt.NDArray[np.int32]) -> None:
         """Put tokens at the end of the list."""
@@ -170,6 +182,7 @@ class SlotPool:
         self.open: list[Slot] = []
         self.finished: list[Slot] = []  # least recently used first
         self.shifted = False  # whether the next decode turns keys to their new positions
+        self.unclean = False  # whether states that no slot holds may be left of a decode that failed
         self._run_numbers = itertools.count()
 
     def new(self) -> Slot:
@@ -347,6 +360,28 @@ class SlotPool:
         """Trust checkpoints alone: a decode that failed may have moved any recurrent state, and not its numbers."""
         for slot in (*self.open, *self.finished):
             slot.settled, slot.doubtful = False, True
+        self.unclean = True
+
+    def clean(self) -> None:
+        """Go back to checkpoints, and empty all other places of states.
+
+        libllama means to zero them as it evaluates. Where that failed, it would begin a new sequence with what is left.
+        """
+        slots = [*self.open, *self.finished]
+        for slot in slots:
+            if slot.doubtful:
+                slot.settle()
+        holders = [slot.id for slot in slots if slot.id >= 0 and slot.n_cached]
+        state = self._memory.read(holders[0], partial=True) if holders else None
+        if state is None:
+            self._memory.clear()
+        else:  # a place that was taken and given back is empty
+            free = [number for number in range(self._n_seq) if number not in holders]
+            for sequence_id in free:
+                self._memory.write(sequence_id, state, partial=True)
+            for sequence_id in free:
+                self._memory.remove(sequence_id, -1)
+        self.unclean = False
 
     def find_prefix(self, slot: Slot) -> tuple[Slot | None, int]:
         """Return which other slot has most of this one's tokens cached, from the first, and how many."""

@@ -33,8 +33,7 @@ _SAMPLES, _SAMPLE_BYTES = 256, 4096  # of the model's file, for its fingerprint
 def save(sequence: "Sequence", path: str | os.PathLike[str]) -> None:
     """Write a sequence to a file; see `Sequence.save`."""
     context, slot = sequence.context, sequence._slot
-    context._check_entry()
-    with context._lock, context._handle:
+    with context._entry(), context._handle:
         sequence._slot.check_open()
         slot.settle()
         context._keep_logits(slot)
@@ -61,8 +60,7 @@ def restore(context: "Context", path: str | os.PathLike[str]) -> "Sequence":
     """Read a sequence from a file; see `Context.restore`."""
     path = Path(path)
     header, body = _read(path)
-    context._check_entry()
-    with context._lock, context._handle:
+    with context._entry(), context._handle:
         requirements = _requirements(context)
         numbers = ("n_tokens", "n_cached", "n_logits")
         if {*requirements, *numbers, "n_pure", "model"} - set(header) or not all(
