@@ -16,7 +16,10 @@ from .sequence import Sequence as TokenSequence
 from .sequence import Tokens
 
 Chooser = Callable[[npt.NDArray[np.float32], Tokens], int]
-"""A `Sampler`, or any function that takes the logits and the tokens so far and returns a token id."""
+"""A `Sampler`, or any function that takes the logits and the tokens so far and returns a token id.
+
+The logits are the step's own: `Step.logprob` sees what is written into them.
+"""
 
 
 class Decoder(Protocol):

@@ -280,7 +280,7 @@ def _resolve_gpu_layers(gpu_layers: Literal["auto"] | int, has_device: bool) -> 
         raise ValueError(f'gpu_layers must be "auto" or a number of layers, not {gpu_layers!r}')
     layers = operator.index(gpu_layers)
     if not -1 <= layers < 2**31:
-        raise ValueError(f"gpu_layers must be 0 or more, or -1 for all, not {layers}")
+        raise ValueError(f"gpu_layers must be from 0 to {2**31 - 1}, or -1 for all, not {layers}")
     if layers and not has_device:
         raise DeviceError(
             f"gpu_layers={layers} asks for a GPU, but there is none in this build or among the devices named: install "

@@ -75,7 +75,7 @@ def test_one_line_is_one_result(tmp_path: Path) -> None:
         *("", "text", "[]", "[1]", '{"results": 3}', '[{"n_gen": 3}]', "3", "null"),
         *(
             json.dumps([ROW | {"samples_ts": rates}])
-            for rates in ([], [0.0], [-1], ["1"], [1.0, float("nan")], 3, [10**400])
+            for rates in ([], [0.0], [-1], ["1"], [True], [1.0, float("nan")], 3, [10**400])
         ),
         "[" * 100_000,
         "\N{LATIN SMALL LETTER A WITH DIAERESIS}",
@@ -98,6 +98,12 @@ def test_of_several_the_most_alike_is_taken_and_what_differs_is_said() -> None:
     near, far = ROW | {"n_threads": 4}, ROW | {"n_threads": 4, "type_k": "q8_0"}
     assert compare.find(ROW, [far, near]) == (near, ["n_threads"])
     assert compare.find(ROW, [far]) == (far, ["n_threads", "type_k"])
+
+
+def test_layers_for_a_gpu_that_is_not_there_are_no_difference() -> None:
+    other = ROW | {"n_gpu_layers": -1}
+    assert compare.find(ROW | {"n_gpu_layers": 0}, [other]) == (other, [])
+    assert compare.find(ROW | {"n_gpu_layers": 0, "gpu_info": "a card"}, [other]) == (other, ["n_gpu_layers"])
 
 
 def test_results_of_llama_bench_are_results_too() -> None:
@@ -159,6 +165,17 @@ def test_llama_bench_is_asked_for_the_same_test(
     asked = dict(zip(words[::2], words[1::2], strict=True))
     settings = {"-m": "model.gguf", "-b": "256", "-ub": "128", "-t": "3", "-ctk": "q8_0", "-ctv": "f32", "-fa": "on"}
     assert asked | settings | expected | {"-ngl": "5", "-lm": "none", "-r": "1", "-o": "json"} == asked
+
+
+def test_a_program_of_the_same_name_elsewhere_is_not_run(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(stand_in.parent)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert compare.LlamaBench("./llama-bench").repeat("m", 0, measure.Test(n_gen=1), mmap=True, warm_up=True) == 1e6
+
+
+def test_a_name_that_llama_bench_would_take_for_several(stand_in: Path) -> None:
+    with pytest.raises(mn.MinervaError, match="because of the comma"):
+        compare.LlamaBench(stand_in).repeat("a,b.gguf", 0, measure.Test(n_gen=1), mmap=True, warm_up=True)
 
 
 def test_a_llama_bench_that_fails_says_why(stand_in: Path) -> None:

@@ -1,8 +1,10 @@
 """The bytes that a token needs, against sums over the weights that the test wrote itself."""
 
 import re
+import threading
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 import minerva_native as mn
@@ -75,6 +77,23 @@ def is_on_gpu(name: str) -> bool:
 def test_memory_can_be_read(monkeypatch: pytest.MonkeyPatch, n_threads: int) -> None:
     monkeypatch.setattr(roofline, "_READ_SECONDS", 0.001)
     assert roofline.Reader(n_threads).bandwidth() > 0
+
+
+def test_readers_that_are_too_few_do_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[threading.Thread] = []
+    start = threading.Thread.start
+
+    def start_one(thread: threading.Thread) -> None:
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_one)
+    with pytest.raises(mn.MinervaError, match="cannot be read with 2 threads"):
+        roofline._read_together([np.ones(8, np.uint64)] * 2)
+    started[0].join(10)
+    assert not started[0].is_alive()
 
 
 def test_the_limit_is_the_time_to_read_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,8 @@ import csv
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,6 +137,13 @@ def test_without_a_limit_a_slower_run_is_no_error(capsys: pytest.CaptureFixture[
     assert "ratio" in output.out
 
 
+def test_a_number_too_wide_for_its_column_is_not_cut(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    row = {"n_prompt": 0, "n_gen": 8, "n_depth": 0, "samples_ts": [1e-8, 1e-8]}
+    (tmp_path / "baseline.json").write_text(json.dumps([row]))
+    output = Output(capsys, "-p", "0", "-n", "8", "--baseline", str(tmp_path / "baseline.json"))
+    assert re.search(r" \d{10,}\.\d{3} \[\d{10,}\.\d{3}, \d{10,}\.\d{3}\] ", output.out)
+
+
 def test_a_baseline_of_other_tests_compares_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     row = {"n_prompt": 3, "n_gen": 0, "n_depth": 0, "samples_ts": [1.0]}
     (tmp_path / "baseline.json").write_text(json.dumps([row]))
@@ -144,10 +153,38 @@ def test_a_baseline_of_other_tests_compares_nothing(capsys: pytest.CaptureFixtur
     assert "tg8" not in output.err, "known before anything is measured"
 
 
+def test_a_baseline_that_lacks_a_test_cannot_pass_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    row = {"n_prompt": 0, "n_gen": 8, "n_depth": 0, "samples_ts": [1e-3]}
+    (tmp_path / "baseline.json").write_text(json.dumps([row]))
+    output = Output(capsys, "--baseline", str(tmp_path / "baseline.json"), "--fail-below", "0.5")
+    assert output.status == 1
+    assert "has no pp8: --fail-below could not judge all tests" in output.err
+    assert "tg8, test" not in output.err, "known before anything is measured"
+    assert Output(capsys, "--baseline", str(tmp_path / "baseline.json")).status == 0
+
+
+@pytest.mark.parametrize("kind", ["table", "md", "jsonl"])
+def test_a_reader_who_has_gone_is_no_error_but_for_a_verdict(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, kind: str
+) -> None:
+    (tmp_path / "baseline.json").write_text(json.dumps(Output(capsys, "-o", "json").rows))
+    command = [*MINERVA, "-t", "1", "-p", "8", "-n", "8", "-r", "1", "--no-parts", "-o", kind]
+    verdict = ["--baseline", str(tmp_path / "baseline.json"), "--fail-below", "0.001"]
+    for arguments, status in (([], 0), (verdict, 1)):
+        with subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.close()
+            assert process.stderr is not None
+            err = process.stderr.read()
+        assert process.returncode == status
+        assert (b"closed before all tests were compared" in err) == bool(status)
+        assert b"Traceback" not in err
+
+
 def test_a_baseline_of_another_model_compares_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     row = {"n_prompt": 0, "n_gen": 8, "n_depth": 0, "model_size": 1, "samples_ts": [1.0]}
     (tmp_path / "baseline.json").write_text(json.dumps([row]))
-    output = Output(capsys, "--baseline", str(tmp_path / "baseline.json"), "--fail-below", "0.5")
+    output = Output(capsys, "-p", "0", "-n", "8", "--baseline", str(tmp_path / "baseline.json"), "--fail-below", "0.5")
     assert output.status == 1
     assert "the baseline has no tg8 of this model" in output.err
     assert "nothing was compared" in output.err
@@ -173,7 +210,7 @@ def test_what_differs_from_the_baseline_is_said_in_every_format(
         (("--compare-llama-bench", "missing"), "missing is not an executable"),
         (("-m", "missing.gguf"), "missing.gguf does not exist"),
         (("--plot", "out.xyz"), "must be one of"),
-        (("--plot", "missing/out.png"), "no folder missing"),
+        (("--plot", "missing/out.png"), "missing/out.png: No such file"),
     ],
 )
 def test_what_cannot_be_is_one_line(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: str) -> None:
@@ -204,6 +241,8 @@ def test_what_cannot_be_is_one_line(capsys: pytest.CaptureFixture[str], argument
         ("--fail-below 0.9", "something to compare with"),
         ("-n 0 --plot out.png", "nothing to plot"),
         ("--baseline x --compare-llama-bench y", "not allowed with"),
+        ("--baseline=", "an empty name"),
+        ("-lm copy", "'copy' is none of 0, 1, none, mmap"),
     ],
 )
 def test_what_is_no_usage_ends_with_2(capsys: pytest.CaptureFixture[str], arguments: str, words: str) -> None:
@@ -265,6 +304,18 @@ def test_ctrl_c_closes_the_list() -> None:
     assert [row["test"] for row in json.loads(out)] == ["tg4"]
     assert "interrupted: 1 of 2 tests are finished" in err
     assert "Traceback" not in err
+
+
+def test_what_a_terminal_cannot_show_is_no_error() -> None:
+    command = [*MINERVA, "-t", "1", "-p", "8", "-n", "0", "-r", "2"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, check=False)
+    assert done.returncode == 0
+    assert b"pp8" in done.stdout
+
+
+def test_a_file_name_is_printed_as_it_is(capsys: pytest.CaptureFixture[str], tiny: mn.Model, tmp_path: Path) -> None:
+    shutil.copy(tiny.path, tmp_path / "m[red]:cat:.gguf")
+    assert " m[red]:cat:.gguf," in Output(capsys, "-m", str(tmp_path / "m[red]:cat:.gguf")).out
 
 
 def test_a_model_of_ones_own(capsys: pytest.CaptureFixture[str], tiny: mn.Model) -> None:

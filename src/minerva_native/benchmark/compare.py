@@ -68,14 +68,16 @@ def load(path: str | os.PathLike[str]) -> list[Row]:
 
 
 def _is_result(row: object) -> bool:
-    if not isinstance(row, dict) or not all(isinstance(row.get(name), int) for name in _TEST):
+    if not isinstance(row, dict) or not all(type(row.get(name)) is int for name in _TEST):
         return False
     rates = row.get("samples_ts")
     return isinstance(rates, list) and bool(rates) and all(map(_is_rate, rates))
 
 
 def _is_rate(value: object) -> bool:
-    return isinstance(value, int | float) and 1e-9 < value < 1e15  # tokens in a second, whatever computes them
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and 1e-9 < value < 1e15
+    )  # tokens in a second, whatever computes them
 
 
 def has(baseline: Sequence[Row], test: Test) -> bool:
@@ -90,7 +92,10 @@ def find(row: Row, baseline: Sequence[Row]) -> tuple[Row, list[str]] | None:
     """
 
     def differences(other: Row) -> list[str]:
-        return [name for name in _SETTINGS if name in other and other[name] != row[name]]
+        differs = [name for name in _SETTINGS if name in other and other[name] != row[name]]
+        if not row.get("gpu_info") and not other.get("gpu_info"):  # llama-bench asks for layers there too
+            differs = [name for name in differs if name != "n_gpu_layers"]
+        return differs
 
     same = [
         other
@@ -108,7 +113,7 @@ class LlamaBench:
     """Upstream's llama-bench, one repetition at a time."""
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # a mere name would be looked for in PATH
         if not self.path.is_file() or not os.access(self.path, os.X_OK):
             raise ValueError(f"{path} is not an executable file: see CONTRIBUTING.md on how to build llama-bench")
 
@@ -117,6 +122,8 @@ class LlamaBench:
 
         Raises `MinervaError` where it fails.
         """
+        if "," in model:
+            raise mn.MinervaError(f"llama-bench would take {model} for several files, because of the comma: rename it")
         settings: dict[str, object] = {
             "-m": model,
             "-d": test.n_depth,

@@ -16,7 +16,7 @@ SHOWN = 1.25  # times the highest percentile
 
 
 def check(path: str | os.PathLike[str]) -> None:
-    """Raise `MinervaError` or `ValueError` now, where a picture could not be drawn after all is measured."""
+    """Raise `MinervaError`, `ValueError` or `OSError` now, where no picture could be drawn after all is measured."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -25,8 +25,11 @@ def check(path: str | os.PathLike[str]) -> None:
     kind = Path(path).suffix.lstrip(".").lower()
     if kind not in kinds:
         raise ValueError(f"{path}: the file extension must be one of {', '.join(sorted(kinds))}")
-    if not Path(path).parent.is_dir():
-        raise ValueError(f"{path}: there is no folder {Path(path).parent}")
+    is_new = not Path(path).exists()
+    with open(path, "ab"):  # which may raise
+        pass
+    if is_new:
+        Path(path).unlink()
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
@@ -42,8 +45,9 @@ def draw(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> Non
             f"{Path(row['model_filename']).name}: {row['test']}, {row['n_threads']} threads, {row['avg_ts']:.1f} t/s"
         )
         index = np.arange(1, times.shape[1] + 1)
+        marker = "." if len(index) == 1 else ""  # there is no line of one point
         for repetition in times:
-            course.plot(index, repetition, color="tab:blue", alpha=0.25, linewidth=0.8)
+            course.plot(index, repetition, color="tab:blue", alpha=0.25, linewidth=0.8, marker=marker)
         course.plot(index, np.median(times, axis=0), color="tab:blue", linewidth=1.6, label="median of the repetitions")
         course.set_title(title, loc="left", fontsize="medium")
         course.set(xlabel="generated token", ylabel="latency (ms)")
@@ -54,7 +58,8 @@ def draw(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> Non
         for percentile, style in zip(PERCENTILES, ("-", "--", "-.", ":"), strict=True):
             value = float(np.percentile(later, percentile))
             histogram.axvline(value, color="tab:red", linestyle=style, label=f"p{percentile}: {value:.3g} ms")
-        histogram.set(title=f"without the first {FIRST_TOKENS}", xlabel="latency (ms)", ylabel="tokens")
+        title = f"without the first {FIRST_TOKENS}" if len(index) > FIRST_TOKENS else "all"
+        histogram.set(title=title, xlabel="latency (ms)", ylabel="tokens")
         histogram.legend(loc="upper right")
         # A few tokens that took ten times as long would leave nothing to see of the others.
         above = int((times > top).sum())

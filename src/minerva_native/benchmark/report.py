@@ -9,13 +9,16 @@ import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 import numpy as np
 import numpy.typing as npt
 
 from .compare import CONFIDENCE, Ratio
 from .measure import FIRST_TOKENS, Parts, Repetition, Test
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PERCENTILES = (50, 90, 95, 99)
 PARTS = ("decode", "logits", "sampler", "text", "loop")
@@ -180,7 +183,7 @@ class Markdown:
         if not self._about:
             self._line(self._widths)
             self._line("-" * width if name in LEFT else "-" * (width - 1) + ":" for name, width in self._widths.items())
-            self._about = f"{build(row)}; {settings(row, self._widths)}"
+            self._about = f"{build(row)}; {settings(row, self._widths)}, clock {row['clock_ns']:.0f} ns"
         self._line(cells(row, self._widths))
 
     def _line(self, texts: Iterable[str]) -> None:
@@ -200,15 +203,13 @@ class Screen:
     """A table for people, with lines below each result that say where the time goes."""
 
     def __init__(self, file: TextIO, columns: Mapping[str, int]):
-        from rich.console import Console
-
-        widths, width = dict(columns), Console(file=file).width
+        widths, width = dict(columns), _console(file).width
         for name in SPARE:
             if file.isatty() and _total(widths) > width:
                 widths.pop(name, None)
         # A table that is still too wide runs over the edge: a number that is cut off is another number.
         width = max(width, _total(widths)) if file.isatty() else _total(columns)
-        self._console = Console(file=file, width=width, highlight=False, soft_wrap=True)
+        self._console = _console(file, width)
         self._widths, self._about = widths, ""
         self._spared = [name for name in columns if name not in widths]
 
@@ -217,13 +218,17 @@ class Screen:
         from rich.table import Table
 
         about = f"{header(row)}\n{settings(row, self._widths)}"
-        table = Table(box=None, show_header=about != self._about, header_style="bold", padding=(0, 1))
-        if about != self._about:
-            self._console.print(about, end="\n\n")
+        is_new = about != self._about
+        if is_new:
+            self._console.print(f"{about}, clock {row['clock_ns']:.0f} ns", end="\n\n")
             self._about = about
-        for name, width in self._widths.items():
+        texts = cells(row, self._widths)
+        table = Table(box=None, show_header=is_new, header_style="bold", padding=(0, 1))
+        for name, text in zip(self._widths, texts, strict=True):
+            self._widths[name] = width = max(self._widths[name], len(text))
             table.add_column(name, width=width, no_wrap=True, justify="left" if name in LEFT else "right")
-        table.add_row(*cells(row, self._widths))
+        self._console.width = max(self._console.width, _total(self._widths))
+        table.add_row(*texts)
         self._console.print(table)
         more = ", ".join(f"{name} {text}" for name in self._spared if (text := _cell(row, name)) != "-")
         for line in ([more] if more else []) + details(row):
@@ -231,6 +236,17 @@ class Screen:
 
     def end(self) -> None:
         """Nothing closes it."""
+
+
+def _console(file: TextIO, width: int | None = None) -> "Console":
+    """Return what writes a screen; texts are as they are, and a reader who has gone is an error, as elsewhere."""
+    from rich.console import Console
+
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return Plain(file=file, width=width, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def _total(widths: Mapping[str, int]) -> int:
@@ -341,7 +357,6 @@ def settings(row: Row, names: Iterable[str]) -> str:
     """Return the settings that are none of these columns, and how it was measured."""
     texts = [f"{name} {_cell(row, name)}" for name in SETTINGS if name not in names]
     texts.append(f"repetitions {len(row['samples_ts'])}" + ("" if row["warm_up"] else " without a warm-up"))
-    texts.append(f"clock {row['clock_ns']:.0f} ns")
     return ", ".join(texts)
 
 

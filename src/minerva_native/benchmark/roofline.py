@@ -107,18 +107,26 @@ def _read_together(buffers: list[npt.NDArray[np.uint64]]) -> float:
     barrier = threading.Barrier(len(buffers))
 
     def read(buffer: npt.NDArray[np.uint64]) -> None:
-        barrier.wait()
+        try:
+            barrier.wait()
+        except threading.BrokenBarrierError:
+            return
         passes, start = 0, time.perf_counter()
         while (elapsed := time.perf_counter() - start) < _READ_SECONDS:
             np.bitwise_or.reduce(buffer)  # as fast as memory goes, on one thread, and without the GIL
             passes += 1
         rates.append(passes * buffer.nbytes / elapsed)
 
-    threads = [threading.Thread(target=read, args=(buffer,)) for buffer in buffers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    threads = [threading.Thread(target=read, args=(buffer,), daemon=True) for buffer in buffers]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    except RuntimeError as error:
+        raise mn.MinervaError(f"the memory cannot be read with {len(buffers)} threads ({error})") from None
+    finally:
+        barrier.abort()  # where Ctrl-C came amid them, those who wait for the others would wait for ever
     return sum(rates)
 
 

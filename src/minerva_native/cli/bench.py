@@ -5,13 +5,15 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from itertools import product
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
+from minerva_native import MinervaError
 from minerva_native.context import FLASH_ATTENTION, KV_TYPES
 from minerva_native.devices import available_cpus
 
-from .options import add_sampling, gpu_layers, sampling
+from .options import add_sampling, file_name, gpu_layers, sampling
 from .progress import measuring
 
 if TYPE_CHECKING:
@@ -37,7 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def several(*names: str, type: Callable[[str], Sequence[Any]], help: str, metavar: str = "N", dest: str) -> None:
         add(*names, action="append", type=type, metavar=metavar, dest=dest, help=f"* {help}")
 
-    add("-m", "--model", action="append", metavar="FILE", help="* a GGUF file; the built-in model by default")
+    add(
+        "-m",
+        "--model",
+        action="append",
+        type=file_name,
+        metavar="FILE",
+        help="* a GGUF file; the built-in model by default",
+    )
     several("-p", "--n-prompt", type=numbers, dest="n_prompt", help="test prompts of N tokens; 0 for none (512)")
     several("-n", "--n-gen", type=numbers, dest="n_gen", help="test generating N tokens; 0 for none (128)")
     several("-pg", type=pair, metavar="PP,TG", dest="pg", help="test a prompt of PP tokens and generating TG after it")
@@ -62,11 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_mutually_exclusive_group()
     output.add_argument("-o", "--output", choices=FORMATS, default="table", help="what to print (table)")
     output.add_argument("--json", action="store_true", help="print one JSON object")
-    add("--plot", metavar="FILE", help="draw the latencies of tokens into a picture, such as out.png")
+    add("--plot", type=file_name, metavar="FILE", help="draw the latencies of tokens into a picture, such as out.png")
     against = parser.add_mutually_exclusive_group()
-    against.add_argument("--baseline", metavar="FILE", help="compare with results written by -o json or jsonl")
-    against.add_argument("--compare-llama-bench", metavar="PATH", help="run upstream's llama-bench in turns with this")
-    fail = "exit with 1 where the median of a comparison is less than this, such as 0.97"
+    results = "compare with results written by -o json or jsonl"
+    against.add_argument("--baseline", type=file_name, metavar="FILE", help=results)
+    in_turns = "run upstream's llama-bench in turns with this"
+    against.add_argument("--compare-llama-bench", type=file_name, metavar="PATH", help=in_turns)
+    fail = "exit with 1 where the median of a comparison is less than this, such as 0.97, or a test is not compared"
     add("--fail-below", type=ratio, metavar="RATIO", help=fail)
     parser.set_defaults(refuse=parser.error)
 
@@ -93,11 +104,21 @@ def run(options: argparse.Namespace) -> int:
         "baseline": compare.load(options.baseline) if options.baseline else (),
         "llama_bench": compare.LlamaBench(options.compare_llama_bench) if options.compare_llama_bench else None,
     }
-    if settings["baseline"] and not any(compare.has(settings["baseline"], test) for test in tests):
-        raise ValueError(f"{options.baseline} has none of these tests: there is nothing to compare with")
+    if settings["baseline"]:
+        missing = [test.name for test in tests if not compare.has(settings["baseline"], test)]
+        if len(missing) == len(tests):
+            raise ValueError(f"{options.baseline} has none of these tests: there is nothing to compare with")
+        if missing and options.fail_below is not None:
+            raise ValueError(f"{options.baseline} has no {', '.join(missing)}: --fail-below could not judge all tests")
     for sentence in machine.noise(max(test.n_threads for test in tests)):
         warn(sentence)
-    writer, rows = make_writer(options, sources, tests, sys.stdout), []
+    writer, rows = make_writer(options, sources, tests, sys.stdout), list["Row"]()
+
+    def finish() -> None:
+        writer.end()
+        if options.plot and any(row["token_ns"] for row in rows):
+            plot.draw(rows, options.plot)
+
     try:
         with measuring(len(sources) * len(tests)) as progress:
             for source in sources:
@@ -107,13 +128,15 @@ def run(options: argparse.Namespace) -> int:
                     rows.append(row)
                     for sentence in doubts(row, options):
                         warn(sentence)
-    except KeyboardInterrupt:
-        warn(f"interrupted: {len(rows)} of {len(sources) * len(tests)} tests are finished")
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            warn(f"interrupted: {len(rows)} of {len(sources) * len(tests)} tests are finished")
+        if isinstance(error, BrokenPipeError) and options.fail_below is not None:
+            raise MinervaError("the output was closed before all tests were compared") from None
+        with suppress(OSError):  # what has stopped it is what there is to say
+            finish()
         raise
-    finally:
-        writer.end()
-        if options.plot and any(row["token_ns"] for row in rows):
-            plot.draw(rows, options.plot)
+    finish()
     return verdict(rows, options.fail_below) if settings["baseline"] or settings["llama_bench"] else 0
 
 
@@ -206,10 +229,12 @@ def verdict(rows: "Sequence[Row]", fail_below: float | None) -> int:
     compared = [row for row in rows if row["ratio"] is not None]
     if not compared:
         raise ValueError("the baseline has none of these tests: nothing was compared")
-    slower = [row for row in compared if fail_below is not None and row["ratio"] < fail_below]
+    if fail_below is None:
+        return 0
+    slower = [row for row in compared if row["ratio"] < fail_below]
     for row in slower:
         print(f"minerva: {row['test']} reaches {row['ratio']:.3f}, less than {fail_below}", file=sys.stderr)
-    return 1 if slower else 0
+    return 1 if slower or len(compared) < len(rows) else 0
 
 
 def warn(sentence: str) -> None:
@@ -284,7 +309,7 @@ def one_of(names: Sequence[str] | dict[str, int], others: dict[str, str] | None 
         found = [(others or {}).get(name, name) for name in text.split(",")]
         for name in found:
             if name not in names:
-                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(names)}")
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join([*names, *(others or {})])}")
         return found
 
     return parse

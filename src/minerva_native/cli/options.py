@@ -10,7 +10,8 @@ from minerva_native import Model
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add `-m` and `-ngl`."""
-    parser.add_argument("-m", "--model", metavar="FILE", help="a GGUF file; the built-in model by default")
+    model = "a GGUF file; the built-in model by default"
+    parser.add_argument("-m", "--model", type=file_name, metavar="FILE", help=model)
     layers = "layers to put on a GPU; -1 for all, auto for all where there is one (default)"
     parser.add_argument("-ngl", "--gpu-layers", type=gpu_layers, default="auto", metavar="N", help=layers)
 
@@ -23,6 +24,13 @@ def load_model(options: argparse.Namespace, vocab_only: bool = False) -> Model:
 
     with loading() as on_progress:
         return Model.load(options.model, gpu_layers=options.gpu_layers, vocab_only=vocab_only, on_progress=on_progress)
+
+
+def file_name(text: str) -> str:
+    """Refuse an empty name, such as an unset variable gives."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name")
+    return text
 
 
 def gpu_layers(text: str) -> Literal["auto"] | int:
@@ -60,7 +68,9 @@ def add_text(parser: argparse.ArgumentParser) -> None:
     """Add `-p`, `-f` and `--parse-special`."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument("-p", "--prompt", metavar="TEXT", help="the text (default: standard input, unless a terminal)")
-    source.add_argument("-f", "--file", metavar="FILE", help="read the text from a file; - is standard input")
+    source.add_argument(
+        "-f", "--file", type=file_name, metavar="FILE", help="read the text from a file; - is standard input"
+    )
     special = "read the names of special tokens in the text, such as <|im_start|>, as those tokens"
     parser.add_argument("--parse-special", action="store_true", help=special)
 
