@@ -11,7 +11,7 @@ import pytest
 
 import minerva_native as mn
 from minerva_native._binding import lib
-from minerva_native.slot import clipped, common_prefix, count_cells
+from minerva_native.slot import Slot, clipped, common_prefix, count_cells
 from tiny_models import TinyModel
 
 Logits = npt.NDArray[np.float32]
@@ -318,6 +318,25 @@ def test_an_assignment_that_fails_changes_nothing(tiny: mn.Model, sequence: mn.S
         sequence.assign(wrong)
     assert sequence == IDS
     assert_same(sequence.logits, fresh(tiny, IDS))
+
+
+def test_scoring_after_an_assignment_that_was_interrupted(
+    tiny: mn.Model, sequence: mn.Sequence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequence.extend(IDS)
+    _ = sequence.logits
+    take = Slot.take
+
+    def take_and_be_interrupted(slot: Slot, other: Slot, n: int) -> None:
+        take(slot, other, n)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Slot, "take", take_and_be_interrupted)
+        sequence.assign(OTHER)
+    assert sequence == IDS
+    sequence.score([1, 2])
+    assert_same(sequence.logits, fresh(tiny, [*IDS, 1, 2]))
 
 
 def test_a_beginning_that_an_open_sequence_has_is_shared(tiny: mn.Model, context: mn.Context) -> None:
@@ -966,6 +985,26 @@ def test_recurrent_conversations_are_reused_at_their_checkpoints(load_tiny: Load
         sequence.assign(OTHER)
         assert sequence.assign([*IDS, 1, 2]) == 2
         assert_same(sequence.logits, fresh(load_tiny(model), [*IDS, 1, 2]))
+
+
+def test_an_interrupt_amid_forgetting_leaves_no_checkpoint_of_what_is_gone(
+    load_tiny: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_tiny(GEMMA)
+    cut = Slot._cut_cells
+
+    def cut_and_be_interrupted(slot: Slot, n: int) -> bool:
+        cut(slot, n)
+        raise KeyboardInterrupt
+
+    with make(model, swa_full=False, n_ctx=1024, checkpoint_interval=8) as context:
+        sequence = context.sequence()
+        sequence.extend(IDS)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Slot, "_cut_cells", cut_and_be_interrupted)
+            sequence._slot.forget_from(0)
+        sequence.extend([1])
+        assert_same(sequence.logits, fresh(model, [*IDS, 1]))
 
 
 def test_a_window_that_has_dropped_what_is_needed_goes_back_to_a_checkpoint(load_tiny: Load) -> None:

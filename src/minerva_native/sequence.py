@@ -227,6 +227,8 @@ class Sequence(AbstractSequence[int]):
             if not new.size:
                 return scores
             slot.settle()
+            if slot.n_cached < len(self._tokens):  # an interrupt may have left logits alone
+                slot.forget_logits()
             if context.memory.spare < len(new):
                 self._make_room(len(new))
             scores[0] = np.nan

@@ -95,10 +95,9 @@ class Slot:
         self.settled = False
         self._memory.spare = -1  # cells that were shared may have to be evaluated anew
         self.forget_logits()
-        if self.id < 0:
-            self.n_cached = 0
-        else:
-            self.n_cached = n if not self.doubtful and self._cut_cells(n) else self._return_to_checkpoint(n)
+        self.n_cached = n if self.id >= 0 else 0  # before cells go: an interrupt is to find no less than is noted
+        if self.id >= 0 and (self.doubtful or not self._cut_cells(n)):
+            self._return_to_checkpoint(n)
         self.doubtful = False
         self.pieces = clipped(self.pieces, self.n_cached)
         if self.n_pure is not None and self.n_pure >= self.n_cached:
@@ -109,14 +108,15 @@ class Slot:
     def _cut_cells(self, n: int) -> bool:
         return self._memory.remove(self.id, n if n else -1) and self._memory.holds(self.id, n)
 
-    def _return_to_checkpoint(self, n: int) -> int:
+    def _return_to_checkpoint(self, n: int) -> None:
         for checkpoint in reversed(self.checkpoints):
             if checkpoint.n <= n:
+                self.n_cached = checkpoint.n
                 self._memory.remove(self.id, checkpoint.n)  # of a hybrid this fails: it is cut after the state is back
                 if not self._memory.write(self.id, checkpoint.state, partial=True) and self._cut_cells(checkpoint.n):
-                    return checkpoint.n
+                    return
+        self.n_cached = 0
         self._memory.remove(self.id, -1)
-        return 0
 
     def take(self, other: "Slot", n: int) -> None:
         """Take over another slot's cells, to hold its first `n` tokens; this slot has none, and its list has those."""
@@ -367,11 +367,11 @@ class SlotPool:
 
         libllama means to zero them as it evaluates. Where that failed, it would begin a new sequence with what is left.
         """
-        slots = [*self.open, *self.finished]
-        for slot in slots:
+        for slot in self.open:
             if slot.doubtful:
                 slot.settle()
-        holders = [slot.id for slot in slots if slot.id >= 0 and slot.n_cached]
+        self.tidy()
+        holders = [slot.id for slot in (*self.open, *self.finished) if slot.n_cached]
         state = self._memory.read(holders[0], partial=True) if holders else None
         if state is None:
             self._memory.clear()

@@ -26,17 +26,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         summary = str(module.__doc__).partition("\n")[0]
         module.add_arguments(subparsers.add_parser(name, help=summary, description=summary))
     options = parser.parse_args(arguments)
+    status = 0
     try:
-        status: int = COMMANDS[options.command].run(options)
+        status = COMMANDS[options.command].run(options)
         sys.stdout.flush()
-        return status
     except BrokenPipeError:
-        # Whoever read our output has gone: nothing is wrong. Python would complain while it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        pass  # whoever read our output has gone: nothing is wrong
     except KeyboardInterrupt:
-        return 130
+        status = 130
     except (MinervaError, OSError, ValueError) as error:
         text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
         print(f"minerva: error: {text}", file=sys.stderr)
-        return 1
+        status = 1
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python would complain as it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status
