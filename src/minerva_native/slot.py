@@ -374,7 +374,7 @@ class SlotPool:
         holders = [slot.id for slot in (*self.open, *self.finished) if slot.n_cached]
         state = self._memory.read(holders[0], partial=True) if holders else None
         if state is None:
-            self._memory.clear()
+            self.forget_everything()
         else:  # a place that was taken and given back is empty
             free = [number for number in range(self._n_seq) if number not in holders]
             for sequence_id in free:

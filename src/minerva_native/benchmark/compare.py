@@ -75,9 +75,8 @@ def _is_result(row: object) -> bool:
 
 
 def _is_rate(value: object) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and 1e-9 < value < 1e15
-    )  # tokens in a second, whatever computes them
+    # Tokens in a second, whatever computes them.
+    return isinstance(value, int | float) and not isinstance(value, bool) and 1e-9 < value < 1e15
 
 
 def has(baseline: Sequence[Row], test: Test) -> bool:

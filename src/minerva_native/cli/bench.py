@@ -39,14 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def several(*names: str, type: Callable[[str], Sequence[Any]], help: str, metavar: str = "N", dest: str) -> None:
         add(*names, action="append", type=type, metavar=metavar, dest=dest, help=f"* {help}")
 
-    add(
-        "-m",
-        "--model",
-        action="append",
-        type=file_name,
-        metavar="FILE",
-        help="* a GGUF file; the built-in model by default",
-    )
+    model = "* a GGUF file; the built-in model by default"
+    add("-m", "--model", action="append", type=file_name, metavar="FILE", help=model)
     several("-p", "--n-prompt", type=numbers, dest="n_prompt", help="test prompts of N tokens; 0 for none (512)")
     several("-n", "--n-gen", type=numbers, dest="n_gen", help="test generating N tokens; 0 for none (128)")
     several("-pg", type=pair, metavar="PP,TG", dest="pg", help="test a prompt of PP tokens and generating TG after it")

@@ -68,9 +68,8 @@ def add_text(parser: argparse.ArgumentParser) -> None:
     """Add `-p`, `-f` and `--parse-special`."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument("-p", "--prompt", metavar="TEXT", help="the text (default: standard input, unless a terminal)")
-    source.add_argument(
-        "-f", "--file", type=file_name, metavar="FILE", help="read the text from a file; - is standard input"
-    )
+    file = "read the text from a file; - is standard input"
+    source.add_argument("-f", "--file", type=file_name, metavar="FILE", help=file)
     special = "read the names of special tokens in the text, such as <|im_start|>, as those tokens"
     parser.add_argument("--parse-special", action="store_true", help=special)
 
