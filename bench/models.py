@@ -181,10 +181,10 @@ def blocks(rng: np.random.Generator, size: tuple[int, ...], kind: str) -> npt.ND
     dtype, _, spread = TYPES[kind]
     block, block_bytes = gguf.GGML_QUANT_SIZES[dtype]
     rows, columns = size
-    if kind == "f16":
-        return (rng.standard_normal(size, np.float32) / math.sqrt(columns)).astype(np.float16).view(np.uint8)
-    data = rng.integers(0, 256, (rows, columns // block, block_bytes), np.uint8)
     scale = 1 / (spread * math.sqrt(columns))
+    if kind == "f16":
+        return (rng.standard_normal(size, np.float32) * scale).astype(np.float16).view(np.uint8)
+    data = rng.integers(0, 256, (rows, columns // block, block_bytes), np.uint8)
     data[..., :2] = np.array([scale], np.float16).view(np.uint8)
     if kind == "q4_k":
         data[..., 2:4] = np.array([MINIMUM * scale], np.float16).view(np.uint8)

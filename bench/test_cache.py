@@ -135,13 +135,16 @@ def test_eight_sequences_at_a_time_beside_upstream(
             sequences = [context.sequence() for _ in range(BATCH)]
             context.extend({sequence: choice.integers(0, n_vocab, N_PROMPT) for sequence in sequences})
             draws = choice.integers(0, n_vocab, (N_STEPS, BATCH, 1)).tolist()
-            before = time.perf_counter()
+            before, decoding = time.perf_counter(), context.stats.decode_seconds
             for tokens in draws:
                 context.extend(dict(zip(sequences, tokens, strict=True)))
-            return BATCH * N_STEPS / (time.perf_counter() - before)
+            seconds = time.perf_counter() - before
+            outside.append((seconds - context.stats.decode_seconds + decoding) / (BATCH * N_STEPS))
+            return BATCH * N_STEPS / seconds
 
     ratios: list[float] = []
     speeds: list[float] = []
+    outside: list[float] = []  # of `llama_decode`, in seconds a token
 
     def round_() -> None:
         own, theirs = (ours(), upstream()) if len(ratios) % 2 else (upstream(), ours())[::-1]
@@ -154,3 +157,4 @@ def test_eight_sequences_at_a_time_beside_upstream(
     benchmark.extra_info["ratio"] = round(statistics.median(ratios[1:] or ratios), 3)
     benchmark.extra_info["ratios"] = [round(ratio, 3) for ratio in sorted(ratios[1:])]
     benchmark.extra_info["tokens_per_second"] = round(statistics.median(speeds), 1)
+    benchmark.extra_info["us_outside_decode"] = round(1e6 * statistics.median(outside), 1)

@@ -17,6 +17,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import minerva_native as mn
+import models
 from tiny_models import TinyModel, write_gguf
 
 N_VOCAB = 128_256
@@ -72,6 +73,28 @@ def test_the_loops_own_cost_on_the_built_in_model(benchmark: BenchmarkFixture, t
 
         benchmark.pedantic(generate, rounds=25, warmup_rounds=2)
         benchmark.extra_info["loop_us_per_token"] = round(1e6 * statistics.median(loop_seconds), 2)
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+@pytest.mark.parametrize("n", [1, 512], ids=["a token", "a prompt of 512"])
+@pytest.mark.parametrize("kind", ["f16", "q4_0"])
+def test_what_extend_adds_to_llama_decode(benchmark: BenchmarkFixture, kind: str, n: int, n_threads: int) -> None:
+    """`us_outside_decode` in `extra_info`, with caches that 34 million weights have just passed through."""
+    ids, outside = list(range(1000, 1000 + n)), list[float]()
+    with (
+        mn.Model.load(models.make("wide-34m", kind), gpu_layers=0) as model,
+        model.context(n_ctx=1024, n_threads=n_threads, prefix_cache=False) as context,
+        context.sequence() as sequence,
+    ):
+        sequence.extend([1])
+
+        def extend() -> None:
+            before, decoding = time.perf_counter(), context.stats.decode_seconds
+            sequence.extend(ids)
+            outside.append(time.perf_counter() - before - context.stats.decode_seconds + decoding)
+
+        benchmark.pedantic(extend, setup=lambda: sequence.truncate(1) if n > 1 else None, rounds=100, warmup_rounds=5)
+    benchmark.extra_info["us_outside_decode"] = round(1e6 * statistics.median(outside), 1)
 
 
 def test_reading_the_logits_of_a_large_vocabulary(benchmark: BenchmarkFixture, wide: mn.Sequence) -> None:

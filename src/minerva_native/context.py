@@ -272,22 +272,21 @@ class Context:
             raise TypeError(f"texts must be a mapping of sequences to token ids, not {type(texts).__name__}")
         with self._entry(), self._handle:
             texts = dict(texts)
-            if on_progress is None and (n := self._extend_each_by_one(texts)):
-                return n
-            arrays = []
-            for sequence, ids in texts.items():
+            for sequence in texts:
                 if not isinstance(sequence, Sequence):
                     raise TypeError(f"the keys of texts must be sequences, not {type(sequence).__name__}")
                 if sequence.context is not self:
                     raise ValueError(f"{sequence!r} belongs to another context")
                 sequence._slot.check_open()
-                if (new := self.model.tokenizer.as_array(ids)).size:
-                    arrays.append((sequence, new))
+            if on_progress is None and (n := self._extend_each_by_one(texts)):
+                return n
+            arrays = [(sequence, self.model.tokenizer.as_array(ids)) for sequence, ids in texts.items()]
             calls = self.stats.decode_calls
             grown: list[tuple[Slot, Before]] = []
             try:
                 for sequence, new in arrays:
-                    grown.append((sequence._slot, sequence._grow(new)))
+                    if new.size:
+                        grown.append((sequence._slot, sequence._grow(new)))
                 return self._evaluate([slot for slot, _ in grown if slot.n_cached < len(slot.tokens)], on_progress)
             except BaseException:
                 for slot, before in grown:
@@ -298,17 +297,13 @@ class Context:
 
     def _extend_each_by_one(self, texts: "Mapping[Sequence, TokenIds]") -> int:
         """`extend` by a token each, where every one finds a cell, at the least cost; return 0 where it is not so."""
-        from .sequence import Sequence
-
         slots: list[Slot] = []
         tokens: list[int] = []
         for sequence, ids in texts.items():
             if type(ids) is not list or len(ids) != 1 or type(ids[0]) is not int or not 0 <= ids[0] < self._n_vocab:
                 return 0
-            if not isinstance(sequence, Sequence) or sequence.context is not self:
-                return 0
             slot = sequence._slot
-            if slot.closed or not slot.settled or slot.id < 0 or slot.n_cached != len(slot.tokens):
+            if not slot.settled or slot.id < 0 or slot.n_cached != len(slot.tokens):
                 return 0
             slots.append(slot)
             tokens.append(ids[0])

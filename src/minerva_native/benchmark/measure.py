@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -282,7 +283,11 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
+@cache
 def clock_ns(n: int = 2000) -> float:
-    """Return what one reading of the clock costs in nanoseconds: the median difference of readings in succession."""
+    """Return what one reading of the clock costs in nanoseconds: the median difference of readings in succession.
+
+    It is measured once.
+    """
     read: Callable[[], int] = _clock
     return float(np.median(np.diff(np.array([read() for _ in range(n)], np.int64))))

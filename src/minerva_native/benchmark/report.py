@@ -183,7 +183,7 @@ class Markdown:
         if not self._about:
             self._line(self._widths)
             self._line("-" * width if name in LEFT else "-" * (width - 1) + ":" for name, width in self._widths.items())
-            self._about = f"{build(row)}; {settings(row, self._widths)}, clock {row['clock_ns']:.0f} ns"
+            self._about = f"{build(row)}; {settings(row, self._widths)}"
         self._line(cells(row, self._widths))
 
     def _line(self, texts: Iterable[str]) -> None:
@@ -220,7 +220,7 @@ class Screen:
         about = f"{header(row)}\n{settings(row, self._widths)}"
         is_new = about != self._about
         if is_new:
-            self._console.print(f"{about}, clock {row['clock_ns']:.0f} ns", end="\n\n")
+            self._console.print(about, end="\n\n")
             self._about = about
         texts = cells(row, self._widths)
         table = Table(box=None, show_header=is_new, header_style="bold", padding=(0, 1))
@@ -357,6 +357,7 @@ def settings(row: Row, names: Iterable[str]) -> str:
     """Return the settings that are none of these columns, and how it was measured."""
     texts = [f"{name} {_cell(row, name)}" for name in SETTINGS if name not in names]
     texts.append(f"repetitions {len(row['samples_ts'])}" + ("" if row["warm_up"] else " without a warm-up"))
+    texts.append(f"clock {row['clock_ns']:.0f} ns")
     return ", ".join(texts)
 
 

@@ -1,6 +1,7 @@
 """The `minerva` command: one file a subcommand, each over the public API alone."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -17,8 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
-        if mode == "w" and hasattr(stream := getattr(sys, name), "reconfigure"):
-            stream.reconfigure(errors="replace")  # a character that the terminal lacks is no reason to stop
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks is no reason to stop
     parser = argparse.ArgumentParser(prog="minerva", description="Run GGUF models in-process, over libllama.")
     parser.add_argument("--version", action="version", version=f"minerva-native {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
