@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +26,6 @@ from .slot import Before, Slot, SlotPool
 from .tokenizer import TokenIds
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from .model import Model
     from .sequence import Sequence
 
@@ -376,7 +374,7 @@ class Context:
             self._pool.clear()
             self._handle.close()
 
-    def __enter__(self) -> "Self":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
 from ._binding import BUILD_INFO, callbacks, ffi, lib, text
 from ._handle import Handle
@@ -17,8 +17,6 @@ from .gguf import GGUF, Metadata
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from .context import Context, OnFull
 
 DEMO = Path(__file__).parent / "demo" / "minerva-demo.gguf"
@@ -49,7 +47,7 @@ class Model:
         vocab_only: bool = False,
         check: bool = True,
         on_progress: Callable[[float], object] | None = None,
-    ) -> "Self":
+    ) -> Self:
         """Load a GGUF file (`llama_model_load_from_file`).
 
         `gpu_layers`: how many layers to put on a GPU; "auto" puts all of them there where there is one, -1 does
@@ -100,7 +98,7 @@ class Model:
         return cls(path, gguf, handle, layers, vocab_only)
 
     @classmethod
-    def demo(cls, *, gpu_layers: Literal["auto"] | int = "auto") -> "Self":
+    def demo(cls, *, gpu_layers: Literal["auto"] | int = "auto") -> Self:
         """Load the small trained model inside the package (see `demo/MODEL_CARD.md`)."""
         return cls.load(DEMO, gpu_layers=gpu_layers)
 
@@ -258,7 +256,7 @@ class Model:
         self._handle.close()
         self._gguf.close()
 
-    def __enter__(self) -> "Self":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as AbstractSequence
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn, overload
+from typing import TYPE_CHECKING, NoReturn, Self, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,6 @@ from .slot import Before, Slot, clipped, common_prefix
 from .tokenizer import TokenIds
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from .context import Context
 
 _logger = logging.getLogger("minerva_native")
@@ -510,7 +508,7 @@ class Sequence(AbstractSequence[int]):
             self._slot.n_cached = 0
             self.context._release(self._slot)
 
-    def __enter__(self) -> "Self":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -15,16 +15,13 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
 import minerva_native as mn
 from minerva_native.devices import available_cpus
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 FIRST_TOKENS = 4  # of each repetition, that are shown apart: caches and branch predictors are still cold
 
@@ -220,7 +217,7 @@ class Run:
                 self._has_depth = True
         return self._sequence
 
-    def __enter__(self) -> "Self":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
