@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import minerva_native as mn
-from minerva_native.devices import available_cpus, cpu_quota, select
+from minerva_native import available_cpus, cpu_quota
+from minerva_native.devices import select
 
 
 def test_the_cpu_is_a_device_with_memory() -> None:
@@ -24,7 +25,7 @@ def test_the_cpu_may_be_named_although_libllama_takes_no_cpu_in_its_list() -> No
 
 
 def test_a_context_uses_the_cpus_of_this_process(demo: mn.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minerva_native.context._ONE_THREAD_BYTES", 0)
+    monkeypatch.setattr("minerva_native.options.ONE_THREAD_BYTES", 0)
     with demo.context(n_ctx=64) as context:
         assert context.n_threads == available_cpus()
 
@@ -39,7 +40,7 @@ def test_a_tiny_model_is_computed_by_one_thread(demo: mn.Model) -> None:
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no CPU affinity")
 def test_affinity_counts() -> None:
     script = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
-    script += "from minerva_native.devices import available_cpus; print(available_cpus())"
+    script += "from minerva_native import available_cpus; print(available_cpus())"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout == b"1\n"
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import minerva_native as mn
+from engine_room import open_up
 from tiny_models import TinyModel
 
 STEPS = 1000
@@ -124,7 +125,8 @@ def test_what_a_handler_asks_for_amid_a_call_is_refused_or_waits(
 ) -> None:
     choice = random.Random(1)
     options: dict[str, Any] = {"n_ctx": 2048, "n_batch": 16, "n_threads": 1, "kv_type": "f32", "flash_attention": "off"}
-    with tiny.context(**options, n_seq=8) as context, tiny.context(**options, prefix_cache=False) as other_context:
+    context, cache = open_up(tiny, **options, n_seq=8)
+    with context, tiny.context(**options, prefix_cache=False) as other_context:
         mine, others, fresh = context.sequence(), [context.sequence()], other_context.sequence()
         handled, refused = 0, 0
 
@@ -159,7 +161,7 @@ def test_what_a_handler_asks_for_amid_a_call_is_refused_or_waits(
             else:
                 mine.fork().close()
             signal.setitimer(signal.ITIMER_REAL, 0)
-            slots = [*context._pool.open, *context._pool.finished]
+            slots = [*cache.pool.open, *cache.pool.finished]
             assert len({slot.id for slot in slots if slot.id >= 0}) == sum(slot.id >= 0 for slot in slots)
             for sequence in (mine, others[0]):
                 if not sequence.closed and len(sequence):
@@ -173,22 +175,23 @@ def test_what_a_handler_asks_for_amid_a_call_is_refused_or_waits(
 def test_a_handler_amid_a_call_that_a_callback_makes_is_refused(
     tiny: mn.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with tiny.context(n_ctx=64, n_seq=3, n_threads=1) as context:
+    context, cache = open_up(tiny, n_ctx=64, n_seq=3, n_threads=1)
+    with context:
         one, other, third = context.sequence(), context.sequence(), context.sequence()
-        call = context._call
+        decode = cache.runner.decode
 
-        def call_and_be_interrupted(*arguments: Any) -> None:
-            with pytest.raises(mn.ContextError, match="is computing"):
+        def decode_and_be_interrupted(*arguments: Any) -> int:
+            with pytest.raises(mn.ReentryError, match="is computing"):
                 third.append(3)
-            with pytest.raises(mn.ContextError, match="is computing"):
+            with pytest.raises(mn.ReentryError, match="is computing"):
                 context.close()
-            call(*arguments)
+            return decode(*arguments)
 
         def on_progress(done: int, total: int) -> None:
             other.extend([3, 4])
             third.append(5)
 
-        monkeypatch.setattr(context, "_call", call_and_be_interrupted)
+        monkeypatch.setattr(cache.runner, "decode", decode_and_be_interrupted)
         one.extend([1, 2], on_progress)
         assert [one, other, third] == [[1, 2], [3, 4], [5]]
 
@@ -206,7 +209,8 @@ def test_what_the_garbage_collector_closes_amid_a_call_is_released_after_it(tiny
             self.sequence.close()
 
     before = gc.get_threshold()
-    with tiny.context(n_ctx=4096, n_seq=64, n_batch=16, n_threads=1) as context, context.sequence() as sequence:
+    context, cache = open_up(tiny, n_ctx=4096, n_seq=64, n_batch=16, n_threads=1)
+    with context, context.sequence() as sequence:
         gc.set_threshold(20)
         try:
             for step in range(1500):
@@ -220,7 +224,8 @@ def test_what_the_garbage_collector_closes_amid_a_call_is_released_after_it(tiny
             gc.set_threshold(*before)
         gc.collect()
         assert context.cells_used == len(sequence)
-        assert len(context._pool.open) == 1
+        context.clear_cache()
+        assert len(cache.pool.open) == 1
 
 
 def test_a_callback_may_use_the_context(tiny: mn.Model) -> None:

@@ -1,6 +1,7 @@
 """What the KV cache spares: forks, reuse across sequences, shifts, checkpoints, a full context. Work is counted."""
 
 import threading
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,13 @@ import numpy.typing as npt
 import pytest
 
 import minerva_native as mn
+from engine_room import open_up
 from minerva_native._binding import lib
-from minerva_native.slot import Slot, clipped, common_prefix, count_cells
+from minerva_native.engine.cache import KVCache
+from minerva_native.engine.memory import Cells
+from minerva_native.engine.pool import count_cells
+from minerva_native.engine.slot import Slot, clipped, common_prefix
+from minerva_native.sequence import slot_of
 from tiny_models import TinyModel
 
 Logits = npt.NDArray[np.float32]
@@ -24,9 +30,15 @@ RWKV, LFM = TinyModel("rwkv7"), TinyModel("lfm2", n_layer=4)  # which is a hybri
 Load = Callable[[TinyModel], mn.Model]
 
 
+OPTIONS = {"n_ctx": 256, "n_seq": 4, "n_threads": 1, "kv_type": "f32", "flash_attention": "off"}
+
+
 def make(model: mn.Model, **options: object) -> mn.Context:
-    options = {"n_ctx": 256, "n_seq": 4, "n_threads": 1, "kv_type": "f32", "flash_attention": "off", **options}
-    return model.context(**options)  # type: ignore[arg-type]
+    return model.context(**{**OPTIONS, **options})  # type: ignore[arg-type]
+
+
+def make_open(model: mn.Model, **options: object) -> tuple[mn.Context, KVCache]:
+    return open_up(model, **{**OPTIONS, **options})
 
 
 @pytest.fixture
@@ -181,19 +193,18 @@ def test_sequences_extended_together_are_as_if_extended_alone(tiny: mn.Model) ->
             assert_same(sequence.logits, fresh(tiny, text))
 
 
-def test_a_token_each_is_taken_back_when_interrupted(
-    tiny: mn.Model, context: mn.Context, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_token_each_is_taken_back_when_interrupted(tiny: mn.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    context, cache = make_open(tiny)
     sequences = [context.sequence(), context.sequence()]
     context.extend(dict(zip(sequences, [IDS, OTHER], strict=True)))
-    run = context._run
+    decode_each = cache.runner.decode_each
 
-    def run_and_be_interrupted(count: int) -> None:
-        run(count)
+    def decode_and_be_interrupted(*arguments: Any) -> int:
+        decode_each(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(context, "_run", run_and_be_interrupted)
+        patch.setattr(cache.runner, "decode_each", decode_and_be_interrupted)
         context.extend({sequence: [5] for sequence in sequences})
     assert sequences == [IDS, OTHER]
     assert context.extend({sequence: [7] for sequence in sequences}) == 2
@@ -503,17 +514,18 @@ def test_a_memory_that_cannot_shift_says_so(load_tiny: Load) -> None:
         assert sequence == IDS
 
 
-def test_a_shift_that_a_failed_decode_may_have_begun_is_evaluated_anew(tiny: mn.Model, context: mn.Context) -> None:
-    """Some of the keys may have been turned: none of them is trusted, nor those of a fork."""
+def test_a_shift_that_a_failed_decode_may_have_begun_is_evaluated_again(
+    tiny: mn.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some of the keys may have been rotated: none of them is trusted, nor those of a fork."""
+    context, cache = make_open(tiny)
     sequence, other = context.sequence(), context.sequence()
     sequence.extend(IDS)
     sequence.shift(4, 10)
     fork = sequence.fork()
-    begin = context._begin
-    context._begin = lambda: (begin(), context.cancel())  # type: ignore[method-assign, assignment, func-returns-value]
-    with pytest.raises(mn.Cancelled):
+    with monkeypatch.context() as patch, pytest.raises(mn.Cancelled):
+        patch.setattr(cache.runner, "begin", lambda cancel: context.cancel())
         other.extend(OTHER)
-    context._begin = begin  # type: ignore[method-assign]
     for shifted in (sequence, fork):
         shifted.extend([1])
         assert_same(shifted.logits, fresh(tiny, [*IDS[:4], *IDS[14:], 1]))
@@ -676,12 +688,13 @@ def test_going_back_in_a_fork_is_counted(load_tiny: Load) -> None:
 )
 def test_a_shift_of_all_that_is_kept_changes_nothing(load_tiny: Load, model: TinyModel) -> None:
     # Rotary positions count by their distance alone: keys turned by as much as everything moves must do as before.
-    with make(load_tiny(model), n_seq=2, prefix_cache=False) as context:
+    context, cache = make_open(load_tiny(model), n_seq=2, prefix_cache=False)
+    with context:
         moved, left = context.sequence(), context.sequence()
         for sequence in (moved, left):
             sequence.extend(IDS)
         moved.shift(0, 10)
-        lib.llama_memory_seq_rm(lib.llama_get_memory(context._pointer), left._slot.id, 0, 10)
+        lib.llama_memory_seq_rm(lib.llama_get_memory(cache.handle.pointer), slot_of(left).id, 0, 10)
         for sequence in (moved, left):
             sequence.extend([3])
         assert_same(moved.logits, left.logits)
@@ -766,7 +779,8 @@ def test_cells_that_nobody_owns_are_found_when_they_are_missed(tiny: mn.Model) -
     with make(tiny, n_ctx=256, n_seq=4) as context:
         sequence = context.sequence()
         sequence.extend([7] * 200)
-        sequence._slot.id, sequence._slot.n_cached = -1, 0  # as after an interrupt that struck between two lines
+        slot = slot_of(sequence)
+        slot.id, slot.n_cached = -1, 0  # as after an interrupt that struck between two lines
         sequence.truncate(0)
         other = context.sequence()
         other.extend([9] * 250)
@@ -967,11 +981,11 @@ def test_checkpoints_keep_to_their_room_and_cover_the_text(load_tiny: Load) -> N
     with make(load_tiny(MAMBA), checkpoint_interval=5, n_seq=1) as context:
         sequence = context.sequence()
         sequence.extend(IDS[:5])
-        size = sequence._slot.checkpoints[0].state.size
+        size = slot_of(sequence).checkpoints[0].state.size
     with make(load_tiny(MAMBA), checkpoint_interval=5, n_seq=1, checkpoint_bytes=4 * size) as context:
         sequence = context.sequence()
         sequence.extend([token % 250 for token in range(200)])
-        kept = [checkpoint.n for checkpoint in sequence._slot.checkpoints]
+        kept = [checkpoint.n for checkpoint in slot_of(sequence).checkpoints]
         assert len(kept) == 4
         assert kept[-1] == 200
         assert max(np.diff([0, *kept])) <= 125
@@ -991,18 +1005,18 @@ def test_an_interrupt_amid_forgetting_leaves_no_checkpoint_of_what_is_gone(
     load_tiny: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_tiny(GEMMA)
-    cut = Slot._cut_cells
+    cut = Cells.cut
 
-    def cut_and_be_interrupted(slot: Slot, n: int) -> bool:
-        cut(slot, n)
+    def cut_and_be_interrupted(cells: Cells, sequence_id: int, n: int) -> bool:
+        cut(cells, sequence_id, n)
         raise KeyboardInterrupt
 
     with make(model, swa_full=False, n_ctx=1024, checkpoint_interval=8) as context:
         sequence = context.sequence()
         sequence.extend(IDS)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Slot, "_cut_cells", cut_and_be_interrupted)
-            sequence._slot.forget_from(0)
+            patch.setattr(Cells, "cut", cut_and_be_interrupted)
+            slot_of(sequence).rollback(0)
         sequence.extend([1])
         assert_same(sequence.logits, fresh(model, [*IDS, 1]))
 
@@ -1124,14 +1138,14 @@ def test_forks_can_be_used_from_threads(tiny: mn.Model, context: mn.Context, seq
 
 def test_cells_that_are_shared_are_counted_once() -> None:
     class Fake:
-        def __init__(self, n: int, pieces: list[tuple[int, int]]):
-            self.tokens, self.pieces = [0] * n, pieces
+        def __init__(self, n: int, runs: list[tuple[int, int]]):
+            self.tokens, self.runs = array("i", [0] * n), runs
 
     slots = [Fake(10, [(1, 4), (2, 3)]), Fake(6, [(1, 4)]), Fake(5, [(1, 4), (2, 1)])]
-    assert count_cells(slots) == 4 + 3 + 3 + 2 + 0  # type: ignore[arg-type]
+    assert count_cells(slots) == 4 + 3 + 3 + 2 + 0
 
 
-def test_pieces_are_clipped_to_the_tokens_that_are_left() -> None:
+def test_runs_are_clipped_to_the_tokens_that_are_left() -> None:
     assert clipped([(1, 4), (2, 3)], 7) == [(1, 4), (2, 3)]
     assert clipped([(1, 4), (2, 3)], 5) == [(1, 4), (2, 1)]
     assert clipped([(1, 4), (2, 3)], 4) == [(1, 4)]

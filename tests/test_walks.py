@@ -19,8 +19,11 @@ import numpy.typing as npt
 import pytest
 
 import minerva_native as mn
+from engine_room import open_up
 from minerva_native._binding import ffi, lib
-from minerva_native.slot import count_cells
+from minerva_native.engine.pool import count_cells
+from minerva_native.engine.runner import Batch
+from minerva_native.sequence import slot_of
 from tiny_models import TinyModel
 
 Logits = npt.NDArray[np.float32]
@@ -68,8 +71,7 @@ class ByHand:
     def __init__(self, model: mn.Model, options: Mapping[str, Any]):
         unshared = {"kv_unified": True, "n_ctx": 256, "swa_full": True}
         self.context = model.context(**{**OPTIONS, **options, **unshared}, prefix_cache=False)
-        if model.has_encoder:
-            self.context.encode(QUESTION)
+        self.batch = Batch(16)
         self.known: dict[tuple[Any, ...], Logits | None] = {}
 
     def logits(self, program: list[tuple[Any, ...]]) -> Logits | None:
@@ -80,45 +82,50 @@ class ByHand:
         return self.known[key]
 
     def _run(self, program: list[tuple[Any, ...]]) -> Logits | None:
-        memory = lib.llama_get_memory(self.context._pointer)
+        if self.context.model.has_encoder:
+            self.context.encode(QUESTION)
+        with self.context.raw() as pointer:
+            return self._run_on(pointer, program)
+
+    def _run_on(self, pointer: Any, program: list[tuple[Any, ...]]) -> Logits | None:
+        memory = lib.llama_get_memory(pointer)
         lib.llama_memory_seq_rm(memory, 0, -1, -1)
         tokens: list[int] = []
         for name, *arguments in program:
             if name == "evaluate":
-                self._evaluate(arguments[0], len(tokens))
+                self._evaluate(pointer, arguments[0], len(tokens))
                 tokens += arguments[0]
             elif name == "cut":
                 del tokens[arguments[0] :]
                 lib.llama_memory_seq_rm(memory, 0, len(tokens), -1)
             elif name == "redo":
                 lib.llama_memory_seq_rm(memory, 0, len(tokens) - 1, -1)
-                if not self._holds(len(tokens) - 1):
+                if not self._holds(memory, len(tokens) - 1):
                     return None
-                self._evaluate(tokens[-1:], len(tokens) - 1)
+                self._evaluate(pointer, tokens[-1:], len(tokens) - 1)
             else:
                 keep, discard = arguments
                 del tokens[keep : keep + discard]
                 lib.llama_memory_seq_rm(memory, 0, keep, keep + discard)
                 lib.llama_memory_seq_add(memory, 0, keep + discard, -1, -discard)
-            if not self._holds(len(tokens)):
+            if not self._holds(memory, len(tokens)):
                 return None
-        row = lib.llama_get_logits_ith(self.context._pointer, -1)
+        row = lib.llama_get_logits_ith(pointer, -1)
         n_vocab = self.context.model.tokenizer.n_vocab
         logits: Logits = np.frombuffer(ffi.buffer(row, 4 * n_vocab), np.float32).copy()
         return logits
 
-    def _holds(self, n: int) -> bool:
+    def _holds(self, memory: Any, n: int) -> bool:
         """Whether a window holds what comes after the first n tokens attends to."""
-        window, memory = self.context.memory.window, lib.llama_get_memory(self.context._pointer)
+        window = self.context.memory.window
         return not window or 0 <= lib.llama_memory_seq_pos_min(memory, 0) <= max(0, n + 1 - window)
 
-    def _evaluate(self, tokens: list[int], start: int) -> None:
-        batch = self.context._batch
+    def _evaluate(self, pointer: Any, tokens: list[int], start: int) -> None:
+        batch = self.batch
         for at in range(0, len(tokens), 7):
             part = tokens[at : at + 7]
             batch.put(0, np.array(part, np.int32), start + at, 0)
-            batch.struct.n_tokens = len(part)
-            assert lib.llama_decode(self.context._pointer, batch.struct) == 0
+            assert lib.llama_decode(pointer, batch.struct) == 0
 
 
 class Text:
@@ -181,7 +188,8 @@ class Walk(stateful.RuleBasedStateMachine):
     def __init__(self, model: mn.Model, by_hand: ByHand, options: Mapping[str, Any], folder: Path):
         super().__init__()
         options = {"n_ctx": N_CTX, "n_seq": N_SEQ, "checkpoint_interval": 8, **OPTIONS, **options}
-        self.context, self.by_hand, self.folder = model.context(**options), by_hand, folder
+        self.context, self.cache = open_up(model, **options)
+        self.by_hand, self.folder = by_hand, folder
         if model.has_encoder:
             self.context.encode(QUESTION)
         self.can_truncate = self.context.memory.can_truncate
@@ -214,14 +222,14 @@ class Walk(stateful.RuleBasedStateMachine):
 
     def has_place(self) -> bool:
         """Whether open and pinned sequences leave a place."""
-        return len(self.texts) + sum(slot.pinned for slot in self.context._pool.finished) < N_SEQ
+        return len(self.texts) + sum(slot.pinned for slot in self.cache.pool.finished) < N_SEQ
 
     def look(self, sequence: mn.Sequence, text: Text) -> Logits | None:
         """The logits of a sequence, where there is room to have them."""
         if self.attempt(lambda: sequence.logits, text) is None:
             return None
         # Whether it was begun anew is for the slot to say: the logits have to be those of what it says.
-        text.look(sequence._slot.n_pure is None)
+        text.look(slot_of(sequence).n_exact is None)
         return sequence.logits
 
     @stateful.rule(data=st.data(), ids=TEXT)
@@ -370,14 +378,14 @@ class Walk(stateful.RuleBasedStateMachine):
         self.steps += 1
         for sequence, text in self.texts.items():
             assert list(sequence) == text.tokens
-        pool, memory = self.context._pool, self.context.memory
+        pool, memory = self.cache.pool, self.context.memory
         slots = [*pool.open, *pool.finished]
         ids = [slot.id for slot in slots if slot.id >= 0]
         assert len(set(ids)) == len(ids) <= N_SEQ
         if memory.can_share:
-            assert memory.spare <= self.context.n_ctx - count_cells(slots)
+            assert pool.spare <= self.context.n_ctx - count_cells(slots)
         for slot in pool.finished:
-            assert slot.settled <= (slot.n_cached == len(slot.tokens) > 0)
+            assert slot.in_sync <= (slot.n_cached == len(slot.tokens) > 0)
         for sequence, text in self.texts.items():
             if text.tokens and not text.waits:
                 logits = self.look(sequence, text)

@@ -1,24 +1,29 @@
 """Run any GGUF model in-process, over libllama, with every step of decoding in your hands."""
 
-from .context import Context, Stats
-from .devices import Device, build_info, devices
+from .context import Context, Memory, Stats
+from .devices import Device, available_cpus, build_info, cpu_quota, devices
 from .errors import (
     BuildError,
     Cancelled,
     ClosedError,
     ContextError,
     ContextFullError,
+    DecodeError,
     DeviceError,
+    EmptySequenceError,
     MinervaError,
     ModelLoadError,
+    OptionError,
+    ReentryError,
     SamplingError,
+    SequencesInUseError,
     StateError,
     TokenizerError,
 )
 from .generation import Step, generate
 from .gguf import GGUF
-from .memory import Memory
-from .model import Model
+from .model import DEMO_PATH, Model
+from .options import FLASH_ATTENTION, KV_TYPES, ContextOptions
 from .sampling import Sampler, SamplingParams
 from .sequence import Sequence
 from .tokenizer import StreamDecoder, Tokenizer
@@ -26,30 +31,41 @@ from .tokenizer import StreamDecoder, Tokenizer
 __version__ = "0.1.0"
 
 __all__ = [
+    "DEMO_PATH",
+    "FLASH_ATTENTION",
     "GGUF",
+    "KV_TYPES",
     "BuildError",
     "Cancelled",
     "ClosedError",
     "Context",
     "ContextError",
     "ContextFullError",
+    "ContextOptions",
+    "DecodeError",
     "Device",
     "DeviceError",
+    "EmptySequenceError",
     "Memory",
     "MinervaError",
     "Model",
     "ModelLoadError",
+    "OptionError",
+    "ReentryError",
     "Sampler",
     "SamplingError",
     "SamplingParams",
     "Sequence",
+    "SequencesInUseError",
     "StateError",
     "Stats",
     "Step",
     "StreamDecoder",
     "Tokenizer",
     "TokenizerError",
+    "available_cpus",
     "build_info",
+    "cpu_quota",
     "devices",
     "generate",
 ]

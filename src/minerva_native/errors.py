@@ -1,4 +1,24 @@
-"""The exception tree: every error of the engine is a `MinervaError`, and its message says what to do."""
+"""The exception tree: every error of the engine is a `MinervaError`, and its message says what to do.
+
+    MinervaError
+    +-- BuildError
+    +-- ModelLoadError
+    +-- ContextError
+    |   +-- OptionError (also a ValueError)
+    |   +-- ContextFullError
+    |   +-- SequencesInUseError
+    |   +-- EmptySequenceError (also a ValueError)
+    |   +-- ReentryError
+    |   +-- DecodeError
+    +-- TokenizerError
+    +-- SamplingError
+    +-- StateError
+    +-- DeviceError
+    +-- ClosedError
+    +-- Cancelled
+
+An argument of the wrong type or out of range is a `TypeError` or `ValueError`, as everywhere in Python.
+"""
 
 
 class MinervaError(Exception):
@@ -14,11 +34,48 @@ class ModelLoadError(MinervaError):
 
 
 class ContextError(MinervaError):
-    """A context could not be created, or libllama failed to evaluate a batch."""
+    """A context could not be created, or could not do what it was asked."""
+
+
+class OptionError(ContextError, ValueError):
+    """A context option is valid in itself, but not for this model or together with another option."""
 
 
 class ContextFullError(ContextError):
-    """The KV cache has no room for the tokens; the sequence is as it was before the call."""
+    """The KV cache has no room for the tokens; the sequence is as it was before the call.
+
+    Attributes:
+        needed: how many cells the call needed.
+        available: how many cells were free.
+    """
+
+    def __init__(self, message: str, *, needed: int = 0, available: int = 0):
+        super().__init__(message)
+        self.needed, self.available = needed, available
+
+
+class SequencesInUseError(ContextError):
+    """All `n_seq` sequences of the context are in use."""
+
+
+class EmptySequenceError(ContextError, ValueError):
+    """A sequence without tokens has no logits and cannot be continued."""
+
+
+class ReentryError(ContextError):
+    """A signal handler, a finaliser or a `raw` block used the context in the middle of another call."""
+
+
+class DecodeError(ContextError):
+    """libllama failed to evaluate a batch; the message has the words of its log.
+
+    Attributes:
+        code: what `llama_decode` or `llama_encode` returned.
+    """
+
+    def __init__(self, message: str, *, code: int = 0):
+        super().__init__(message)
+        self.code = code
 
 
 class TokenizerError(MinervaError):

@@ -1,5 +1,7 @@
 """A model: the weights and the vocabulary of a GGUF file."""
 
+import hashlib
+import inspect
 import math
 import operator
 import os
@@ -7,19 +9,39 @@ import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, NoReturn, ParamSpec, Self
 
 from ._binding import BUILD_INFO, callbacks, ffi, lib, text
 from ._handle import Handle
 from .devices import has_gpu, select
-from .errors import Cancelled, DeviceError, ModelLoadError
+from .errors import Cancelled, DeviceError, ModelLoadError, StateError
 from .gguf import GGUF, Metadata
+from .options import ContextOptions
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from .context import Context, OnFull
+    from .context import Context
 
-DEMO = Path(__file__).parent / "demo" / "minerva-demo.gguf"
+DEMO_PATH = Path(__file__).parent / "demo" / "minerva-demo.gguf"
+"""Where the built-in model lies."""
+
+_SAMPLES, _SAMPLE_BYTES = 256, 4096  # of the model's file, for its fingerprint
+
+_P = ParamSpec("_P")
+
+
+def _with_parameters_of(
+    function: Callable[_P, object],
+) -> Callable[[Callable[..., "Context"]], Callable[Concatenate["Model", _P], "Context"]]:
+    """Give a method the parameters of a function, for type checkers, editors and `help`: they are written once."""
+
+    def decorate(method: Callable[..., "Context"]) -> Callable[Concatenate["Model", _P], "Context"]:
+        own = inspect.signature(method)
+        parameters = [next(iter(own.parameters.values())), *inspect.signature(function).parameters.values()]
+        method.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return method
+
+    return decorate
 
 
 class Model:
@@ -100,67 +122,51 @@ class Model:
     @classmethod
     def demo(cls, *, gpu_layers: Literal["auto"] | int = "auto") -> Self:
         """Load the small trained model inside the package (see `demo/MODEL_CARD.md`)."""
-        return cls.load(DEMO, gpu_layers=gpu_layers)
+        return cls.load(DEMO_PATH, gpu_layers=gpu_layers)
 
-    def context(
-        self,
-        *,
-        n_ctx: int = 4096,
-        n_seq: int = 1,
-        n_batch: int = 2048,
-        n_ubatch: int = 512,
-        n_threads: int | None = None,
-        kv_type: str | tuple[str, str] = "f16",
-        flash_attention: Literal["auto", "on", "off"] | bool = "auto",
-        kv_unified: bool = True,
-        swa_full: bool = True,
-        prefix_cache: bool = True,
-        on_full: "OnFull" = "error",
-        n_keep: int = 4,
-        checkpoint_interval: int = 512,
-        checkpoint_bytes: int = 1 << 30,
-    ) -> "Context":
-        """Make a context, which holds the KV cache and computes.
+    @_with_parameters_of(ContextOptions)
+    def context(self, **options: Any) -> "Context":
+        """Make a context, which holds the KV cache and computes. The keywords are the fields of `ContextOptions`.
 
-        `n_ctx`: tokens that all its sequences may hold together; not more than a model with learned positions has of
-        them. `n_seq`: sequences at one time. `n_batch`: tokens evaluated in one call, at most 65,536; `n_ubatch`: in
-        one pass through the model. `n_threads`: by default the CPUs that this process may use, and one where the model
-        is so small that threads would wait for each other more than compute.
-
-        `kv_type`: the element type of the KV cache, such as "f16" or "q8_0", or a pair, of keys and of values.
-        `flash_attention`: "auto" uses it where the model and the device can. `kv_unified`: sequences share one pool of
-        cells; where False each has n_ctx / n_seq of its own, which is faster for many that have little in common.
-        `swa_full`: sliding-window layers keep all tokens; where False only what the window and a batch need, which
-        saves memory, and going back is then by checkpoints.
-
-        `prefix_cache`: start a text from the longest beginning of it that another sequence, open or closed, has cached.
-        `on_full`: what happens when a token finds no cell: "error" raises `ContextFullError`; "shift" has
-        `Sequence.shift` keep the first `n_keep` tokens and discard the older half of the rest (attention sinks:
-        arXiv:2309.17453); a function is called with the sequence and how many cells it lacks, to make room.
-        Where the memory cannot be cut (`Context.memory`), its state is kept every `checkpoint_interval` tokens, in at
-        most `checkpoint_bytes` for all sequences.
-
-        Raises `ValueError` or `TypeError` for an argument out of range, `ContextError` where libllama refuses.
+        Raises:
+            TypeError, ValueError: an option is of the wrong type or out of range.
+            OptionError: the model, this machine or libllama cannot do what an option asks for.
+            ContextError: libllama refuses for a reason of its own, such as a lack of memory.
         """
         from .context import Context
 
-        return Context(
-            self,
-            n_ctx=n_ctx,
-            n_seq=n_seq,
-            n_batch=n_batch,
-            n_ubatch=n_ubatch,
-            n_threads=n_threads,
-            kv_type=kv_type,
-            flash_attention=flash_attention,
-            kv_unified=kv_unified,
-            swa_full=swa_full,
-            prefix_cache=prefix_cache,
-            on_full=on_full,
-            n_keep=n_keep,
-            checkpoint_interval=checkpoint_interval,
-            checkpoint_bytes=checkpoint_bytes,
-        )
+        return Context(self, ContextOptions(**options))
+
+    def raw(self) -> Handle:
+        """Lend libllama's `llama_model *` for calls of `lib`: `with model.raw() as pointer`.
+
+        The model is not freed before the block ends. Raises `ClosedError` if it is closed.
+        """
+        return self._handle
+
+    def close_first(self, context: "Context") -> None:
+        """Have `close` close a context before the model; every context sees to that itself."""
+        self._contexts.add(context)
+
+    def fingerprint(self) -> str:
+        """Return a digest of the model's file: its size, its beginning, and samples from all over it.
+
+        Two files of equal digests hold the same model, unless somebody means to deceive. Raises `StateError` if the
+        file can no longer be read.
+        """
+        if self._fingerprint is None:
+            try:
+                self._fingerprint = _fingerprint(self.path)
+            except OSError as error:
+                raise StateError(f"{self.path} can no longer be read to tell which model this is ({error})") from error
+        return self._fingerprint
+
+    @property
+    def head_sizes(self) -> tuple[float, float]:
+        """How many numbers an attention head's key and value have."""
+        width = self.n_embd // max(1.0, max(self.hyperparameter("attention.head_count")))
+        key = max(self.hyperparameter("attention.key_length", width))
+        return key, max(self.hyperparameter("attention.value_length", width))
 
     @property
     def has_learned_positions(self) -> bool:
@@ -285,3 +291,14 @@ def _resolve_gpu_layers(gpu_layers: Literal["auto"] | int, has_device: bool) -> 
             "with the flags of your GPU (see the README), or leave gpu_layers out to run on the CPU"
         )
     return layers
+
+
+def _fingerprint(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=32)
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        digest.update(size.to_bytes(8, "little"))
+        for number in range(_SAMPLES):
+            file.seek(max(0, size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import pytest
 
 import minerva_native as mn
+from engine_room import open_up
 from minerva_native._binding import ffi, lib
 from tiny_models import END, TinyModel
 
@@ -30,7 +31,7 @@ def context(model: mn.Model) -> Iterator[mn.Context]:
 
 def by_hand(model: mn.Model, question: list[int], answer: list[int]) -> Logits:
     """The logits after an answer, by one `llama_encode` and one `llama_decode`."""
-    with model.context(n_ctx=128, n_threads=1, kv_type="f32") as context, context._handle as pointer:
+    with model.context(n_ctx=128, n_threads=1, kv_type="f32") as context, context.raw() as pointer:
         for function, tokens in ((lib.llama_encode, question), (lib.llama_decode, answer)):
             ids = ffi.new("llama_token[]", tokens)
             assert function(pointer, lib.llama_batch_get_one(ids, len(tokens))) == 0
@@ -95,18 +96,13 @@ def test_a_model_with_an_encoder_wants_a_question_first(context: mn.Context) -> 
         context.sequence()
 
 
-def test_without_a_question_no_answer_goes_on(context: mn.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_question_no_answer_goes_on(model: mn.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    context, cache = open_up(model, n_ctx=128, n_seq=3, n_threads=1, kv_type="f32")
     context.encode(QUESTION)
     sequence = context.sequence()
     sequence.extend(ANSWER)
-    begin = context._begin
-
-    def begin_and_cancel() -> None:
-        begin()
-        context.cancel()
-
     with monkeypatch.context() as patch:
-        patch.setattr(context, "_begin", begin_and_cancel)
+        patch.setattr(cache.runner, "begin", context.cancel)
         with pytest.raises(mn.Cancelled):
             context.encode(OTHER_QUESTION)
     with pytest.raises(mn.ContextError, match="encode first"):

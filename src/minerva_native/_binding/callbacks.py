@@ -6,6 +6,7 @@ These may come on any thread. No exception crosses C: it ends the call, or waits
 import atexit
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -22,12 +23,16 @@ LEVELS = {
 }
 
 
+_LAST_ERRORS = 8
+
+
 class _Thread(threading.local):
     """What the callbacks of one thread's current call have to remember."""
 
     errors: list[str] | None = None
     line = ""
     level = logging.DEBUG
+    last_errors: tuple[tuple[float, str], ...] = ()  # when they came, by `time.perf_counter`, and what they said
 
 
 _thread = _Thread()
@@ -54,9 +59,9 @@ def raise_kept() -> None:
 
 
 @ffi.def_extern(name="minerva_on_poll", error=True, onerror=_keep)
-def _on_poll() -> bool:
+def _on_poll(handle: object) -> bool:
     """Enter Python, so that it runs pending signal handlers: an exception that one raises stops the computation."""
-    return False
+    return bool(handle) and ffi.from_handle(handle).is_cancelled()
 
 
 @ffi.def_extern(name="minerva_on_progress", error=False, onerror=_keep)
@@ -74,8 +79,10 @@ def _on_log(level: int, text: object) -> None:
     if not state.line.endswith("\n"):
         return
     line, state.line = state.line.strip(), ""
-    if state.errors is not None and state.level >= logging.ERROR:
-        state.errors.append(line)
+    if state.level >= logging.ERROR:
+        state.last_errors = (*state.last_errors[-_LAST_ERRORS:], (time.perf_counter(), line))
+        if state.errors is not None:
+            state.errors.append(line)
     logger.log(state.level, "%s", line)
 
 
@@ -92,6 +99,12 @@ def captured_errors() -> Iterator[list[str]]:
 def reason(errors: list[str], otherwise: str) -> str:
     """Say why a call failed, in libllama's words: the first line is the cause, later ones its echoes."""
     return errors[0].partition(": ")[2] or errors[0] if errors else otherwise
+
+
+def logged_since(when: float) -> str:
+    """Return what libllama has logged as an error on this thread since then, as the end of a sentence."""
+    errors = [line for then, line in _thread.last_errors if then >= when]
+    return f": {' '.join(reason(errors, '').split())}" if errors else ""
 
 
 lib.llama_log_set(lib.minerva_log, ffi.NULL)

@@ -40,13 +40,14 @@ PRELUDE = "".join(f"typedef int {name};\n" for name in PRELUDE_NAMES)
 CALLBACK_CDEF = """
 extern "Python" void minerva_on_log(int level, const char * text);
 extern "Python" bool minerva_on_progress(float progress, void * handle);
-extern "Python" bool minerva_on_poll(void);
+extern "Python" bool minerva_on_poll(void * data);
 typedef struct {
     volatile int cancelled;
     int64_t poll_interval_us;
     int64_t next_poll_us;
     int64_t clock_read_us;
     int nodes_to_skip;
+    void * data;
 } minerva_abort_state;
 void minerva_log(enum ggml_log_level level, const char * text, void * data);
 bool minerva_abort(void * state);
@@ -57,11 +58,12 @@ typedef struct {
 } minerva_decoder;
 int32_t minerva_decode(minerva_decoder * decoder, struct llama_batch * batch);
 int32_t minerva_decode_one(minerva_decoder * decoder, int32_t token, int32_t position, int32_t sequence_id);
+int32_t minerva_decode_each(minerva_decoder * decoder, int32_t count, const int32_t * tokens, const int32_t * positions, const int32_t * sequence_ids);
 """
 
 CALLBACK_SOURCE = """
 static void minerva_on_log(int level, const char * text);
-static bool minerva_on_poll(void);
+static bool minerva_on_poll(void * data);
 
 typedef struct {
     volatile int cancelled;
@@ -69,6 +71,7 @@ typedef struct {
     int64_t next_poll_us;
     int64_t clock_read_us;
     int nodes_to_skip;
+    void * data;
 } minerva_abort_state;
 
 static volatile int minerva_muted = 0;
@@ -102,7 +105,7 @@ static bool minerva_abort(void * data) {
         return false;
     }
     state->next_poll_us = now + state->poll_interval_us;
-    return minerva_on_poll();
+    return minerva_on_poll(state->data);
 }
 
 typedef struct {
@@ -130,6 +133,15 @@ static int32_t minerva_decode_one(minerva_decoder * decoder, int32_t token, int3
     batch.n_seq_id = &count;
     batch.seq_id = &sequence_ids;
     batch.logits = &output;
+    return minerva_decode(decoder, &batch);
+}
+
+static int32_t minerva_decode_each(minerva_decoder * decoder, int32_t count, const int32_t * tokens, const int32_t * positions, const int32_t * sequence_ids) {
+    enum { N = 4096 };
+    static __thread int32_t ones[N]; static __thread int8_t outs[N]; static __thread llama_seq_id * ids[N];
+    for (int i = 0; i < count; ++i) { ones[i] = 1; outs[i] = 1; ids[i] = (llama_seq_id *) &sequence_ids[i]; }
+    struct llama_batch batch = {0};
+    batch.n_tokens = count; batch.token = (int32_t *) tokens; batch.pos = (int32_t *) positions; batch.n_seq_id = ones; batch.seq_id = ids; batch.logits = outs;
     return minerva_decode(decoder, &batch);
 }
 

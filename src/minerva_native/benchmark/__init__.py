@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 import minerva_native as mn
-from minerva_native.context import FLASH_ATTENTION
 
 from . import roofline
 from .compare import LlamaBench, Row, find
@@ -35,7 +34,7 @@ class Source(NamedTuple):
 
     def load(self) -> mn.Model:
         """Load it; raise what `Model.load` does."""
-        path = mn.model.DEMO if self.path is None else self.path
+        path = mn.DEMO_PATH if self.path is None else self.path
         return mn.Model.load(path, gpu_layers=self.gpu_layers, mmap=self.mmap)
 
 
@@ -135,7 +134,7 @@ def _row(about: _About, source: Source, test: Test, samples: Sequence[_Sample]) 
         "type_k": test.type_k,
         "type_v": test.type_v,
         "n_gpu_layers": about.gpu_layers,
-        "flash_attn": int(FLASH_ATTENTION[test.flash_attention]),
+        "flash_attn": {"auto": -1, "off": 0, "on": 1}[test.flash_attention],
         "mmap": source.mmap,
         "n_prompt": test.n_prompt,
         "n_gen": test.n_gen,

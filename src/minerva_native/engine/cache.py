@@ -1,0 +1,804 @@
+"""The KV cache: brings what libllama holds up to the lists of sequences, by the least work that does it.
+
+Every way to grow a list goes: mark the slots, find room, share what others have cached, evaluate the rest in batches.
+`_Rollback` is the one place that undoes it.
+"""
+
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from .._binding import callbacks, lib
+from ..errors import ContextError, ContextFullError, EmptySequenceError, OptionError, StateError
+from ..options import ContextOptions
+from .gate import CancelToken, Gate, check
+from .memory import Cells, State
+from .pool import SlotPool
+from .runner import ABORTED, NO_CELLS, Logits, Runner
+from .slot import Mark, ReuseKey, Slot, common_prefix
+
+if TYPE_CHECKING:
+    from ..model import Model
+
+_logger = logging.getLogger("minerva_native")
+
+Ids = npt.NDArray[np.int32]
+
+OnProgress = Callable[[int, int], object]
+
+_MIN_STRIDE = 16  # that many tokens evaluated at once are worth a checkpoint of their own
+
+_ROWS_BYTES = 64 << 20  # how much libllama's logits buffer may take while rows are read
+
+
+class Payload(NamedTuple):
+    """What is saved of a slot.
+
+    Attributes:
+        tokens: the list, int32.
+        n_cached: how many of them the state holds.
+        n_exact: see `Slot`.
+        logits: after the last token, float32, if they are known.
+        state: libllama's, uint8.
+    """
+
+    tokens: Ids
+    n_cached: int
+    n_exact: int | None
+    logits: Logits | None
+    state: State
+
+
+class KVCache:
+    """The KV cache of one context. The caller is inside the `gate` and has checked its arguments.
+
+    Attributes:
+        gate: what calls enter by.
+        runner: what computes.
+        pool: the slots, and how many cells are free.
+        handle: libllama's context, which has to be held during a call that may be closed by a callback.
+        stats: what was done.
+        memory: what the memory can do.
+    """
+
+    def __init__(self, model: "Model", options: ContextOptions):
+        self.gate = Gate()
+        self.runner = Runner(model, options)
+        self.handle, self.stats = self.runner.handle, self.runner.stats
+        self._model, self._options = model, options
+        self._cells = Cells(model, self.runner.handle, options)
+        self.memory = self._cells.facts
+        self.pool = SlotPool(self._cells, options.n_cells, options.n_seq, options.prefix_cache)
+        # With several passes in one call, libllama may drop from a window what the first of them still needs.
+        self._max_batch = options.n_ubatch if self.memory.window else options.n_batch
+        self._stride = self._max_batch
+        if not self.memory.can_truncate:
+            self._stride = min(self._max_batch, options.checkpoint_interval)
+        # Each sequence has its share, so that none can take another's away.
+        self._checkpoint_bytes = options.checkpoint_bytes // options.n_seq
+        self._in_buffer: tuple[Slot, ...] = ()  # the slots with logits in libllama's buffer and nowhere else
+        if options.on_full == "shift" and not self.memory.can_shift:
+            self.handle.close()
+            raise OptionError(self._cannot_shift())
+
+    # Slots
+
+    @property
+    def key(self) -> ReuseKey:
+        """What is evaluated now depends on, besides the tokens."""
+        return self.pool.key
+
+    def rekey(self, key: ReuseKey) -> None:
+        """Have what is evaluated from now on depend on something else: what is cached stays under the old key."""
+        for slot in self._in_buffer:
+            self._keep_logits(slot)
+        self.pool.rekey(key)
+
+    def new(self) -> Slot:
+        """Return a new empty slot; raise `ContextError` or `SequencesInUseError` if there can be none."""
+        name = self._model.architecture
+        if not self._cells.exists or not self.runner.has_decoder:
+            raise ContextError(f"this model ({name}) has no decoder: it cannot continue a text")
+        self._check_encoded()
+        return self.pool.new()
+
+    def release(self, slot: Slot) -> None:
+        """Take a slot back: its sequence is closed."""
+        if not slot.closed:
+            self._keep_logits(slot)
+            self.pool.release(slot)
+
+    def clear_finished(self, pinned: bool = False) -> None:
+        """Forget what closed sequences have left, pinned ones only if asked to."""
+        self.pool.clear_finished(pinned)
+
+    def distrust(self) -> None:
+        """Trust nothing that is cached: somebody else is about to use libllama's context."""
+        self._in_buffer = ()
+        self.pool.distrust(self.key._replace(encoded=None, raw=secrets.token_hex(8)))
+
+    def forget_everything(self) -> None:
+        """Empty the memory: what sequences hold is re-evaluated when logits are asked for."""
+        self._in_buffer = ()
+        self.pool.forget_everything()
+
+    def close(self) -> None:
+        """Close every slot and free the context."""
+        self.pool.clear()
+        self.handle.close()
+
+    @property
+    def cells_used(self) -> int:
+        """How many cells the tokens of open and pinned sequences take, each shared one counted once."""
+        return self.pool.used()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the tokens of sequences take every cell."""
+        n_places = 1 if self.memory.can_share else self._options.n_seq
+        return self.cells_used >= self._options.n_cells * n_places
+
+    def has_room(self, slot: Slot) -> bool:
+        """Return whether a slot can take one more token."""
+        if self.pool.spare > 0 or self._options.on_full != "error":
+            return True
+        return slot.closed or self.pool.used(slot) < self._options.n_cells
+
+    def size_bytes(self, slot: Slot) -> int:
+        """Return how many bytes the keys, values and states of what is cached take."""
+        slot.check_open()
+        slot.settle()
+        return self._cells.size_bytes(slot.id) if slot.n_cached else 0
+
+    # Logits
+
+    def logits(self, slot: Slot) -> Logits:
+        """Return the logits after the last token as a copy; evaluate what waits, or the last token if need be."""
+        if slot.closed:
+            slot.check_open()
+        if slot.row is None and slot.logits is None:
+            runner, n = self.runner, slot.n_cached
+            # The fast path of a decode loop: one token waits.
+            if len(slot.tokens) - n == 1 and slot.in_sync and slot.id >= 0 <= self.pool.spare:
+                if runner.was_cancelled:
+                    runner.begin()
+                self._decode((slot,), 1, runner.decode_one, slot.tokens[n], n, slot.id)
+                self.stats.tokens_reevaluated += slot.commit(n + 1, -1)
+                if not self.memory.can_truncate:
+                    self._checkpoint(slot, 1)
+                return runner.logits()
+            if self._needs_evaluation(slot):
+                self._evaluate([slot])
+        return self._copied_logits(slot)
+
+    def _copied_logits(self, slot: Slot) -> Logits:
+        """Copy the logits, which are known: no caller may write into what forks and checkpoints rely on."""
+        if slot.row is not None:
+            return self.runner.logits(slot.row)
+        assert slot.logits is not None
+        return np.array(slot.logits)
+
+    def _keep_logits(self, slot: Slot) -> None:
+        """Copy a slot's logits before libllama's buffer is used for something else."""
+        if slot.row is not None:
+            slot.keep_logits(self.runner.logits(slot.row))
+
+    def _needs_evaluation(self, slot: Slot) -> bool:
+        """Have the logits without evaluating anything, if possible; return whether they are still unknown."""
+        slot.settle()
+        self.stats.tokens_reused += self._attach_prefix(slot)
+        slot.recall_logits()
+        return not slot.has_logits
+
+    # Growing
+
+    def append(self, slot: Slot, token: int) -> None:
+        """Add a token that is valid to the list; it waits to be evaluated."""
+        pool = self.pool
+        if slot.closed or pool.spare <= 0:
+            slot.check_open()
+            self._make_room(slot, 1)
+        pool.spare -= pool.spare > 0
+        slot.append(token)
+
+    def extend(
+        self,
+        slot: Slot,
+        ids: Ids,
+        on_progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
+        exactly: bool = False,
+    ) -> int:
+        """Add tokens and evaluate them; return how many were evaluated. `exactly`: those that are there must stay."""
+        slot.check_open()
+        if not ids.size:
+            return 0
+        with self._rollback() as undo:
+            self._grow(slot, ids, undo, exactly)
+            return self._evaluate([slot], on_progress, cancel) if slot.n_waiting else 0
+
+    def extend_by_one(self, slot: Slot, token: int) -> bool:
+        """Add a valid token and evaluate it, if it is as simple as that; return whether it was.
+
+        The fast path of a decode loop: half the cost of `extend`.
+        """
+        pool = self.pool
+        if slot.closed or slot.n_cached != len(slot.tokens) or not slot.in_sync or slot.id < 0 or pool.spare <= 0:
+            return False
+        n, runner = slot.n_cached, self.runner
+        if runner.was_cancelled:
+            runner.begin()
+        self._decode((slot,), 1, runner.decode_one, token, n, slot.id)
+        pool.spare -= 1
+        slot.commit(n + 1, -1, token)
+        if not self.memory.can_truncate:
+            self._checkpoint(slot, 1)
+        return True
+
+    def extend_each(
+        self,
+        grown: list[tuple[Slot, Ids]],
+        on_progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
+    ) -> int:
+        """Add tokens to several slots and evaluate them in shared batches; return how many were evaluated."""
+        for slot, _ in grown:
+            slot.check_open()
+        with self._rollback() as undo:
+            for slot, ids in grown:
+                if ids.size:
+                    self._grow(slot, ids, undo)
+            waiting = [slot for slot, ids in grown if ids.size and slot.n_waiting]
+            return self._evaluate(waiting, on_progress, cancel)
+
+    def extend_each_by_one(self, slots: list[Slot], tokens: list[int]) -> bool:
+        """Add a valid token to each of several slots and evaluate all in one batch, if it is as simple as that.
+
+        The fast path of batched decoding: half the cost of `extend_each`.
+        """
+        pool = self.pool
+        count = len(slots)
+        if not 0 < count <= min(pool.spare, self._max_batch) or not self.memory.can_truncate:
+            return False
+        for slot in slots:
+            if slot.closed or slot.n_cached != len(slot.tokens) or not slot.in_sync or slot.id < 0:
+                return False
+        if self.runner.was_cancelled:
+            self.runner.begin()
+        positions = [slot.n_cached for slot in slots]
+        ids = [slot.id for slot in slots]
+        self._decode(tuple(slots), count, self.runner.decode_each, count, tokens, positions, ids)
+        pool.spare -= count
+        for row, slot in enumerate(slots):
+            slot.commit(positions[row] + 1, row, tokens[row])
+        return True
+
+    def assign(
+        self,
+        slot: Slot,
+        new: Ids,
+        on_progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
+    ) -> int:
+        """Make the list these tokens, evaluating only what is not cached; return how many that were."""
+        slot.check_open()
+        before = slot.tokens[:]
+        n = common_prefix(before, new)
+        slot.settle()
+        self._keep_logits(slot)
+        with self._rollback() as undo:
+            undo.mark(slot, whole=True)
+            if n < len(before):
+                if not self._options.prefix_cache:
+                    needed = len(new) - n
+                    if self.pool.used_after_cut(slot, n) + needed > self._options.n_cells:
+                        raise self._full(len(new), slot)
+                kept = self.pool.part(slot)
+                undo.parted(slot, kept)
+                slot.cut(n if kept is None else 0)
+            n = len(slot.tokens)
+            self.stats.tokens_reused += min(n, slot.n_cached)
+            return self.extend(slot, new[n:], on_progress, cancel, exactly=True)
+
+    def _grow(self, slot: Slot, new: Ids, undo: "_Rollback", exactly: bool = False) -> None:
+        """Add tokens to the list, with a cell for each, and share what others have cached of the whole."""
+        slot.check_open()
+        slot.settle()
+        undo.mark(slot)
+        if self._try_to_grow(slot, new):
+            return
+        undo.forget(slot)  # it is as it was, and from now on as `on_full` makes it
+        self._make_room(slot, len(new), exactly)
+        undo.mark(slot)
+        self._add(slot, new)
+
+    def _try_to_grow(self, slot: Slot, new: Ids) -> bool:
+        """Add tokens to the list, share what others have cached of the whole, and return whether all of it fits."""
+        is_counted = self.pool.spare >= len(new)
+        if not is_counted:
+            self._keep_logits(slot)
+        with self._rollback() as undo:
+            undo.mark(slot)
+            self._add(slot, new)
+            reused = self._attach_prefix(slot)
+            if is_counted or not self.pool.reserve(slot, 0):
+                self.stats.tokens_reused += reused
+                return True
+            undo.now()
+            return False
+
+    def _add(self, slot: Slot, new: Ids) -> None:
+        self.pool.spare -= len(new)
+        slot.add(new)
+
+    def _make_room(self, slot: Slot, wanted: int, exactly: bool = False) -> None:
+        """Have room for `wanted` more tokens: evict what may be evicted, then do as `on_full` says, or raise.
+
+        `exactly`: the tokens that are there have to stay.
+        """
+        pool, on_full = self.pool, self._options.on_full
+        lacking = pool.reserve(slot, wanted)
+        if lacking and callable(on_full):
+            before = slot.tokens[:] if exactly else None
+            sequence: Any = slot.owner() if slot.owner is not None else None
+            with self.gate.calling_back():
+                on_full(sequence, lacking)
+            slot.check_open()
+            slot.settle()
+            if before is None or before == slot.tokens:
+                lacking = pool.reserve(slot, wanted)
+        elif lacking and on_full == "shift" and not exactly:
+            keep = min(self._options.n_keep, len(slot.tokens))
+            discard = max(lacking, (len(slot.tokens) - keep) // 2)
+            pool.clear_finished()  # they would have to go in any case; cells shared with others do not become free
+            if keep + discard <= len(slot.tokens) and not pool.n_shared(slot, keep):
+                _logger.info("the context is full: %d tokens after the first %d are discarded", discard, keep)
+                self.shift(slot, keep, discard)
+                lacking = pool.reserve(slot, wanted)
+        if lacking:
+            raise self._full(wanted, slot)
+
+    def _full(self, wanted: int, slot: Slot, counted: int = 0) -> ContextFullError:
+        """Return the error; of the cells wanted, `counted` are counted as used already."""
+        options = self._options
+        used = self.pool.used(slot) - counted
+        free = max(0, options.n_cells - used)
+        whole = f"n_ctx={options.n_cells}"
+        if not options.kv_unified:
+            whole = f"{options.n_cells} (n_ctx={options.n_ctx} for n_seq={options.n_seq})"
+        return ContextFullError(
+            f"the context is full: {used} of {whole} cells are used, {wanted} more are wanted, {free} are free: "
+            "shorten the text, or make a context with a larger n_ctx",
+            needed=wanted,
+            available=free,
+        )
+
+    def _attach_prefix(self, slot: Slot) -> int:
+        """Give a slot the longest prefix of its tokens that another one has cached; return how many that saves."""
+        if slot.n_waiting < 2:  # the last token is evaluated anyway, to have its logits
+            return 0
+        source, n = self.pool.find_prefix(slot)
+        before = slot.n_cached
+        if source is not None:
+            self._share(source, slot, n)
+        return max(0, slot.n_cached - before)
+
+    def _share(self, source: Slot, slot: Slot, n: int) -> None:
+        self._keep_logits(source)
+        if not self.memory.can_share:  # then it is read and written
+            self._apply_shift(source)
+        self.pool.share(source, slot, n)
+
+    # Evaluating
+
+    def evaluate(
+        self,
+        slots: Iterable[Slot],
+        max_tokens: int | None = None,
+        on_progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
+    ) -> int:
+        """Evaluate what waits, at most `max_tokens` of it, so that logits are known; return how many tokens are left.
+
+        Whatever is raised, the lists are as they were, and what was evaluated stays cached.
+        """
+        slots = list(slots)
+        for slot in slots:
+            slot.check_open()
+            self._check_not_empty(slot)
+        lacking = [slot for slot in slots if not slot.has_logits and self._needs_evaluation(slot)]
+        self._evaluate(lacking, on_progress, cancel, max_tokens)
+        return sum(slot.n_waiting for slot in lacking)
+
+    def _check_not_empty(self, slot: Slot) -> None:
+        if not slot.tokens:
+            raise EmptySequenceError("the sequence is empty: extend it with a prompt first (at least a BOS token)")
+
+    def _evaluate(
+        self,
+        slots: Iterable[Slot],
+        on_progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
+        max_tokens: int | None = None,
+    ) -> int:
+        """Bring the cache of slots up to their lists, at least by the last token; return how many tokens that takes."""
+        queue = deque(slots)
+        for slot in queue:
+            self._make_evaluable(slot)
+        total, done = sum(slot.n_waiting for slot in queue), 0
+        self.runner.begin(cancel)
+        while queue and (max_tokens is None or done < max_tokens):
+            check(cancel)
+            n_left = self._max_batch if max_tokens is None else min(self._max_batch, max_tokens - done)
+            parts = self._fill_batch(queue, n_left)
+            if not parts:
+                break
+            count = sum(size for _, size in parts)
+            batch = self.runner.batch
+            self._decode(tuple(slot for slot, _ in parts), count, self.runner.decode, batch.pointer, cancel=cancel)
+            row = -1
+            for slot, size in parts:
+                row += size
+                self._commit(slot, size, row)
+                if not slot.n_waiting:
+                    queue.remove(slot)
+            done += count
+            if on_progress is not None:
+                with self.gate.calling_back():
+                    on_progress(done, total)
+        return total
+
+    def _make_evaluable(self, slot: Slot) -> None:
+        """Have a place for a slot, and at least one token to evaluate."""
+        slot.check_open()
+        self._check_not_empty(slot)
+        if not slot.in_sync or not slot.n_waiting:
+            slot.rollback(min(slot.n_cached, len(slot.tokens) - 1))
+        if self.pool.spare < 0 and (lacking := self.pool.reserve(slot, 0)):
+            raise self._full(lacking, slot, lacking)
+        self.pool.place(slot)
+
+    def _fill_batch(self, queue: "deque[Slot]", n_max: int) -> list[tuple[Slot, int]]:
+        """Fill the batch with at most `n_max` tokens of the slots in the queue; return how many of each."""
+        # libllama splits a batch by the lengths of its parts: those of windows in cells of their own have to be equal.
+        is_even = self.memory.window and not self.memory.can_share
+        parts: list[tuple[Slot, int]] = []
+        count = 0
+        for slot in list(queue):
+            slot.check_open()  # `on_progress` may have done anything
+            slot.settle()
+            if not slot.n_waiting:
+                queue.remove(slot)
+                continue
+            self.pool.place(slot)
+            size = min(slot.n_waiting, self._stride, n_max - count)
+            if size <= 0 or (parts and is_even and size != parts[0][1]):
+                break
+            n = slot.n_cached
+            self.runner.batch.put(count, slot.tokens[n : n + size], n, slot.id)
+            parts.append((slot, size))
+            count += size
+        return parts
+
+    def _commit(self, slot: Slot, size: int, row: int) -> None:
+        """Note that `size` more tokens of a slot's list are cached, and where the logits of the last one are."""
+        is_last = size == slot.n_waiting
+        self.stats.tokens_reevaluated += slot.commit(slot.n_cached + size, row if is_last else None)
+        if not self.memory.can_truncate:
+            self._checkpoint(slot, size)
+
+    def read_rows(
+        self, slot: Slot, new: Ids, on_row: Callable[[int, Logits], object], cancel: CancelToken | None = None
+    ) -> None:
+        """Add tokens and evaluate them together with what waits; call `on_row` with a copy of each row of logits.
+
+        Row 0 is before the first new token, and is missing if the list was empty; row i is after the i-th.
+        """
+        slot.check_open()
+        slot.settle()
+        if slot.n_waiting:  # an interrupt may have left logits alone
+            slot.forget_logits()
+        self.stats.tokens_reused += self._attach_prefix(slot)
+        slot.recall_logits()
+        if self.pool.spare < len(new):
+            self._make_room(slot, len(new))
+        start = len(slot.tokens)  # `on_full` may have changed it
+        if start and not new.size:
+            self.evaluate([slot], cancel=cancel)
+        if start and slot.has_logits:
+            on_row(0, self._copied_logits(slot))
+        elif start and not slot.n_waiting:
+            slot.rollback(start - 1)  # so that its logits are a row of the pass
+        if not new.size:
+            return
+        if self.pool.spare < len(new):  # the last token may take a cell of its own now
+            self._make_room(slot, len(new), exactly=True)
+        n_rows = max(1, min(self._stride, _ROWS_BYTES // (4 * self.runner.n_vocab)))
+        batch, index = self.runner.batch, int(slot.has_logits or not start)
+        self.runner.begin(cancel)
+        with self._rollback() as undo:
+            undo.mark(slot)
+            self._add(slot, new)
+            self.pool.place(slot)
+            while slot.n_waiting:
+                check(cancel)
+                n = slot.n_cached
+                n_unwanted = max(0, start - 1 - n)  # tokens in the middle of what waited
+                size = min(slot.n_waiting, self._stride, n_unwanted + n_rows)
+                first = min(size, n_unwanted)
+                batch.put(0, slot.tokens[n : n + size], n, slot.id, max(1, size - first))
+                self._decode((slot,), size, self.runner.decode, batch.pointer, cancel=cancel)
+                self._commit(slot, size, -1)
+                for row in range(first, size):
+                    on_row(index, self.runner.logits(row))
+                    index += 1
+
+    def encode(self, ids: list[int]) -> None:
+        """Have the encoder read a text. libllama wants the memory to be empty: all answers are forgotten."""
+        self._in_buffer = ()
+        self.pool.forget_everything()
+        self.pool.rekey(self.key._replace(encoded=None))
+        self.runner.begin()
+        since = time.perf_counter()
+        code = self.runner.encode(ids)
+        if code or callbacks.kept:
+            self.runner.raise_for(code, len(ids), since)
+        self.stats.tokens_encoded += len(ids)
+        self.pool.rekey(self.key._replace(encoded=tuple(ids)))
+
+    def _check_encoded(self) -> None:
+        if self.runner.has_encoder and self.key.encoded is None:
+            raise ContextError(
+                f"this model ({self._model.architecture}) has an encoder: give it the text to answer with encode first"
+            )
+
+    def _decode(
+        self,
+        slots: tuple[Slot, ...],
+        count: int,
+        decode: Callable[..., int],
+        *arguments: Any,
+        cancel: CancelToken | None = None,
+    ) -> None:
+        """Have libllama evaluate `count` tokens of slots, whose logits its buffer then holds; raise if it fails.
+
+        The slots have begun then, and whoever called this commits.
+        """
+        for slot in slots:
+            slot.begin()
+        for slot in self._in_buffer:
+            if slot.row is not None:
+                self._keep_logits(slot)
+        pool, stats = self.pool, self.stats
+        if pool.is_unclean:  # an interrupt came before it was cleaned
+            pool.clean()
+        if self.runner.has_encoder:
+            self._check_encoded()
+        if cancel is not None:
+            self.runner.watch(cancel)
+        stats.decode_calls += 1  # before it: from now on the logits in the buffer are not there any more
+        code = ABORTED  # should an interrupt strike before it is known
+        since = time.perf_counter()
+        try:
+            code = decode(*arguments)
+            if code == NO_CELLS and pool.remove_strays():
+                code = decode(*arguments)
+            stats.decode_seconds += time.perf_counter() - since
+        finally:
+            if code or pool.is_shift_pending:
+                self._doubt(code)
+            if cancel is not None:
+                self.runner.watch(None)
+        if code or callbacks.kept:
+            if code == NO_CELLS:
+                raise self._full(count, slots[0])
+            self.runner.raise_for(code, count, since)
+        stats.tokens_evaluated += count
+        self._in_buffer = slots
+
+    def _doubt(self, code: int) -> None:
+        """Trust what a decode with this return code has left, and no more."""
+        if code and self.memory.has_state:
+            self.pool.doubt_all()
+            self.pool.clean()
+        if code and self.pool.is_shift_pending:
+            self.pool.doubt_shifted()
+        self.pool.is_shift_pending = False
+
+    def _checkpoint(self, slot: Slot, n_evaluated: int | None = None) -> None:
+        """Keep the state if the memory cannot be cut: after every interval, and after a text of some length.
+
+        Without `n_evaluated` in any case: evaluating the tokens would not give this state again.
+        """
+        if not self.memory.can_truncate and self._checkpoint_bytes:
+            self._keep_logits(slot)
+            stride = self._options.checkpoint_interval
+            if n_evaluated is None:
+                stride = 0
+            elif n_evaluated >= _MIN_STRIDE:
+                stride = min(_MIN_STRIDE, stride)
+            slot.checkpoint(stride, self._checkpoint_bytes)
+
+    # Shrinking and shifting
+
+    def cut(self, slot: Slot, n: int) -> None:
+        """Keep the first `n` tokens of the list."""
+        slot.check_open()
+        if n < len(slot.tokens):
+            slot.cut(n)
+
+    def shift(self, slot: Slot, keep: int, discard: int) -> None:
+        """Take `discard` tokens after the first `keep` out, and move the rest to their positions."""
+        slot.check_open()
+        slot.settle()
+        if not discard:
+            return
+        if keep + discard == len(slot.tokens):
+            slot.cut(keep)
+            return
+        if keep + discard < slot.n_cached:
+            if not self.memory.can_shift:
+                raise ContextError(self._cannot_shift())
+            self._own_cells(slot, keep + discard)  # which may take re-evaluating the whole
+        if keep + discard < slot.n_cached:
+            if slot.shift(keep, discard):
+                self.pool.is_shift_pending |= self.memory.has_keys
+                self._checkpoint(slot)  # to go back as far as here, and not to before the shift
+        else:  # what follows is not evaluated yet
+            slot.remove(keep, discard)
+        self.stats.tokens_discarded += discard
+
+    def _own_cells(self, slot: Slot, start: int) -> None:
+        """Copy all cells if another sequence holds some of those from `start` on: they are about to change."""
+        if shared := self.pool.n_shared(slot, start):
+            if self.pool.reserve(slot, shared):
+                raise self._full(shared, slot)
+            self._keep_logits(slot)
+            self._apply_shift(slot)
+            state = self._cells.read(slot.id)
+            if state is None:
+                raise ContextError("libllama does not give the state of this sequence")
+            if reason := slot.rewrite(state):
+                raise ContextError(f"libllama could not copy this sequence ({reason})")
+
+    def _apply_shift(self, slot: Slot) -> None:
+        """Have a slot's shifted keys rotated now, before they are copied: by evaluating one more token, for nothing."""
+        if self.pool.is_shift_pending and slot.n_exact is not None:
+            if self.pool.reserve(slot, 1):
+                raise self._full(1, slot)
+            self._keep_logits(slot)
+            n, logits = slot.n_cached, slot.logits
+            self.runner.begin()
+            self.runner.batch.put(0, slot.tokens[:1], n, slot.id)
+            self._decode((slot,), 1, self.runner.decode, self.runner.batch.pointer)
+            slot.rollback(n)
+            slot.take_logits(logits if slot.n_cached == n else None)
+
+    def _cannot_shift(self) -> str:
+        return (
+            f"the memory of this model ({self._model.architecture}: {self.memory.kind}, "
+            f"kv_type={self._options.kv_types}) cannot shift: truncate instead, or try keys of another type"
+        )
+
+    # Copying
+
+    def fork(self, slot: Slot, n: int) -> Slot:
+        """Return a new slot that holds the first `n` tokens of another."""
+        slot.check_open()
+        slot.settle()
+        with self._rollback() as undo:
+            forked = self.new()
+            undo.made(forked)
+            forked.add(np.array(slot.tokens[:n], np.int32))
+            if shared := min(n, slot.n_cached):
+                self._share(slot, forked, shared)
+            self.pool.recount()
+            if lacking := self.pool.reserve(forked, 0):
+                raise self._full(lacking, forked, lacking)
+            return forked
+
+    def payload(self, slot: Slot) -> Payload:
+        """Return what is to be saved of a slot."""
+        slot.check_open()
+        slot.settle()
+        self._keep_logits(slot)
+        self._apply_shift(slot)
+        state = self._cells.read(slot.id) if slot.n_cached else np.empty(0, np.uint8)
+        if state is None:
+            raise StateError("libllama does not give the state of this sequence")
+        return Payload(np.array(slot.tokens, np.int32), slot.n_cached, slot.n_exact, slot.logits, state)
+
+    def admit(self, payload: Payload) -> Slot:
+        """Return a new slot that holds what was saved of another; raise `StateError` if libllama does not take it."""
+        with self._rollback() as undo:
+            slot = self.new()
+            undo.made(slot)
+            if self.pool.reserve(slot, len(payload.tokens)):
+                raise self._full(len(payload.tokens), slot)
+            self._add(slot, payload.tokens)
+            if payload.n_cached:
+                self.pool.place(slot)
+                if reason := slot.read_back(payload.state, payload.n_cached, payload.n_exact):
+                    self.forget_everything()  # what libllama has read of it may lie anywhere
+                    raise StateError(reason)
+                slot.take_logits(payload.logits)
+                self._checkpoint(slot)  # to go back as far as here: what was shifted before is nowhere else
+            return slot
+
+    def requirements(self) -> dict[str, Any]:
+        """Return what has to be the same for a saved slot to be admitted, as JSON has it.
+
+        libllama itself compares layers, sizes and layouts. Raises `StateError` if the model's file is gone.
+        """
+        key = self.key
+        return {
+            "fingerprint": self._model.fingerprint(),
+            "kv_type": list(self._options.kv_types),
+            "kv_unified": self.memory.can_share,
+            **key._asdict(),
+            "encoded": None if key.encoded is None else list(key.encoded),
+            "adapters": [list(adapter) for adapter in key.adapters],
+            **self._cells.key_form,
+            "state_version": lib.LLAMA_STATE_SEQ_VERSION,
+        }
+
+    def _rollback(self) -> "_Rollback":
+        return _Rollback(self.pool, self.stats)
+
+
+class _Rollback:
+    """Brings slots back to what they were, if an error leaves its block. The innermost mark of a slot counts."""
+
+    def __init__(self, pool: SlotPool, stats: Any):
+        self._pool, self._stats = pool, stats
+        self._marks: dict[Slot, Mark] = {}
+        self._parted: dict[Slot, Slot | None] = {}
+
+    def mark(self, slot: Slot, whole: bool = False) -> None:
+        """Come back to what a slot is now; `whole` if more may change of its list than what is added."""
+        self._marks[slot] = slot.mark(self._stats.decode_calls, whole)
+
+    def forget(self, slot: Slot) -> None:
+        """Leave a slot as it is."""
+        del self._marks[slot]
+
+    def made(self, slot: Slot) -> None:
+        """Come back to where this slot was not there."""
+        self._marks[slot] = Mark(None, None, None, None, 0)
+
+    def parted(self, slot: Slot, kept: Slot | None) -> None:
+        """Note where the cells of a slot have gone."""
+        self._parted[slot] = kept
+
+    def now(self) -> None:
+        """Bring the slots back, without an error."""
+        for slot, mark in self._marks.items():
+            self._return(slot, mark)
+
+    def _return(self, slot: Slot, mark: Mark) -> None:
+        if mark.n is None:
+            self._pool.discard(slot)
+        elif slot.closed:  # by a callback: there is nobody to give anything back to
+            return
+        elif mark.tokens is not None:
+            if slot.tokens != mark.tokens or not slot.in_sync or self._parted.get(slot) is not None:
+                self._pool.take_back(slot, self._parted.get(slot), mark.tokens)
+        else:
+            slot.cut(mark.n)
+            if slot.n_cached == mark.n:
+                is_there = mark.row is not None and mark.n_calls == self._stats.decode_calls
+                slot.take_logits(mark.logits, mark.row if is_there else None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is not None:
+            self.now()

@@ -1,0 +1,210 @@
+"""The memory of a libllama context: what it can do, and the libllama calls that change it."""
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from .._binding import callbacks, ffi, lib
+from .._handle import Handle
+from ..options import ContextOptions
+
+if TYPE_CHECKING:
+    from ..model import Model
+
+Kind = Literal["attention", "sliding window", "recurrent", "hybrid", "encoder-decoder"]
+
+State = npt.NDArray[np.uint8]
+
+_WITHOUT_GAPS = ("attention", "encoder-decoder")
+
+PARTLY_ROTATED = frozenset(
+    {
+        *("afmoe", "cohere2", "cohere2moe", "exaone-moe", "exaone4"),
+        *("llama4", "maple", "muse-glimmer", "smallthinker", "smollm3"),
+    }
+)
+"""Architectures with RoPE in only some of their layers, which libllama's shift does not know."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the memory of a context can do, which depends on the model's architecture and on the options.
+
+    Attributes:
+        kind: "attention" keeps keys and values of every token. "sliding window" keeps, in some layers, only those of
+            the last `window` tokens. "recurrent" keeps one state that every token changes. "hybrid" is the last and one
+            of the others. "encoder-decoder" is attention, also to what `Context.encode` was given.
+        window: how many tokens a sliding window has; 0 without one.
+        can_truncate: whether the end of a sequence can be forgotten at any point. If not, a copy of the state (a
+            checkpoint) is kept every `checkpoint_interval` tokens, and `truncate` goes back to the nearest one before.
+            A full-size window may have given the cells of tokens that left it to others; if those come into the window
+            again, everything is re-evaluated.
+        can_shift: whether tokens can be taken out of the middle and the rest moved up without re-evaluating them.
+        can_share: whether sequences share the cells of a common prefix. If not, they copy them.
+    """
+
+    kind: Kind
+    window: int
+    can_truncate: bool
+    can_shift: bool
+    can_share: bool
+
+    def __repr__(self) -> str:
+        able = [name for name in ("truncate", "shift", "share") if getattr(self, f"can_{name}")]
+        return f"<Memory: {self.kind}, can {', '.join(able) or 'do nothing but grow'}>"
+
+    @property
+    def has_state(self) -> bool:
+        """Whether there is a state that every token changes, and that a failed decode may have changed."""
+        return self.kind in ("recurrent", "hybrid")
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether there are keys, which a shift has to rotate."""
+        return self.kind != "recurrent"
+
+
+class Cells:
+    """The calls that change the memory of one context. The caller holds the gate."""
+
+    def __init__(self, model: "Model", handle: Handle, options: ContextOptions):
+        self._handle = handle
+        self._context = handle.pointer
+        self._memory = lib.llama_get_memory(self._context)
+        self.exists = self._memory != ffi.NULL
+        self.facts = _facts(model, options, self._memory)
+        self._is_small = bool(self.facts.window) and not options.swa_full
+        self.key_form = _key_form(model, self._context)
+
+    def remove(self, sequence_id: int, start: int, stop: int = -1) -> bool:
+        """Forget a sequence's tokens from position `start` on, or up to `stop`; return False if this kind cannot."""
+        if self._handle.closed or sequence_id < 0:
+            return True
+        return bool(lib.llama_memory_seq_rm(self._memory, sequence_id, start, stop))
+
+    def cut(self, sequence_id: int, n: int) -> bool:
+        """Have a sequence hold its first `n` tokens; return whether it now does, and can be continued."""
+        return self.remove(sequence_id, n if n else -1) and self.holds(sequence_id, n)
+
+    def holds(self, sequence_id: int, n: int) -> bool:
+        """Return whether a sequence has exactly `n` tokens and everything that the next one attends to."""
+        if self._handle.closed or lib.llama_memory_seq_pos_max(self._memory, sequence_id) != n - 1:
+            return n == 0 or self._handle.closed
+        if self.facts.kind != "sliding window":
+            return True
+        # libllama reuses the cells of tokens that have left the window, which is then not there to go back to.
+        return bool(lib.llama_memory_seq_pos_min(self._memory, sequence_id) <= max(0, n + 1 - self.facts.window))
+
+    def is_whole(self, sequence_id: int, n: int) -> bool:
+        """Return whether a sequence that was read back has `n` tokens at their positions, as far as libllama tells."""
+        first = lib.llama_memory_seq_pos_min(self._memory, sequence_id)
+        return self.holds(sequence_id, n) and (first == 0 if self.facts.kind in _WITHOUT_GAPS else first >= 0)
+
+    def clear(self) -> None:
+        """Forget everything, and overwrite it."""
+        lib.llama_memory_clear(self._memory, True)
+
+    def copy(self, source_id: int, target_id: int) -> bool:
+        """Let an empty sequence hold what another does: the same cells, or copies if each has its own."""
+        if not self.facts.can_share:  # libllama's own copy is of the whole buffer, and only made by the next decode
+            state = self.read(source_id)
+            return state is not None and not self.write(target_id, state)
+        # A small window reuses the cells of what has left it only while one sequence holds them: each gets its own.
+        window = self.read(source_id, partial=True) if self._is_small else None
+        lib.llama_memory_seq_cp(self._memory, source_id, target_id, -1, -1)
+        return window is None or not self.write(target_id, window, partial=True)
+
+    def shift(self, sequence_id: int, n: int, keep: int, discard: int) -> bool:
+        """Forget the tokens at positions `keep` to `keep + discard` of `n`, and move those after them to their place.
+
+        Return False if tokens that have left the window would come into it again: they are no longer there.
+        """
+        seen = max(0, n - discard + 1 - self.facts.window)
+        first = lib.llama_memory_seq_pos_min(self._memory, sequence_id)
+        if self.facts.kind == "sliding window" and keep > seen < first:
+            return False
+        self.remove(sequence_id, keep, keep + discard)
+        lib.llama_memory_seq_add(self._memory, sequence_id, keep + discard, -1, -discard)
+        return True
+
+    def size_bytes(self, sequence_id: int, partial: bool = False) -> int:
+        """Return how many bytes a sequence's state takes, or that part of it which cannot be cut."""
+        flags = lib.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY if partial else 0
+        return lib.llama_state_seq_get_size_ext(self._context, sequence_id, flags)
+
+    def read(self, sequence_id: int, partial: bool = False) -> State | None:
+        """Copy a sequence's state, or that part of it which cannot be cut; return None if libllama could not."""
+        flags = lib.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY if partial else 0
+        state = np.empty(self.size_bytes(sequence_id, partial), np.uint8)
+        size = lib.llama_state_seq_get_data_ext(self._context, _pointer(state), state.size, sequence_id, flags)
+        return state if size == state.size else None
+
+    def write(self, sequence_id: int, state: State, partial: bool = False) -> str:
+        """Replace a sequence's state by one that was read; return why it could not be, or an empty string."""
+        flags = lib.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY if partial else 0
+        with callbacks.captured_errors() as errors:
+            size = lib.llama_state_seq_set_data_ext(self._context, _pointer(state), state.size, sequence_id, flags)
+        return "" if size == state.size else callbacks.reason(errors, "libllama gives no reason")
+
+
+def _facts(model: "Model", options: ContextOptions, memory: Any) -> Memory:
+    with model.raw() as pointer:
+        hybrid, recurrent = lib.llama_model_is_hybrid(pointer), lib.llama_model_is_recurrent(pointer)
+        window = max(0, lib.llama_model_n_swa(pointer))
+    kind: Kind = "attention"
+    if recurrent:
+        kind = "recurrent"
+    elif hybrid or model.architecture == "deepseek4":  # whose compressed keys cannot be cut either
+        kind = "hybrid"
+    elif window:
+        kind = "sliding window"
+    elif model.has_encoder:
+        kind = "encoder-decoder"
+    can_shift = memory != ffi.NULL and lib.llama_memory_can_shift(memory) and _keys_rotate(model, options.kv_types[0])
+    if kind == "hybrid" and window:  # libllama ends the process if no layer attends to everything
+        can_shift = False
+    return Memory(
+        kind=kind,
+        window=window,
+        can_truncate=kind in _WITHOUT_GAPS or (kind == "sliding window" and options.swa_full),
+        can_shift=bool(can_shift),
+        can_share=options.kv_unified,
+    )
+
+
+def _keys_rotate(model: "Model", key_type: str) -> bool:
+    """Return whether libllama can rotate keys of this type to other positions: for some, its shift ends the process.
+
+    It rotates quantised keys by way of a Hadamard transform, which it has only for whole heads of a multiple of 64. If
+    some layers have no RoPE, or learned positions are in all of them, it rotates the keys all the same, and they are
+    wrong.
+    """
+    if model.architecture in PARTLY_ROTATED or model.has_learned_positions:
+        return False
+    size = model.head_sizes[0]
+    rotated = model.hyperparameter("rope.dimension_count", size)
+    uniform = {size, *rotated, *model.hyperparameter("attention.key_length_swa", size)} == {size}
+    transforms = uniform and size % 64 == 0 and _transforms_quantised_keys()
+    return key_type in ("f32", "f16") or (key_type != "bf16" and transforms)
+
+
+def _transforms_quantised_keys() -> bool:
+    """Return whether libllama transforms the quantised keys that it stores, which its environment can forbid."""
+    return "LLAMA_ATTN_ROT_DISABLE" not in os.environ
+
+
+def _key_form(model: "Model", context: Any) -> dict[str, bool]:
+    """Return what keys are transformed by, besides the model: keys of one form are of no use in another."""
+    original = max(model.hyperparameter("rope.scaling.original_context_length", model.n_ctx_train))
+    return {
+        "rotated": _transforms_quantised_keys(),
+        # Some models have two sets of RoPE factors: one for contexts no longer than in the first training.
+        "long_factors": model.has_long_factors and lib.llama_n_ctx_seq(context) > original,
+    }
+
+
+def _pointer(state: State) -> Any:
+    return ffi.from_buffer("uint8_t[]", state)

@@ -1,0 +1,235 @@
+"""One libllama context: its batch, its threads, its abort flag and its logits. It knows ids and positions, no texts."""
+
+import contextlib
+import functools
+import math
+import time
+from array import array
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .._binding import callbacks, ffi, lib
+from .._handle import Handle
+from ..errors import Cancelled, ContextError, DecodeError
+from ..options import CELLS_STEP, ContextOptions, ggml_type
+from .gate import CancelToken, check
+
+if TYPE_CHECKING:
+    from ..model import Model
+
+Logits = npt.NDArray[np.float32]
+
+OK, NO_CELLS, ABORTED = 0, 1, 2  # what `llama_decode` returns; below 0 it failed
+
+_FLASH_ATTENTION = {
+    "auto": lib.LLAMA_FLASH_ATTN_TYPE_AUTO,
+    "on": lib.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+    "off": lib.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+}
+
+_POLL_US = 50_000  # how often a long computation looks for Ctrl-C,
+_POLL_CANCEL_US = 20_000  # and for a cancel token
+
+
+@dataclass
+class Stats:
+    """What a context has done since it was made.
+
+    Attributes:
+        tokens_evaluated: tokens that went through the model.
+        tokens_reused: tokens that were asked for and were in the KV cache already.
+        tokens_reevaluated: tokens evaluated again, because their state was gone or their logits were asked for.
+        tokens_discarded: tokens dropped by `Sequence.shift`.
+        tokens_encoded: tokens read by `Context.encode`.
+        decode_calls: calls of `llama_decode` and `llama_encode`.
+        decode_seconds: time in those calls, to the end of the computation.
+        logits_seconds: time spent copying logits out of libllama's buffer.
+    """
+
+    tokens_evaluated: int = 0
+    tokens_reused: int = 0
+    tokens_reevaluated: int = 0
+    tokens_discarded: int = 0
+    tokens_encoded: int = 0
+    decode_calls: int = 0
+    decode_seconds: float = 0.0
+    logits_seconds: float = 0.0
+
+
+class Watch:
+    """What a computation that runs is asked about a few times a second, by `callbacks`."""
+
+    def __init__(self) -> None:
+        self.token: CancelToken | None = None
+
+    def is_cancelled(self) -> bool:
+        """Return whether to stop."""
+        return self.token is not None and self.token.is_set()
+
+
+class Runner:
+    """A `llama_context`. The caller holds the gate; the handle is open.
+
+    `decode`, `decode_one` and `decode_each` return libllama's code: `OK`, `NO_CELLS`, `ABORTED`, or a failure. They are
+    C functions with their first argument bound: after each token all Python code is cold, and a call costs.
+    """
+
+    def __init__(self, model: "Model", options: ContextOptions):
+        self.model, self.options, self.stats = model, options, Stats()
+        self.n_vocab = model.tokenizer.n_vocab
+        self.was_cancelled = False
+        self._watch = Watch()
+        self._watch_handle = ffi.new_handle(self._watch)
+        self._abort = ffi.new("minerva_abort_state *", {"poll_interval_us": _POLL_US, "data": self._watch_handle})
+        self.handle = self._make()
+        with model.raw() as pointer:
+            self.has_decoder = bool(lib.llama_model_has_decoder(pointer))
+            self.has_encoder = self.has_decoder and bool(lib.llama_model_has_encoder(pointer))
+        self._context = self.handle.pointer
+        self.decoder = ffi.new("minerva_decoder *", {"context": self._context})
+        self.decode = functools.partial(lib.minerva_decode, self.decoder)
+        self.decode_one = functools.partial(lib.minerva_decode_one, self.decoder)
+        self.decode_each = functools.partial(lib.minerva_decode_each, self.decoder)
+        self.batch = Batch(options.n_batch)
+        self._seen_at = ffi.NULL
+        self._seen: Logits = np.empty(0, np.float32)  # libllama's memory at `_seen_at`: never handed out
+
+    def _make(self) -> Handle:
+        model, options, n_seq = self.model, self.options, self.options.n_seq
+        n_threads = options.n_threads or 1
+        parameters = lib.llama_context_default_params()
+        # A multiple of libllama's step, so that it grants exactly this many cells; `n_ctx` is kept to in Python.
+        n_cells = math.ceil(options.n_cells / CELLS_STEP) * CELLS_STEP
+        parameters.n_ctx = n_cells * (1 if options.kv_unified else n_seq)
+        parameters.n_batch = max(options.n_batch, n_seq)  # or libllama ends the process
+        parameters.n_ubatch = options.n_ubatch
+        parameters.n_seq_max = n_seq
+        parameters.n_threads = parameters.n_threads_batch = n_threads
+        parameters.type_k, parameters.type_v = map(ggml_type, options.kv_types)
+        parameters.flash_attn_type = _FLASH_ATTENTION[str(options.flash_attention)]
+        parameters.kv_unified, parameters.swa_full = options.kv_unified, options.swa_full
+        parameters.no_perf = True
+        parameters.abort_callback = lib.minerva_abort
+        parameters.abort_callback_data = self._abort
+        with model.raw() as model_pointer, contextlib.ExitStack() as undo:
+            with callbacks.captured_errors() as errors:
+                pointer = lib.llama_init_from_model(model_pointer, parameters)
+            if pointer == ffi.NULL:
+                callbacks.raise_kept()
+                why = callbacks.reason(errors, "libllama gives no reason")
+                raise ContextError(
+                    f"no context could be made with n_ctx={options.n_ctx}, n_batch={options.n_batch}, n_seq={n_seq}, "
+                    f"kv_type={options.kv_types}, flash_attention={options.flash_attention!r} ({why}): ask for "
+                    "less, or another type"
+                )
+            # Without a pool of its own, libllama makes one for every graph that it computes.
+            settings = ffi.new("struct ggml_threadpool_params *")
+            lib.ggml_threadpool_params_init(settings, n_threads)
+            threads = lib.ggml_threadpool_new(settings)
+            lib.llama_attach_threadpool(pointer, threads, ffi.NULL)
+
+            def free(pointer: Any) -> None:
+                lib.llama_free(pointer)
+                lib.ggml_threadpool_free(threads)
+
+            handle = Handle("Context", pointer, free, parent=model.raw())
+            undo.callback(handle.close)
+            callbacks.raise_kept()
+            undo.pop_all()
+            return handle
+
+    def cancel(self) -> None:
+        """Stop what computes now, on whatever thread."""
+        self._abort.cancelled, self.was_cancelled = 1, True
+
+    def begin(self, cancel: CancelToken | None = None) -> None:
+        """Start a call: a `cancel` that came before it does not concern it, a token that is set does."""
+        if self.was_cancelled:
+            self._abort.cancelled, self.was_cancelled = 0, False
+        check(cancel)
+
+    def watch(self, cancel: CancelToken | None) -> None:
+        """Have the next computations look at a cancel token, or at none."""
+        self._watch.token = cancel
+        self._abort.poll_interval_us = _POLL_US if cancel is None else _POLL_CANCEL_US
+
+    def encode(self, ids: list[int]) -> int:
+        """Have an encoder read a text as the only one of every sequence (`llama_encode`); return libllama's code."""
+        n_seq, stats = self.options.n_seq, self.stats
+        batch = lib.llama_batch_init(len(ids), 0, n_seq)
+        try:
+            for index, token in enumerate(ids):
+                batch.token[index], batch.pos[index], batch.n_seq_id[index] = token, index, n_seq
+                for sequence_id in range(n_seq):
+                    batch.seq_id[index][sequence_id] = sequence_id
+            batch.n_tokens = len(ids)
+            stats.decode_calls += 1
+            before = time.perf_counter()
+            code: int = lib.llama_encode(self._context, batch)
+            lib.llama_synchronize(self._context)
+            stats.decode_seconds += time.perf_counter() - before
+            return code
+        finally:
+            lib.llama_batch_free(batch)
+
+    def logits(self, row: int = -1) -> Logits:
+        """Copy the logits of a token of the last batch, by its index there, out of libllama's buffer."""
+        before = time.perf_counter()
+        pointer = self.decoder.logits if row == -1 else lib.llama_get_logits_ith(self._context, row)
+        if pointer != self._seen_at:
+            if not pointer:
+                raise DecodeError(f"libllama has no logits for the last token{callbacks.logged_since(before)}")
+            self._seen_at = ffi.NULL  # an interrupt may come before both are set
+            self._seen = np.frombuffer(ffi.buffer(pointer, 4 * self.n_vocab), np.float32)
+            self._seen_at = pointer
+        logits: Logits = self._seen.copy()
+        self.stats.logits_seconds += time.perf_counter() - before
+        return logits
+
+    def raise_for(self, code: int, count: int, since: float) -> None:
+        """Raise what a callback has left behind, else what libllama's return code says, if anything.
+
+        `since`: when the call began, by `time.perf_counter`, to tell its log lines from older ones.
+        """
+        callbacks.raise_kept()
+        if code == ABORTED:
+            raise Cancelled("the computation was cancelled")
+        if code:
+            why = callbacks.logged_since(since)
+            raise DecodeError(f"libllama could not evaluate a batch of {count} tokens (code {code}){why}", code=code)
+
+
+class Batch:
+    """A `llama_batch` of fixed capacity, with its arrays seen through numpy."""
+
+    def __init__(self, capacity: int):
+        self.tokens, self.positions, self.sequences = (np.empty(capacity, np.int32) for _ in range(3))
+        self.outputs = np.empty(capacity, np.int8)
+        self.steps = np.arange(capacity, dtype=np.int32)
+        # Each token belongs to one sequence, whose id lies at the token's index in `sequences`.
+        self._counts = np.ones(capacity, np.int32)
+        self._addresses = self.sequences.ctypes.data + np.arange(capacity, dtype=np.uintp) * self.sequences.itemsize
+        self.pointer = ffi.new("struct llama_batch *")
+        self.struct = self.pointer[0]
+        self.struct.token = ffi.from_buffer("llama_token[]", self.tokens)
+        self.struct.pos = ffi.from_buffer("llama_pos[]", self.positions)
+        self.struct.n_seq_id = ffi.from_buffer("int32_t[]", self._counts)
+        self.struct.seq_id = ffi.cast("llama_seq_id **", self._addresses.ctypes.data)
+        self.struct.logits = ffi.from_buffer("int8_t[]", self.outputs)
+
+    def put(
+        self, at: int, tokens: "array[int] | npt.NDArray[np.int32]", start: int, sequence_id: int, n_outputs: int = 1
+    ) -> None:
+        """Set the entries from `at` on: tokens at positions from `start`, of which the last `n_outputs` get logits."""
+        end = at + len(tokens)
+        self.tokens[at:end] = tokens
+        self.positions[at:end] = self.steps[: end - at]
+        self.positions[at:end] += start
+        self.sequences[at:end] = sequence_id
+        self.outputs[at:end] = False
+        if n_outputs:
+            self.outputs[end - n_outputs : end] = True
+        self.struct.n_tokens = end

@@ -1,0 +1,144 @@
+"""The file format of a saved sequence: a header and arrays to bytes, and back.
+
+A file is a magic, the version of the format, the length of a JSON header, the header, the token ids (int32), the logits
+after the last token (float32, if they were known), libllama's state, and a BLAKE2b digest of all of it. Numbers are
+little-endian.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import stat
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import StateError
+from .cache import Payload
+
+_MAGIC = b"MINERVA-SEQUENCE"
+_VERSION = 2
+_LEAD = struct.Struct("<16sII")  # magic, version, bytes of the header
+_DIGEST_BYTES = 32
+
+_NUMBERS = ("n_tokens", "n_cached", "n_logits")
+
+
+def write(path: Path, payload: Payload, requirements: Mapping[str, Any], model_name: str) -> None:
+    """Write a saved sequence, with what has to be the same to restore it."""
+    n_logits = 0 if payload.logits is None else len(payload.logits)
+    header = {
+        **requirements,
+        "model": model_name,
+        "n_tokens": len(payload.tokens),
+        "n_cached": payload.n_cached,
+        "n_pure": payload.n_exact,
+        "n_logits": n_logits,
+    }
+    written = json.dumps(header).encode()
+    parts: list[bytes | memoryview] = [_LEAD.pack(_MAGIC, _VERSION, len(written)), written]
+    parts.append(payload.tokens.astype("<i4").tobytes())
+    if payload.logits is not None:
+        parts.append(payload.logits.astype("<f4").tobytes())
+    _write_atomically(path, [*parts, payload.state.data])
+
+
+def read(path: Path, requirements: Mapping[str, Any], n_vocab: int) -> Payload:
+    """Read a saved sequence; raise `StateError` if it is damaged, or does not meet the requirements."""
+    header, body = _read_verified(path)
+    if {*requirements, *_NUMBERS, "n_pure", "model"} - set(header) or not all(
+        type(header[name]) is int for name in _NUMBERS
+    ):
+        raise StateError(f"{path} lacks what a saved sequence has: it was not written by this package")
+    for name, here in requirements.items():
+        if header[name] != here:
+            raise StateError(_difference(path, name, header, here))
+    n_tokens, n_cached, n_logits = (header[name] for name in _NUMBERS)
+    n_exact = header["n_pure"]
+    # The digest is no signature: whoever writes a file of his own may write anything.
+    if not (
+        0 <= n_cached <= n_tokens <= len(body) // 4
+        and n_logits in (0, n_vocab)
+        and 4 * (n_tokens + n_logits) <= len(body)
+        and (n_exact is None or (isinstance(n_exact, int) and 0 <= n_exact <= n_cached))
+    ):
+        raise StateError(f"{path} contradicts itself: it was not written by this package")
+    logits = np.frombuffer(body, "<f4", n_logits, offset=4 * n_tokens).astype(np.float32)
+    return Payload(
+        tokens=np.frombuffer(body, "<i4", n_tokens).astype(np.int32),
+        n_cached=n_cached,
+        n_exact=n_exact,
+        logits=logits if n_logits else None,
+        state=np.frombuffer(body, np.uint8, offset=4 * (n_tokens + n_logits)),
+    )
+
+
+def _difference(path: Path, name: str, header: dict[str, Any], here: object) -> str:
+    if name == "fingerprint":
+        return f"{path} was saved from another model ({header['model']})"
+    if name == "encoded":
+        return f"{path} answers another text than the one that this context has encoded"
+    if name == "raw":
+        return f"{path} was saved before or after raw() was used: what was changed there is not known"
+    return f"{path} does not fit this context: its {name} is {header[name]!r}, here it is {here!r}"
+
+
+def _write_atomically(path: Path, parts: "Iterable[bytes | memoryview]") -> None:
+    """Write a file and its digest so that, whatever happens, the path holds the old content or the new.
+
+    A symbolic link is followed, and the mode of an old file kept. Raises `OSError` if the path is no regular file:
+    replacing a device would destroy it.
+    """
+    path = path.resolve()
+    mode = None
+    if path.exists():
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(f"{path} is not a regular file: a sequence is saved to a file of its own")
+        mode = stat.S_IMODE(status.st_mode)
+    temporary = path.with_name(f".{secrets.token_hex(8)}.part")
+    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    try:
+        with temporary.open("xb") as file:
+            for part in parts:
+                digest.update(part)
+                file.write(part)
+            file.write(digest.digest())
+            file.flush()
+            os.fsync(file.fileno())
+        if mode is not None:
+            temporary.chmod(mode)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _read_verified(path: Path) -> tuple[dict[str, Any], memoryview]:
+    """Return the header of a saved sequence, and what follows it, once the digest is proven."""
+    content = memoryview(path.read_bytes())
+    if len(content) < _LEAD.size or bytes(content[: len(_MAGIC)]) != _MAGIC[: len(content)]:
+        raise StateError(f"{path} is not a saved sequence")
+    _, version, header_bytes = _LEAD.unpack_from(content)
+    if version != _VERSION:
+        raise StateError(f"{path} has version {version} of the format, and this reads version {_VERSION}")
+    body, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
+    if hashlib.blake2b(body, digest_size=_DIGEST_BYTES).digest() != digest:
+        raise StateError(f"{path} is damaged or cut short: its checksum does not match")
+    start = _LEAD.size + header_bytes
+    try:
+        header = json.loads(bytes(body[_LEAD.size : start]))
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict):
+        raise StateError(f"{path} has no header that can be read: it was not written by this package")
+    return header, body[start:]
