@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import minerva_native as mn
+from minerva_native._binding import lib, text
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,6 +49,12 @@ def test_the_build_says_what_it_is_of() -> None:
     assert "GGML_CPU" in info["options"]
     assert info["compiler"]
     assert info["cpu_features"].startswith("CPU")
+
+
+def test_ggml_names_the_pinned_commit_as_its_own() -> None:
+    info = mn.build_info()
+    if info["llama_cpp_source"] == "pinned":
+        assert text(lib.ggml_commit()) == info["llama_cpp"]
 
 
 def test_upstreams_licence_travels_with_the_package() -> None:

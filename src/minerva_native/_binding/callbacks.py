@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from ._llama import ffi, lib
 
@@ -24,6 +25,13 @@ LEVELS = {
 
 
 _LAST_ERRORS = 8
+
+
+class _Watch(Protocol):
+    """What a context hands to its computations as `minerva_abort_state.data`."""
+
+    def is_cancelled(self) -> bool:
+        """Say whether to stop."""
 
 
 class _Thread(threading.local):
@@ -60,8 +68,14 @@ def raise_kept() -> None:
 
 @ffi.def_extern(name="minerva_on_poll", error=True, onerror=_keep)
 def _on_poll(handle: object) -> bool:
-    """Enter Python, so that it runs pending signal handlers: an exception that one raises stops the computation."""
-    return bool(handle) and ffi.from_handle(handle).is_cancelled()
+    """Say whether to stop a computation: the object behind the handle, if there is one, knows by `is_cancelled()`.
+
+    Entering Python also lets pending signal handlers run: an exception that one raises stops the computation too.
+    """
+    if handle == ffi.NULL:
+        return False
+    watch: _Watch = ffi.from_handle(handle)
+    return watch.is_cancelled()
 
 
 @ffi.def_extern(name="minerva_on_progress", error=False, onerror=_keep)

@@ -1,8 +1,8 @@
 """Build-time generator: the C API of the llama.cpp at hand becomes a cffi module and a type stub.
 
-The C preprocessor expands `llama.h`; what comes from upstream's own headers is parsed, and its declarations are handed
-to cffi in API mode, where the C compiler supplies every struct layout, enumerator and constant. No declaration of
-upstream's is written here, so moving the pin moves the binding.
+The C preprocessor expands `llama.h` and our `hooks.h`; their declarations are parsed and handed to cffi in API mode,
+where the C compiler supplies every struct layout, enumerator and constant. No declaration is written here, so moving
+the pin moves the binding.
 """
 
 import argparse
@@ -36,120 +36,9 @@ PRELUDE_NAMES = (
 )
 PRELUDE = "".join(f"typedef int {name};\n" for name in PRELUDE_NAMES)
 
-# Ours: the functions that C calls back into Python through, and the C halves that Python must not be on the path of.
-CALLBACK_CDEF = """
-extern "Python" void minerva_on_log(int level, const char * text);
-extern "Python" bool minerva_on_progress(float progress, void * handle);
-extern "Python" bool minerva_on_poll(void * data);
-typedef struct {
-    volatile int cancelled;
-    int64_t poll_interval_us;
-    int64_t next_poll_us;
-    int64_t clock_read_us;
-    int nodes_to_skip;
-    void * data;
-} minerva_abort_state;
-void minerva_log(enum ggml_log_level level, const char * text, void * data);
-bool minerva_abort(void * state);
-void minerva_mute(void);
-typedef struct {
-    struct llama_context * context;
-    float * logits;
-} minerva_decoder;
-int32_t minerva_decode(minerva_decoder * decoder, struct llama_batch * batch);
-int32_t minerva_decode_one(minerva_decoder * decoder, int32_t token, int32_t position, int32_t sequence_id);
-int32_t minerva_decode_each(minerva_decoder * decoder, int32_t count, const int32_t * tokens, const int32_t * positions, const int32_t * sequence_ids);
-"""
-
-CALLBACK_SOURCE = """
-static void minerva_on_log(int level, const char * text);
-static bool minerva_on_poll(void * data);
-
-typedef struct {
-    volatile int cancelled;
-    int64_t poll_interval_us;
-    int64_t next_poll_us;
-    int64_t clock_read_us;
-    int nodes_to_skip;
-    void * data;
-} minerva_abort_state;
-
-static volatile int minerva_muted = 0;
-
-static void minerva_log(enum ggml_log_level level, const char * text, void * data) {
-    (void) data;
-    if (!minerva_muted) {
-        minerva_on_log((int) level, text);
-    }
-}
-
-// libllama asks this at every node of the compute graph, while all its threads wait: Python is consulted a few times a
-// second, and where nodes are so small that reading the clock would cost something, most of them do without.
-enum { MINERVA_SMALL_NODES = 16, MINERVA_SMALL_NODES_US = 1000 };
-
-static bool minerva_abort(void * data) {
-    minerva_abort_state * state = (minerva_abort_state *) data;
-    if (state->cancelled || minerva_muted) {
-        return true;
-    }
-    if (state->nodes_to_skip > 0) {
-        --state->nodes_to_skip;
-        return false;
-    }
-    int64_t now = llama_time_us();
-    if (now - state->clock_read_us < MINERVA_SMALL_NODES_US) {
-        state->nodes_to_skip = MINERVA_SMALL_NODES;
-    }
-    state->clock_read_us = now;
-    if (now < state->next_poll_us) {
-        return false;
-    }
-    state->next_poll_us = now + state->poll_interval_us;
-    return minerva_on_poll(state->data);
-}
-
-typedef struct {
-    struct llama_context * context;
-    float * logits;  // after the last token of the last batch: libllama's memory
-} minerva_decoder;
-
-// Between two tokens nothing is warm, and each call from Python costs: this is one.
-static int32_t minerva_decode(minerva_decoder * decoder, struct llama_batch * batch) {
-    int32_t code = llama_decode(decoder->context, *batch);
-    if (code == 0) {
-        decoder->logits = llama_get_logits_ith(decoder->context, -1);  // waits for the result
-    }
-    return code;
-}
-
-static int32_t minerva_decode_one(minerva_decoder * decoder, int32_t token, int32_t position, int32_t sequence_id) {
-    int32_t count = 1;
-    int8_t output = 1;
-    llama_seq_id * sequence_ids = &sequence_id;
-    struct llama_batch batch = {0};
-    batch.n_tokens = 1;
-    batch.token = &token;
-    batch.pos = &position;
-    batch.n_seq_id = &count;
-    batch.seq_id = &sequence_ids;
-    batch.logits = &output;
-    return minerva_decode(decoder, &batch);
-}
-
-static int32_t minerva_decode_each(minerva_decoder * decoder, int32_t count, const int32_t * tokens, const int32_t * positions, const int32_t * sequence_ids) {
-    enum { N = 4096 };
-    static __thread int32_t ones[N]; static __thread int8_t outs[N]; static __thread llama_seq_id * ids[N];
-    for (int i = 0; i < count; ++i) { ones[i] = 1; outs[i] = 1; ids[i] = (llama_seq_id *) &sequence_ids[i]; }
-    struct llama_batch batch = {0};
-    batch.n_tokens = count; batch.token = (int32_t *) tokens; batch.pos = (int32_t *) positions; batch.n_seq_id = ones; batch.seq_id = ids; batch.logits = outs;
-    return minerva_decode(decoder, &batch);
-}
-
-// The interpreter is going away: no library thread may enter it, to log or to ask, and computations stop.
-static void minerva_mute(void) {
-    minerva_muted = 1;
-}
-"""
+# Ours, beside this file. It is read with upstream's headers; what it marks so is defined in Python.
+HOOKS = Path(__file__).with_name("hooks.h")
+PYTHON_MARK = "MINERVA_PYTHON"
 
 STUB_HEAD = '''"""Generated at build time from the C headers: what the compiled binding holds."""
 
@@ -188,24 +77,27 @@ class Lib:'''
 
 
 class Api(NamedTuple):
-    """What upstream's headers declare, in their order."""
+    """What the headers declare, in their order."""
 
     types: list[str]
     functions: list[c_ast.Decl]
+    callbacks: list[c_ast.Decl]  # functions that Python defines
     constants: list[str]
 
 
 def preprocess(compiler: str, include_dirs: list[Path], *options: str) -> str:
-    """Expand the headers with the C preprocessor and return the lines that are upstream's, not the system's."""
-    source = "".join(f"#include <{name}>\n" for name in HEADERS)
-    command = [compiler, "-E", *options, *(f"-I{path}" for path in include_dirs), "-x", "c", "-"]
+    """Expand the headers with the C preprocessor and return the lines that are upstream's or ours, not the system's."""
+    source = "".join(f"#include <{name}>\n" for name in (*HEADERS, HOOKS.name))
+    include_dirs = [*include_dirs, HOOKS.parent]
+    mark = f"-D{PYTHON_MARK}={PYTHON_MARK}"  # survives its own expansion
+    command = [compiler, "-E", mark, *options, *(f"-I{path}" for path in include_dirs), "-x", "c", "-"]
     text = subprocess.run(command, input=source, stdout=subprocess.PIPE, text=True, check=True).stdout
-    kept, upstream = [], False
+    kept, ours = [], False
     for line in text.splitlines():
         marker = re.match(r'#\s*(?:line\s+)?\d+\s+"([^"]*)"', line)
         if marker:
-            upstream = Path(marker[1]).parent in include_dirs
-        elif upstream:
+            ours = Path(marker[1]).parent in include_dirs
+        elif ours:
             kept.append(line)
     return "\n".join(kept)
 
@@ -222,33 +114,37 @@ def statements(text: str) -> Iterator[str]:
 
 
 def read_api(text: str, macros: str) -> Api:
-    """Parse upstream's declarations, less what is deprecated, static, or not a value of the C API."""
+    """Parse the declarations, less what is deprecated, static, or not a value of the C API."""
     attribute = re.compile(r'__attribute__\s*\(\((?:[^()"]|"(?:\\.|[^"\\])*"|\([^()]*\))*\)\)')
     kept = [
         re.sub(r"\b(__extension__|_Noreturn|__?restrict|restrict)\b", "", attribute.sub("", statement))
         for statement in statements(text)
         if not re.search(r"\bdeprecated\b|^(static|_Static_assert)\b", statement)
     ]
-    nodes = c_parser.CParser().parse(PRELUDE + "\n".join(kept)).ext[len(PRELUDE_NAMES) :]
+    in_python = {re.findall(r"(\w+)\s*\(", statement)[0] for statement in kept if statement.startswith(PYTHON_MARK)}
+    source = PRELUDE + re.sub(rf"\b{PYTHON_MARK}\b", "", "\n".join(kept))
     types: list[str] = []
     functions: list[c_ast.Decl] = []
+    callbacks: list[c_ast.Decl] = []
     constants: list[str] = []
-    for node in nodes:
+    for node in c_parser.CParser().parse(source).ext[len(PRELUDE_NAMES) :]:
         if isinstance(node, c_ast.Decl) and isinstance(node.type, c_ast.FuncDecl):
-            if is_wanted(node.name):
+            if node.name in in_python:
+                callbacks.append(node)
+            elif is_wanted(node.name):
                 functions.append(node)
         else:
             declaration = TypeWriter().visit(node) + ";"
             if declaration not in types:
                 types.append(declaration)
             constants += EnumeratorNames().collect(node)
-    return Api(types, functions, [*constants, *integer_macros(macros)])
+    return Api(types, functions, callbacks, [*constants, *integer_macros(macros)])
 
 
 def integer_macros(text: str) -> list[str]:
     """Return the names of the macros whose value is an integer, by way of other macros or not."""
     value = r"\(?\s*(-?\w+)\s*\)?"
-    macros = dict(re.findall(rf"^#define\s+((?:LLAMA|GGML|GGUF)_\w+)[ \t]+{value}[ \t]*$", text, re.M))
+    macros = dict(re.findall(rf"^#define\s+((?:LLAMA|GGML|GGUF|MINERVA)_\w+)[ \t]+{value}[ \t]*$", text, re.M))
 
     def is_integer(word: str) -> bool:
         if word in macros:
@@ -260,7 +156,7 @@ def integer_macros(text: str) -> list[str]:
 
 def is_wanted(name: str) -> bool:
     """Say whether a function belongs to the binding."""
-    whole = name.startswith(("llama_", "gguf_", "ggml_backend_", "ggml_opt_", "ggml_cpu_"))
+    whole = name.startswith(("llama_", "gguf_", "ggml_backend_", "ggml_opt_", "ggml_cpu_", "minerva_"))
     return (whole or bool(GGML_FUNCTIONS.fullmatch(name))) and name not in UNDEFINED
 
 
@@ -317,6 +213,7 @@ def write_cdef(api: Api) -> str:
     """Render the declarations for `ffi.cdef`."""
     writer = TypeWriter()
     functions = [re.sub(r"^extern ", "", writer.visit(function)) + ";" for function in api.functions]
+    functions += [f'extern "Python+C" {writer.visit(callback)};' for callback in api.callbacks]
     enumerators = set(re.findall(r"\b[A-Z][A-Z0-9_]+\b", " ".join(api.types)))
     macros = [f"#define {name} ..." for name in api.constants if name not in enumerators]
     return "\n".join([*api.types, *functions, *macros])
@@ -326,7 +223,7 @@ def write_stub(api: Api) -> str:
     """Render the type stub: `lib` with every function and constant, `ffi` as far as typing can follow it."""
     functions = [stub_function(function) for function in api.functions]
     constants = [f"    {name}: Final[int]" for name in dict.fromkeys(api.constants)]
-    callbacks = [f"    {name}: CData" for name in re.findall(r"\b(minerva_\w+)\(", CALLBACK_CDEF)]
+    callbacks = [f"    {callback.name}: CData" for callback in api.callbacks]
     return "\n".join([STUB_HEAD, *constants, *functions, *callbacks, "", "lib: Lib", ""])
 
 
@@ -375,10 +272,9 @@ def python_type(node: c_ast.Node, argument: bool) -> str:
 
 def write_module(path: Path, api: Api) -> None:
     """Write the C source of the extension module."""
-    includes = "".join(f"#include <{name}>\n" for name in HEADERS)
     ffi = cffi.FFI()
-    ffi.cdef(write_cdef(api) + CALLBACK_CDEF)
-    ffi.set_source("minerva_native._binding._llama", includes + CALLBACK_SOURCE)
+    ffi.cdef(write_cdef(api))
+    ffi.set_source("minerva_native._binding._llama", "".join(f"#include <{name}>\n" for name in (*HEADERS, HOOKS.name)))
     ffi.emit_c_code(str(path))
 
 
