@@ -20,6 +20,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import minerva_native as mn
 import models
+from engine_room import open_up
+from minerva_native.engine.cache import KVCache
+from minerva_native.engine.pool import SlotPool
+from minerva_native.sequence import slot_of
 from tiny_models import TinyModel
 
 ROOT = Path(__file__).parents[1]
@@ -39,18 +43,31 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[mn.Model]:
 
 
 @pytest.fixture(scope="module")
-def many(small: mn.Model) -> Iterator[list[mn.Sequence]]:
+def opened(small: mn.Model) -> Iterator[tuple[mn.Context, KVCache]]:
+    """A context for many sequences, and the cache inside it."""
+    context, cache = open_up(small, n_ctx=N_TOKENS + N_SEQUENCES**2, n_seq=N_SEQUENCES + 2, n_threads=1)
+    with context:
+        yield context, cache
+
+
+@pytest.fixture(scope="module")
+def pool(opened: tuple[mn.Context, KVCache]) -> SlotPool:
+    return opened[1].pool
+
+
+@pytest.fixture(scope="module")
+def many(opened: tuple[mn.Context, KVCache]) -> list[mn.Sequence]:
     """64 sequences of 8,000 tokens, each alike for one token more than the one before: the most there is to compare."""
     text = np.random.default_rng(1).integers(0, 200, N_TOKENS).tolist()
-    with small.context(n_ctx=N_TOKENS + N_SEQUENCES**2, n_seq=N_SEQUENCES + 2, n_threads=1) as context:
-        first = context.sequence()
-        first.extend(text)
-        sequences = [first.fork(N_TOKENS - N_SEQUENCES + alike) for alike in range(N_SEQUENCES)]
-        first.close()
-        context.clear_cache()
-        for alike, sequence in enumerate(sequences):
-            sequence.extend([255] * (N_SEQUENCES - alike))
-        yield sequences
+    context = opened[0]
+    first = context.sequence()
+    first.extend(text)
+    sequences = [first.fork(N_TOKENS - N_SEQUENCES + alike) for alike in range(N_SEQUENCES)]
+    first.close()
+    context.clear_cache()
+    for alike, sequence in enumerate(sequences):
+        sequence.extend([255] * (N_SEQUENCES - alike))
+    return sequences
 
 
 def test_appending_to_a_long_sequence(benchmark: BenchmarkFixture, small: mn.Model) -> None:
@@ -93,12 +110,12 @@ def close(forks: list[mn.Sequence]) -> None:
     forks.clear()
 
 
-def test_finding_the_longest_beginning(benchmark: BenchmarkFixture, many: list[mn.Sequence]) -> None:
+def test_finding_the_longest_prefix(benchmark: BenchmarkFixture, many: list[mn.Sequence], pool: SlotPool) -> None:
     with many[0].context.sequence() as sequence:
-        slot = sequence._slot
+        slot = slot_of(sequence)
         slot.add(np.array([*many[-1].tokens[:-1], 254, 254], np.int32))
-        source, n = benchmark(many[0].context._pool.find_prefix, slot)
-        assert (source, n) == (many[-1]._slot, N_TOKENS - 1)
+        source, n = benchmark(pool.find_prefix, slot)
+        assert (source, n) == (slot_of(many[-1]), N_TOKENS - 1)
         slot.cut(0)
 
 

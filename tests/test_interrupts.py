@@ -4,6 +4,7 @@ import gc
 import random
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,86 @@ def test_sequences_agree_with_a_fresh_evaluation(
                 assert np.abs(kept.logits - fresh.logits).max() < TOLERANCE * np.abs(fresh.logits).max()
                 fresh.truncate(0)
         assert interrupts > STEPS // 10
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("shared", [False, True], ids=["cells of its own", "shared cells"])
+@pytest.mark.parametrize("shape", [TinyModel(), TinyModel("jamba")], ids=["attention", "hybrid"])
+def test_a_shift_that_is_interrupted_is_done_or_not(
+    load_tiny: Callable[[TinyModel], mn.Model], alarm: Callable[[float], None], shape: TinyModel, shared: bool
+) -> None:
+    choice = random.Random(1)
+    options: dict[str, Any] = {"n_ctx": 512, "n_threads": 1, "kv_type": "f32", "flash_attention": "off"}
+    model = load_tiny(shape)
+    ids = [choice.randrange(100, 200) for _ in range(40)]
+    with (
+        model.context(**options, n_seq=60, checkpoint_interval=8) as context,
+        model.context(**options, n_seq=4, prefix_cache=False) as other,
+    ):
+        fresh, done, interrupts = other.sequence(), other.sequence(), 0
+        for _ in range(250):
+            with context.sequence() as sequence:
+                sequence.extend(ids)
+                fork = sequence.fork(30) if shared else None
+                try:
+                    alarm(choice.choice([5e-6, 2e-5, 5e-5, 1e-4, 3e-4]))
+                    sequence.shift(4, 10)
+                    alarm(0)
+                except Interrupt:
+                    interrupts += 1
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                text = list(sequence)
+                assert text in (ids, [*ids[:4], *ids[14:]])
+                assert context.cells_used == len(text) + (30 - (4 if len(text) < 40 else 30) if fork else 0) or shared
+                sequence.extend([7])
+                expected = []
+                for shifted in (False, True):
+                    done.assign(ids if shifted else text)
+                    if shifted:
+                        done.shift(4, 10)
+                    done.extend([7])
+                    expected.append(done.logits)
+                    done.truncate(0)
+                assert any(np.abs(sequence.logits - row).max() < TOLERANCE * np.abs(row).max() for row in expected)
+                if fork:
+                    fresh.assign(ids[:30])
+                    assert np.abs(fork.logits - fresh.logits).max() < TOLERANCE * np.abs(fresh.logits).max()
+                    fork.close()
+        assert interrupts > 20
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("shape", [TinyModel(), TinyModel("mamba")], ids=["attention", "recurrent"])
+def test_saving_and_restoring_can_be_interrupted(
+    load_tiny: Callable[[TinyModel], mn.Model], alarm: Callable[[float], None], shape: TinyModel, tmp_path: Path
+) -> None:
+    choice = random.Random(1)
+    model = load_tiny(shape)
+    options: dict[str, Any] = {"n_ctx": 512, "n_threads": 1, "kv_type": "f32", "flash_attention": "off"}
+    with model.context(**options, n_seq=200) as context, context.sequence() as sequence:
+        sequence.extend(list(range(100, 140)))
+        expected, interrupts = sequence.logits, 0
+        sequence.save(tmp_path / "saved")
+        for step in range(200):
+            try:
+                alarm(choice.choice([5e-5, 2e-4, 5e-4, 1e-3]))
+                if step % 2:
+                    sequence.save(tmp_path / "saved")
+                else:
+                    context.restore(tmp_path / "saved").close()
+                alarm(0)
+            except Interrupt:
+                interrupts += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            assert np.array_equal(sequence.logits, expected) or not interrupts
+            if step % 10 == 0:
+                with context.restore(tmp_path / "saved") as restored:
+                    assert restored == sequence
+                    assert np.abs(restored.logits - expected).max() < TOLERANCE * np.abs(expected).max()
+                assert np.abs(sequence.logits - expected).max() < TOLERANCE * np.abs(expected).max()
+        assert interrupts > 20
 
 
 @pytest.fixture

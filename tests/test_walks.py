@@ -248,6 +248,24 @@ class Walk(stateful.RuleBasedStateMachine):
         if self.attempt(lambda: sequence.score(ids), text) is not None:
             text.extend(ids)
 
+    @stateful.rule(data=st.data(), ids=TEXT)
+    def logits_after(self, data: st.DataObject, ids: list[int]) -> None:
+        sequence, text = self.pick(data)
+        ids = ids[: MAX_TOKENS - len(text.tokens)]
+        if not ids or not text.tokens or self.look(sequence, text) is None:
+            return
+        if self.attempt(lambda: sequence.logits_after(ids), text) is not None:
+            text.extend(ids)
+
+    @stateful.rule(max_tokens=st.none() | st.integers(1, 20))
+    def evaluate(self, max_tokens: int | None) -> None:
+        texts = {sequence: text for sequence, text in self.texts.items() if text.tokens and text.shifts is None}
+        try:
+            left = self.context.evaluate(texts, max_tokens)
+        except mn.ContextFullError:
+            return
+        assert left == sum(sequence.n_waiting for sequence in texts)
+
     @stateful.rule(data=st.data(), token=FEW)
     def append(self, data: st.DataObject, token: int) -> None:
         sequence, text = self.pick(data)

@@ -16,7 +16,7 @@ from .engine.memory import Memory
 from .engine.runner import Stats
 from .errors import ContextError, StateError
 from .options import ContextOptions
-from .sequence import Sequence, slot_of
+from .sequence import Sequence, context_of, slot_of
 from .tokenizer import TokenIds
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ class Context:
     def _own(self, sequence: Sequence) -> Sequence:
         if not isinstance(sequence, Sequence):
             raise TypeError(f"sequences are wanted, not {type(sequence).__name__}")
-        if sequence.context is not self:
+        if context_of(sequence) is not self:
             raise ValueError(f"{sequence!r} belongs to another context")
         return sequence
 

@@ -10,8 +10,8 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ClosedError
-from .sampling import Sampler, logprob
+from .errors import ClosedError, EmptySequenceError
+from .sampling import Sampler, SamplingParams, logprob
 from .sequence import Sequence as TokenSequence
 from .sequence import Tokens
 
@@ -65,25 +65,48 @@ class Step:
 
 def generate(
     sequence: TokenSequence,
-    sampler: Chooser | None = None,
+    sampler: Chooser | SamplingParams | None = None,
     *,
     max_tokens: int | None = None,
     stop: Sequence[str] = (),
     cancel: Event | None = None,
     decoder: Decoder | None = None,
 ) -> Iterator[Step]:
-    """Continue a sequence, one token a step, until a reason to finish, which the last step names.
+    """Continue a sequence, one token a step, until there is a reason to finish, which the last step names.
 
-    "end": the model chose an end-of-generation token. "stop": the text reached one of the `stop` strings, of which
-    nothing is given out. "length": `max_tokens` are made, or the context became full. "cancelled": `cancel` was set.
-    Every step's token is in `sequence.tokens`; the last one is not evaluated unless more is asked of the sequence.
+    "end": the model chose an end-of-generation token. "stop": the text reached one of the `stop` strings, which is not
+    part of the text. "length": `max_tokens` tokens were made, or the context is full. "cancelled": `cancel` was set.
+    Every step's token is in `sequence.tokens`. The last one is not evaluated unless more is asked of the sequence.
 
-    The sequence may be changed between steps (rewound, extended): the next step's token continues what it then is.
-    Text that was held back, for a stop string or an incomplete character, is still given out.
-    `decoder` turns tokens into text; by default a new one, `Tokenizer.stream` after the last token.
-    Raises `ValueError` where the sequence is empty or an argument is out of range, `ContextFullError` where not even
-    one token fits, `ClosedError`, `SamplingError`, and `Cancelled` (by `Context.cancel`).
+    The sequence may be changed between steps (rewound, extended): the next step continues what it is then. Text that
+    was held back, for a stop string or an incomplete character, still comes out.
+
+    Args:
+        sequence: what to continue; at least one token.
+        sampler: a `Sampler`, `SamplingParams` to make one from, or a function of the logits and the tokens so far.
+        max_tokens: how many tokens to make at most.
+        stop: strings that end the text.
+        cancel: ends the generation after the current token when it is set. While the prompt is still being evaluated,
+            there is no token yet: then it raises `Cancelled`.
+        decoder: turns tokens into text; by default `Tokenizer.stream` after the last token.
+
+    Raises:
+        EmptySequenceError: the sequence has no tokens.
+        ContextFullError: not even one token fits.
+        TypeError, ValueError: an argument is of the wrong type or out of range.
+        Cancelled: the prompt's evaluation was cancelled, or `Context.cancel` was called.
+        ClosedError, SamplingError: see there.
     """
+    if not isinstance(sequence, TokenSequence):
+        raise TypeError(f"generate continues a Sequence, not a {type(sequence).__name__}: see Context.sequence")
+    if isinstance(sampler, SamplingParams):
+        sampler = Sampler(sampler)
+    if sampler is not None and not callable(sampler):
+        raise TypeError(f"sampler must be a Sampler, SamplingParams or a function, not {type(sampler).__name__}")
+    if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+        raise TypeError(f"cancel must have is_set(), as a threading.Event has, not be a {type(cancel).__name__}")
+    if decoder is not None and not (hasattr(decoder, "feed") and hasattr(decoder, "flush")):
+        raise TypeError(f"decoder must have feed() and flush(), as StreamDecoder has, not {type(decoder).__name__}")
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(isinstance(text, str) and text for text in stop):
         raise ValueError("stop must be strings that are not empty")
@@ -93,7 +116,7 @@ def generate(
     if sequence.closed:
         raise ClosedError("this Sequence is closed")
     if not len(sequence):
-        raise ValueError("the sequence is empty: extend it with a prompt first (a BOS token at the least)")
+        raise EmptySequenceError("the sequence is empty: extend it with a prompt first (at least a BOS token)")
     return _decode_loop(sequence, Sampler() if sampler is None else sampler, max_tokens, stop, cancel, decoder)
 
 
@@ -112,6 +135,8 @@ def _decode_loop(
     matcher = _StopMatcher(stop) if stop else None
     previous = None
     count = 0
+    if cancel is not None and max_tokens != 0 and sequence.n_waiting > 1:
+        sequence.context.evaluate([sequence], cancel=cancel)
     while count != max_tokens:
         before = time.perf_counter()
         logits = sequence.logits
@@ -136,7 +161,7 @@ def _decode_loop(
         yield step
         if step.finish_reason is not None:
             return
-        # A caller who keeps steps gets their log-probabilities now, so that no more than two rows of logits live on.
+        # If the caller keeps steps, compute their log-probabilities now: at most two rows of logits live on.
         if previous is not None and (kept := previous()) is not None:
             _ = kept.logprob
         previous = weakref.ref(step)

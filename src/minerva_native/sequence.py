@@ -66,6 +66,11 @@ class Sequence(AbstractSequence[int]):
             return cache.logits(self._slot)
 
     @property
+    def n_waiting(self) -> int:
+        """How many tokens, from the end, wait to be evaluated."""
+        return self._slot.n_waiting
+
+    @property
     def is_full(self) -> bool:
         """Whether one more token would raise `ContextFullError`."""
         cache = self._cache
@@ -316,8 +321,9 @@ class Sequence(AbstractSequence[int]):
         return "<Sequence: closed>" if self.closed else f"<Sequence of {len(self)} tokens>"
 
 
+# For `Context`, on its fast path: C functions, where properties would be Python calls.
 slot_of: Callable[[Sequence], Slot] = operator.attrgetter("_slot")
-"""Give the engine's side of a sequence, for `Context`."""
+context_of: Callable[[Sequence], "Context"] = operator.attrgetter("_context")
 
 
 class Tokens(AbstractSequence[int]):

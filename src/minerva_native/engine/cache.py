@@ -414,7 +414,8 @@ class KVCache:
             slot.check_open()
             self._check_not_empty(slot)
         lacking = [slot for slot in slots if not slot.has_logits and self._needs_evaluation(slot)]
-        self._evaluate(lacking, on_progress, cancel, max_tokens)
+        if lacking:
+            self._evaluate(lacking, on_progress, cancel, max_tokens)
         return sum(slot.n_waiting for slot in lacking)
 
     def _check_not_empty(self, slot: Slot) -> None:

@@ -155,6 +155,8 @@ class Runner:
         """Have the next computations look at a cancel token, or at none."""
         self._watch.token = cancel
         self._abort.poll_interval_us = _POLL_US if cancel is None else _POLL_CANCEL_US
+        if cancel is not None:
+            self._abort.next_poll_us = 0
 
     def encode(self, ids: list[int]) -> int:
         """Have an encoder read a text as the only one of every sequence (`llama_encode`); return libllama's code."""
