@@ -663,6 +663,7 @@ class KVCache:
                 raise self._full(shared, slot)
             self._keep_logits(slot)
             self._apply_shift(slot)
+            self.pool.remove_strays()
             state = self._cells.read(slot.id)
             if state is None:
                 raise ContextError("libllama does not give the state of this sequence")
@@ -726,6 +727,7 @@ class KVCache:
             self._add(slot, payload.tokens)
             if payload.n_cached:
                 self.pool.place(slot)
+                self.pool.remove_strays()
                 if reason := slot.read_back(payload.state, payload.n_cached, payload.n_exact):
                     self.forget_everything()  # what libllama has read of it may lie anywhere
                     raise StateError(reason)
