@@ -1,18 +1,18 @@
-"""Choosing tokens: libllama's samplers in numpy, on any float32 array.
+"""Token sampling: libllama's samplers in numpy, on any float32 array of logits.
 
-The same parameters leave the same tokens with the same probabilities as in libllama. What differs, on purpose:
+The same parameters keep the same tokens with the same probabilities as in libllama, with these deliberate differences:
 
-- Ties at a cut are broken by token id, where libllama's sorts are unstable.
-- Sums over more than 1,024 candidates are more precise than libllama's float32 running sums, which drift; near a cut
-  of top-p, typical-p or Mirostat that decides about tokens of almost the same probability.
-- Typical-p takes a logit of -inf as probability 0. libllama computes NaN scores, whose order is undefined.
-- Logits above 3e8 are sorted like others. libllama's bucket sort, for heads of more than 128, misplaces them.
+- Ties at a cut are broken by token id. libllama's sorts are unstable.
+- Sums over more than 1,024 candidates are more precise than libllama's float32 running sums, which drift. Near a cut
+  of top-p, typical-p or Mirostat this can change which of several almost equally likely tokens are kept.
+- Typical-p treats a logit of -inf as probability 0. libllama computes NaN scores, whose order is undefined.
+- Logits above 3e8 are sorted correctly. libllama uses a bucket sort for k above 128, which misplaces them.
 - Mirostat 1 keeps all tokens of a flat distribution. libllama converts an infinite k to an integer.
-- A low temperature cannot overflow. libllama's quotient becomes infinite, and its probabilities NaN.
-- NaN, +inf, or nothing but -inf among the logits is an error, where libllama returns some token.
-- A negative temperature or window is refused, where libllama takes it as 0.
-- Adaptive-p is on whenever it has a target; llama-server also wants it named among the samplers.
-- The random numbers are other ones: one stream for a sampler, of which XTC takes a number for every token.
+- A low temperature cannot overflow. In libllama the quotient becomes infinite and the probabilities NaN.
+- Logits that contain NaN or +inf, or are all -inf, raise an error. libllama returns an arbitrary token.
+- A negative temperature or penalty window is rejected. libllama treats it as 0.
+- Adaptive-p is on whenever it has a target. llama-server also requires its name in the list of samplers.
+- The random numbers differ: each sampler has a single stream, and XTC consumes one number per token.
 """
 
 from .candidates import Candidates

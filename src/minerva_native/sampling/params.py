@@ -1,4 +1,4 @@
-"""`SamplingParams`: what to do with the logits, as one validated value."""
+"""`SamplingParams`: every sampling parameter in one validated, immutable value."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEFAULT_ORDER = (
     "xtc",
     "temperature",
 )
-"""libllama's default chain (`common_params_sampling::samplers`)."""
+"""llama.cpp's default chain of steps (`common_params_sampling::samplers`)."""
 
 _STEP_ALIASES = {
     "typ_p": "typical_p",
@@ -33,51 +33,50 @@ _MAX_SEED = 2**64 - 1
 
 
 class HasMetadata(Protocol):
-    """Anything with a GGUF metadata mapping, such as a `Model`."""
+    """An object with GGUF metadata, such as a `Model`."""
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """Every GGUF key of the model."""
+        """The model's GGUF keys and values."""
         ...
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose a token. Names are llama-server's request fields, defaults are libllama's.
+    """How to sample a token. Names are llama-server's request fields, defaults are llama.cpp's.
 
-    A step whose parameter is neutral costs nothing. A value of the wrong type raises `TypeError`, a value out of
-    range `ValueError`; both name the parameter.
+    A step with neutral parameters is skipped and costs nothing. A value of the wrong type raises `TypeError`, a value
+    out of range raises `ValueError`; both messages name the parameter.
 
     Attributes:
-        temperature: divides the logits; 0 takes the most likely survivor (greedy).
-        dynatemp_range: half-width of the dynamic temperature interval around `temperature`; 0 is off.
-        dynatemp_exponent: how the normalised entropy maps to that interval.
-        top_k: keep the k most likely tokens; 0 or less keeps all.
-        top_p: keep the smallest set of tokens with at least this mass (nucleus); 1 is off.
-        min_p: keep tokens at least this fraction as likely as the most likely one; 0 is off.
-        typical_p: keep the most locally typical tokens with more than this mass; 1 is off.
-        top_n_sigma: keep logits within n standard deviations of the largest; 0 or less is off.
-        xtc_probability: chance that the tokens above `xtc_threshold`, all but the least likely of them, are removed.
-        xtc_threshold: probability from which XTC removes; above 0.5 is off.
-        repeat_last_n: how many tokens of the history the three penalties look at; 0 is off.
-        repeat_penalty: divides positive and multiplies negative logits of tokens in that window; 1 is off.
-        frequency_penalty: subtracted once for every occurrence in the window.
-        presence_penalty: subtracted once for a token that occurs in the window.
-        dry_multiplier: strength of DRY; 0 is off.
-        dry_base: base of DRY's exponential; below 1 is off.
-        dry_allowed_length: repeats shorter than this are free.
-        dry_penalty_last_n: how many tokens of the history DRY scans; 0 is off.
-        dry_sequence_breakers: what a repeat may not cross: strings (resolved with the sampler's tokenizer), token
-            ids, or sequences of token ids.
-        mirostat: 1 or 2 replaces the chain by temperature and Mirostat; 0 is off.
-        mirostat_tau: target surprise, in bits.
-        mirostat_eta: learning rate.
-        adaptive_target: adaptive-p draws tokens near this probability; negative is off.
-        adaptive_decay: decay of adaptive-p's moving average, 0 to 0.99.
-        min_keep: top-p, min-p, typical-p and XTC keep at least this many tokens.
-        logit_bias: added to the logits of token ids before everything else; `-inf` bans. A mapping or (id, bias) pairs.
-        seed: of the random stream, 0 to 2**64 - 1; `None` takes fresh entropy.
-        order: names of the steps, in the order in which they run; steps left out do not run.
+        temperature: at least 0; divides the logits. 0 is greedy: take the most likely remaining token.
+        dynatemp_range: at least 0; half-width of the dynamic temperature range around `temperature`. 0 is off.
+        dynatemp_exponent: at least 0; exponent that maps the normalised entropy to that range.
+        top_k: any integer; keep the k most likely tokens. 0 or less keeps all.
+        top_p: 0 to 1; keep the smallest set of most likely tokens with at least this total probability. 1 is off.
+        min_p: 0 to 1; keep tokens at least this fraction as likely as the most likely one. 0 is off.
+        typical_p: 0 to 1; keep the most typical tokens until their total probability exceeds this. 1 is off.
+        top_n_sigma: any number; keep logits within n standard deviations of the largest. 0 or less is off.
+        xtc_probability: 0 to 1; chance that XTC removes every token at or above its threshold but the least likely.
+        xtc_threshold: 0 to 1; the probability at which XTC starts to remove tokens. Above 0.5 is off.
+        repeat_last_n: at least 0; penalty window of the next three, in tokens. 0 is off.
+        repeat_penalty: above 0; divides positive and multiplies negative logits of tokens in the window. 1 is off.
+        frequency_penalty: any number; subtracted once per occurrence in the window. 0 is off.
+        presence_penalty: any number; subtracted once if the token occurs in the window. 0 is off.
+        dry_multiplier: any number; strength of the DRY penalty. 0 is off.
+        dry_base: at least 0; base of DRY's exponential. Below 1 is off.
+        dry_allowed_length: at least 0; DRY does not penalise repeats shorter than this many tokens.
+        dry_penalty_last_n: at least 0; penalty window of DRY, in tokens. 0 is off.
+        dry_sequence_breakers: strings (these need a tokenizer), token ids or id sequences that no repeat may cross.
+        mirostat: 0 to 2; 1 or 2 replaces the chain with temperature and that version of Mirostat. 0 is off.
+        mirostat_tau: at least 0; Mirostat's target surprise, in bits.
+        mirostat_eta: at least 0; Mirostat's learning rate.
+        adaptive_target: at most 1; adaptive-p favours tokens near this probability. Negative is off.
+        adaptive_decay: 0 to 0.99; decay of adaptive-p's moving average.
+        min_keep: at least 0; top-p, min-p, typical-p and XTC keep at least this many tokens.
+        logit_bias: mapping or (id, bias) pairs; added to the logits before anything else. `-inf` bans a token.
+        seed: 0 to 2**64 - 1; seed of the random stream. `None` takes one from the operating system.
+        order: names of the steps in the order they run. A step that is not named does not run.
     """
 
     temperature: float = 0.8
@@ -124,15 +123,18 @@ class SamplingParams:
 
     @classmethod
     def greedy(cls) -> SamplingParams:
-        """The most likely token, every time: temperature 0 and no filter."""
+        """Return parameters that always take the most likely token: temperature 0 and no filters."""
         return cls(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
 
     @classmethod
     def from_model(cls, model: HasMetadata, **overrides: Any) -> SamplingParams:
-        """What the model's own GGUF metadata recommends, libllama's defaults elsewhere.
+        """Return the parameters that the model's GGUF metadata recommends, with defaults for the rest.
 
-        Reads the `general.sampling.*` keys that llama.cpp reads (`common_init_sampler_from_model`). An explicit
-        keyword wins over the metadata. Metadata of the wrong type or out of range raises `ValueError` with the key.
+        Reads the same `general.sampling.*` keys as llama.cpp (`common_init_sampler_from_model`). A keyword argument
+        overrides the metadata.
+
+        Raises:
+            ValueError: a metadata value has the wrong type or is out of range; the message names the key.
         """
         metadata = model.metadata
         values: dict[str, Any] = {}
@@ -152,7 +154,7 @@ class SamplingParams:
         return cls(**values, **overrides)
 
     def replace(self, **changes: Any) -> SamplingParams:
-        """A copy with some fields changed, validated again."""
+        """Return a validated copy with some fields changed."""
         return replace_fields(self, **changes)
 
 
@@ -204,21 +206,21 @@ _METADATA_FIELDS = {
 
 
 def parse_order(names: Sequence[str]) -> tuple[str, ...]:
-    """The steps that `names` stand for; llama.cpp's other spellings (`top-p`, `nucleus`, `typ_p`) are understood."""
+    """Return the canonical step names; llama.cpp's other spellings (`top-p`, `nucleus`, `typ_p`) are accepted."""
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise TypeError(f"order must be a sequence of step names, not {type(names).__name__}")
     known = {name.replace("_", ""): name for name in (*DEFAULT_ORDER, "adaptive_p")}
     steps = []
     for name in names:
         if not isinstance(name, str):
-            raise TypeError(f"order must hold step names, not {type(name).__name__}")
+            raise TypeError(f"order must contain step names, not {type(name).__name__}")
         spelled = name.lower().replace("-", "_")
         spelled = _STEP_ALIASES.get(spelled, spelled)
         step = known.get(spelled.replace("_", ""))
         if step is None:
-            raise ValueError(f"order: no step is called {name!r}; the steps are {', '.join(known.values())}")
+            raise ValueError(f"order: unknown step {name!r}; the steps are {', '.join(known.values())}")
         if step in steps:
-            raise ValueError(f"order: {step} is there twice")
+            raise ValueError(f"order: {step} appears twice")
         steps.append(step)
     return tuple(steps)
 
@@ -254,7 +256,7 @@ def _range_text(low: float, high: float) -> str:
 
 
 def _shortest_float32(value: float) -> float:
-    """GGUF stores 32-bit floats: read 0.949999988079071 as the 0.95 that was written."""
+    """Return the shortest decimal with the same float32: GGUF's 0.949999988079071 is read as 0.95."""
     import struct
 
     packed = struct.pack("f", value)
@@ -273,7 +275,7 @@ def _bias_pairs(bias: object) -> tuple[tuple[int, float], ...]:
         try:
             token, value = pair
         except (TypeError, ValueError):
-            raise TypeError(f"logit_bias must hold (id, bias) pairs, not {pair!r}") from None
+            raise TypeError(f"logit_bias must contain (id, bias) pairs, not {pair!r}") from None
         token = _integer("logit_bias: token id", token, 0, _INT32_MAX)
         if value is False or value == -math.inf:
             pairs.append((token, -math.inf))
