@@ -1,4 +1,4 @@
-"""Token masks: which tokens of the vocabulary may be drawn at all, as a grammar engine tells it."""
+"""Token masks: the tokens of the vocabulary that may be drawn, for example according to a grammar engine."""
 
 from __future__ import annotations
 
@@ -16,22 +16,20 @@ Mask = NDArray[np.bool_] | NDArray[np.uint8] | NDArray[np.uint32] | NDArray[np.i
 
 
 def apply_mask(logits: Floats, mask: Mask, out: Floats | None = None) -> Floats:
-    """Sets the logits of tokens that are not allowed to `-inf`.
+    """Set the logits of tokens that are not allowed to `-inf` and return the result.
 
-    Arguments:
+    Args:
         logits: float32 (n_vocab,).
-        mask: true where a token is allowed. Either bool (n_vocab,), or packed bits in uint8, int32 or uint32, the
-            lowest bit of the first element first, with at least n_vocab bits (the layout of llguidance and xgrammar).
-        out: where to write, float32 (n_vocab,); may be `logits` itself. A new array if absent.
-
-    Returns:
-        `out`.
+        mask: true for allowed tokens. Either bool (n_vocab,), or at least n_vocab packed bits in uint8, int32 or
+            uint32, starting at the lowest bit of the first element (the layout of llguidance and xgrammar).
+        out: output array, float32 (n_vocab,); may be `logits` itself. `None` allocates a new one.
 
     Raises:
-        TypeError, ValueError: a mask of another kind or too short; the message names `mask`.
+        TypeError: the mask is not an array or has another dtype.
+        ValueError: the mask is not one-dimensional or does not fit the number of logits.
     """
     octets = _packed(logits.size, mask)
-    # Eight tokens at a time from a table: no branch that a mixed mask could slow down.
+    # A table gives the bias of eight tokens at a time, without branches: a mixed mask costs no more than a uniform one.
     apart = out is not None and out.flags.c_contiguous and not np.may_share_memory(out, logits)
     if out is not None and apart and logits.size % 8 == 0:
         bias = out
@@ -62,6 +60,6 @@ def _packed(size: int, mask: Any) -> NDArray[np.intp]:
 
 @lru_cache(maxsize=1)
 def _octets() -> NDArray[np.void]:
-    """Entry b is eight floats, 0 where b has a bit."""
+    """Return a table of 256 entries: entry b is eight floats, 0 for each set bit of b and -inf for the others."""
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
     return np.where(bits, np.float32(0.0), np.float32(-np.inf)).astype(np.float32).view(_EIGHT_FLOATS)[:, 0]

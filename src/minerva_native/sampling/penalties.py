@@ -1,4 +1,4 @@
-"""Steps that change logits by what was said before: bias, repetition penalties, DRY."""
+"""Steps that change individual logits: logit bias, and the repetition penalties and DRY, which read the history."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LONGEST_BREAKER_BYTES = 40
 _LONGEST_TAIL = 20
 
 BreakerTails = dict[int, list[tuple[int, ...]]]
-"""For each token that can begin a sequence breaker, the tokens that must follow."""
+"""For each token that can begin a sequence breaker, the tails that complete it: the tokens that must follow."""
 
 
 def penalties(
@@ -26,10 +26,10 @@ def penalties(
     presence: float = 0.0,
     scratch: Scratch | None = None,
 ) -> Candidates:
-    """Makes the tokens of `history` less likely (Keskar et al. 2019; `llama_sampler_init_penalties`).
+    """Penalise the tokens in `history` (Keskar et al. 2019; `llama_sampler_init_penalties`).
 
-    A positive logit is divided by `repeat` and a negative one multiplied; then the number of occurrences times
-    `frequency` is subtracted, and `presence` once. `history` is the window to look at, not the whole of it.
+    A positive logit is divided by `repeat`, any other is multiplied by it. Then `frequency` is subtracted once per
+    occurrence, and `presence` once. Pass only the penalty window as `history`.
     """
     counts = Counter(history.tolist() if isinstance(history, np.ndarray) else history)
     if not counts:
@@ -39,7 +39,7 @@ def penalties(
 
     def penalised(logits: Floats, times: Floats) -> Floats:
         factor = np.float32(repeat)
-        scaled = np.where(logits <= 0, logits * factor, logits / factor)
+        scaled: Floats = np.where(logits <= 0, logits * factor, logits / factor)
         return scaled - (times * np.float32(frequency) + np.float32(presence))
 
     position, chosen = _positions(candidates, ids)
@@ -57,10 +57,10 @@ def dry(
     breakers: BreakerTails | None = None,
     scratch: Scratch | None = None,
 ) -> Candidates:
-    """Makes tokens that would prolong a verbatim repetition less likely (DRY; `llama_sampler_init_dry`).
+    """Penalise tokens that would extend a verbatim repetition (DRY; `llama_sampler_init_dry`).
 
-    A token that would continue a repeat of length n of the last tokens of `history` loses
-    multiplier * base ** (n - allowed_length). A repeat does not reach over a sequence breaker.
+    If the last n tokens of `history`, n >= allowed_length, occurred before, then the token that followed them there
+    loses multiplier * base ** (n - allowed_length). A repeat never crosses a sequence breaker.
     """
     breakers = breakers or {}
     repeats = _repeat_lengths(history, allowed_length, base, breakers)
@@ -81,7 +81,7 @@ def dry(
 
 
 def _repeat_lengths(history: Sequence[int], allowed_length: int, base: float, breakers: BreakerTails) -> dict[int, int]:
-    """For each token that would continue a repeat: the longest repeat that it would continue."""
+    """Return, for each token that would extend a repeat, the length of the longest repeat that it extends."""
     backwards = np.array(history, np.int64)[::-1]
     size = backwards.size
     if size <= allowed_length:
@@ -90,7 +90,7 @@ def _repeat_lengths(history: Sequence[int], allowed_length: int, base: float, br
     if limit < allowed_length:
         return {}
     largest_exponent = _largest_exponent(base)
-    if largest_exponent > 0:  # longer repeats are not penalised more
+    if largest_exponent > 0:  # longer repeats get the same penalty
         limit = min(limit, allowed_length + largest_exponent)
     lengths = np.zeros(size, np.int64)
     starts = np.arange(1, size)
@@ -111,7 +111,7 @@ def _repeat_lengths(history: Sequence[int], allowed_length: int, base: float, br
 
 
 def _distance_to_breaker(backwards: list[int], breakers: BreakerTails) -> int:
-    """How many tokens follow the last sequence breaker; all of them when there is none."""
+    """Return how many tokens follow the last sequence breaker, or the length of the history if there is none."""
     for place, token in enumerate(backwards):
         tails = breakers.get(token)
         if not tails:
@@ -127,7 +127,7 @@ def _distance_to_breaker(backwards: list[int], breakers: BreakerTails) -> int:
 
 
 def _largest_exponent(base: float) -> int:
-    """Above this, base ** exponent leaves float32; 0 when it never does."""
+    """Return the largest exponent for which base ** exponent fits float32, or 0 if there is no limit."""
     base32 = np.float32(base)
     if base32 <= np.float32(1.000001):
         return 0
@@ -135,41 +135,46 @@ def _largest_exponent(base: float) -> int:
 
 
 class LogitBias(NamedTuple):
-    """Token ids and what is added to their logits, one entry an id."""
+    """The bias of each biased token.
+
+    Attributes:
+        ids: intp (n,), token ids, each at most once.
+        values: float32 (n,), what is added to their logits.
+    """
 
     ids: Ids
     values: Floats
 
     @classmethod
     def of(cls, pairs: Iterable[tuple[int, float]]) -> LogitBias:
-        """From (id, bias) pairs; the biases of an id that is there twice add up."""
+        """Return the bias from (id, bias) pairs; the biases of a repeated id are summed."""
         total: dict[int, float] = {}
         for token, value in pairs:
             total[token] = total.get(token, 0.0) + value
         return cls(np.fromiter(total, np.intp, len(total)), np.fromiter(total.values(), np.float32, len(total)))
 
     def add_to(self, logits: Floats) -> None:
-        """Adds in place; `ValueError` for an id outside the vocabulary."""
+        """Add the bias in place, or raise `ValueError` if an id is outside the vocabulary."""
         if int(self.ids.max()) >= logits.size:
             raise ValueError(f"logit_bias: token id {int(self.ids.max())} is outside a vocabulary of {logits.size}")
         logits[self.ids] += self.values
 
 
 def writable(candidates: Candidates, scratch: Scratch | None) -> Floats:
-    """Logits that may be changed: a copy in the sampler's work array, or that array itself."""
+    """Return the logits in an array that may be modified: the scratch work array, or a copy without scratch."""
     logits = candidates.logits
     if scratch is None:
         copy: Floats = logits.copy()
         return copy
     work: Floats = scratch.floats("work", logits.size)
-    # An addition is a faster copy than a copy: numpy's is not vectorised for every build.
+    # Adding 0 copies faster than a copy, which numpy does not vectorise in every build.
     if logits is not work:
         np.add(logits, np.float32(0.0), out=work)
     return work
 
 
 def _positions(candidates: Candidates, ids: Ids) -> tuple[Ids, Ids]:
-    """Where these distinct tokens are among the candidates, and which of `ids` that are."""
+    """Return the positions of these distinct ids among the candidates, and for each its index in `ids`."""
     if candidates.ids is None:
         inside = np.flatnonzero((ids >= 0) & (ids < candidates.logits.size))
         return (ids, inside) if inside.size == ids.size else (ids[inside], inside)
@@ -180,24 +185,24 @@ def _positions(candidates: Candidates, ids: Ids) -> tuple[Ids, Ids]:
 
 
 class BreakerTokenizer(Protocol):
-    """What resolving strings needs of a tokenizer."""
+    """The tokenizer methods that are needed to resolve strings as sequence breakers."""
 
     @property
     def n_vocab(self) -> int:
-        """How many tokens there are."""
+        """The size of the vocabulary."""
         ...
 
     def piece(self, token: int, special: bool = ...) -> bytes:
-        """The bytes of these tokens."""
+        """Return the bytes of a token."""
         ...
 
     def encode(self, text: str, add_special: bool = ..., parse_special: bool = ...) -> list[int]:
-        """The tokens of a text."""
+        """Return the tokens of a text."""
         ...
 
 
 def token_breakers(breakers: Iterable[tuple[int, ...]]) -> BreakerTails:
-    """Sequence breakers that are given as tokens."""
+    """Return the tails of sequence breakers that are given as token ids."""
     tails: BreakerTails = {}
     for head, *tail in breakers:
         known = tails.setdefault(head, [])
@@ -207,10 +212,10 @@ def token_breakers(breakers: Iterable[tuple[int, ...]]) -> BreakerTails:
 
 
 def string_breakers(tokenizer: BreakerTokenizer, strings: Sequence[str]) -> dict[str, BreakerTails]:
-    """Every way in which the tokens of a vocabulary can spell each string: whole inside one, or begun at its end.
+    """Return, for each string, the tokens that contain it, and those that end with its beginning plus their tails.
 
-    Looks at each token of the vocabulary, which takes a second for a large one. A string counts up to its 40th byte,
-    a tail up to its 20th token, as in libllama.
+    This visits every token, which takes about a second for a large vocabulary. As in libllama, only the first 40
+    bytes of a string and the first 20 tokens of a tail are used.
     """
     pieces = [tokenizer.piece(token, special=True) for token in range(tokenizer.n_vocab)]
     return {string: _spellings(tokenizer, pieces, string) for string in strings}
@@ -229,7 +234,7 @@ def _spellings(tokenizer: BreakerTokenizer, pieces: list[bytes], string: str) ->
 
 
 def merge_breakers(parts: Iterable[BreakerTails]) -> BreakerTails:
-    """All the breakers of several collections."""
+    """Return the union of several sets of sequence breakers."""
     merged: BreakerTails = {}
     for part in parts:
         for token, tails in part.items():
@@ -239,7 +244,7 @@ def merge_breakers(parts: Iterable[BreakerTails]) -> BreakerTails:
 
 
 def last(tokens: Sequence[int], count: int) -> Sequence[int]:
-    """The last `count` tokens of a history, in time that does not grow with the history."""
+    """Return the last `count` tokens of a history, in time independent of its length."""
     if count <= 0:
         return ()
     size = len(tokens)
