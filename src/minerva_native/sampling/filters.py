@@ -142,9 +142,9 @@ def _top_p_columns(candidates: Candidates, p: float, min_keep: int, scratch: Scr
 
 
 def _heavier_part(weights: Floats, total: float, target: float, scratch: Scratch) -> tuple[Ids, Floats]:
-    """Return the positions and values of all weights above some bound, where they sum to at least `target`.
+    """Return the positions and values of the heaviest weights, enough of them to sum to at least `target`.
 
-    The bound is estimated from a sample of the weights.
+    They are all the weights above a bound, which is estimated from a sample.
     """
     sample = np.sort(weights[:: max(1, weights.size // _SAMPLE)])[::-1]
     running = np.add.accumulate(sample, dtype=np.float64)
