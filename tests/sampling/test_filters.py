@@ -1,4 +1,4 @@
-"""Each filter against a few lines of float64 that say what it means."""
+"""Each filter against its definition, written as a few lines of float64."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SIZES = (1, 2, 50, 50, 50, 50, 1, 2, 50, 1500, 8192, 32_000, 128_256)
 
 @st.composite
 def logit_arrays(draw: st.DrawFn) -> Floats:
-    """Gaussian logits, some with many ties, some with many that are -inf."""
+    """Draw Gaussian logits: some with many ties, some with many entries of -inf."""
     size = draw(st.sampled_from(SIZES))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     values = rng.normal(0, 3, size)
@@ -49,7 +49,7 @@ def by_rank(logits: Floats) -> NDArray[np.intp]:
 
 @exhaustive
 @given(logit_arrays(), st.integers(1, 2000))
-def test_top_k_keeps_the_first_k_of_the_sorted_vocabulary(logits: Floats, k: int) -> None:
+def test_top_k_keeps_the_k_largest_logits_in_order(logits: Floats, k: int) -> None:
     kept = filters.top_k(Candidates(logits), k)
     assert kept.descending
     np.testing.assert_array_equal(kept.token_ids(), by_rank(logits)[:k])
@@ -58,7 +58,7 @@ def test_top_k_keeps_the_first_k_of_the_sorted_vocabulary(logits: Floats, k: int
 
 @exhaustive
 @given(logit_arrays(), st.floats(0.01, 0.99), st.integers(0, 5))
-def test_top_p_keeps_the_shortest_head_that_has_the_mass(logits: Floats, p: float, keep: int) -> None:
+def test_top_p_keeps_the_smallest_head_with_enough_mass(logits: Floats, p: float, keep: int) -> None:
     kept = np.sort(filters.top_p(Candidates(logits), p, keep).token_ids())
     order = by_rank(logits)
     np.testing.assert_array_equal(kept, np.sort(order[: kept.size]))
@@ -71,7 +71,7 @@ def test_top_p_keeps_the_shortest_head_that_has_the_mass(logits: Floats, p: floa
 
 @exhaustive
 @given(logit_arrays(), st.floats(0.001, 1.0), st.integers(0, 5))
-def test_min_p_keeps_what_is_likely_enough(logits: Floats, p: float, keep: int) -> None:
+def test_min_p_keeps_tokens_likely_enough_relative_to_the_best(logits: Floats, p: float, keep: int) -> None:
     kept = np.sort(filters.min_p(Candidates(logits), p, keep).token_ids())
     ratio = shares(logits) / shares(logits).max()
     expected = np.flatnonzero(ratio >= p * (1 + 1e-6))
@@ -82,7 +82,7 @@ def test_min_p_keeps_what_is_likely_enough(logits: Floats, p: float, keep: int) 
 
 @exhaustive
 @given(logit_arrays(), st.floats(0.01, 0.99))
-def test_typical_p_keeps_a_band_around_the_entropy_that_has_the_mass(logits: Floats, p: float) -> None:
+def test_typical_p_keeps_a_band_around_the_entropy_with_enough_mass(logits: Floats, p: float) -> None:
     kept = filters.typical_p(Candidates(logits), p).token_ids()
     share = shares(logits)
     surprise = -np.log(np.maximum(share, 1e-300))
@@ -99,7 +99,7 @@ def test_typical_p_keeps_a_band_around_the_entropy_that_has_the_mass(logits: Flo
 
 @exhaustive
 @given(logit_arrays(), st.floats(0.1, 5.0))
-def test_top_n_sigma_bans_what_is_n_deviations_below(logits: Floats, n: float) -> None:
+def test_top_n_sigma_bans_logits_more_than_n_deviations_below_the_largest(logits: Floats, n: float) -> None:
     left = filters.top_n_sigma(Candidates(logits), n).logits
     finite = logits[logits > -np.inf].astype(np.float64)
     floor = float(finite.max() - n * finite.std())
@@ -110,7 +110,7 @@ def test_top_n_sigma_bans_what_is_n_deviations_below(logits: Floats, n: float) -
 
 @exhaustive
 @given(logit_arrays(), st.floats(0.01, 0.5), st.integers(0, 5))
-def test_xtc_leaves_only_the_least_likely_of_the_likely(logits: Floats, threshold: float, keep: int) -> None:
+def test_xtc_keeps_only_the_least_likely_token_above_the_threshold(logits: Floats, threshold: float, keep: int) -> None:
     kept = filters.xtc(Candidates(logits), threshold, keep).token_ids()
     likely = by_rank(logits)[: int((shares(logits) >= threshold).sum())]
     dropped = likely[:-1]
@@ -121,7 +121,7 @@ def test_xtc_leaves_only_the_least_likely_of_the_likely(logits: Floats, threshol
 
 @exhaustive
 @given(logit_arrays(), st.floats(0.05, 5.0))
-def test_temperature_divides(logits: Floats, t: float) -> None:
+def test_temperature_divides_the_logits(logits: Floats, t: float) -> None:
     np.testing.assert_array_equal(filters.temperature(Candidates(logits), t).logits, logits / np.float32(t))
 
 
@@ -162,7 +162,7 @@ NAMES = ["top_k", "top_p", "min_p", "typical_p", "top_n_sigma", "xtc", "greedy",
 @pytest.mark.parametrize("size", [2, 50, 2000, 10_000, 128_256])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("place", [0, -1])
-def test_unusable_logits_are_refused(
+def test_nan_and_infinity_are_rejected(
     apply: Callable[[Candidates], Candidates], size: int, bad: float, place: int
 ) -> None:
     logits = np.zeros(size, np.float32)
@@ -173,7 +173,7 @@ def test_unusable_logits_are_refused(
 
 @pytest.mark.parametrize("apply", ALL, ids=NAMES)
 @pytest.mark.parametrize("size", [2, 50, 2000, 10_000])
-def test_logits_of_which_none_can_be_drawn_are_refused(apply: Callable[[Candidates], Candidates], size: int) -> None:
+def test_logits_that_are_all_minus_infinity_are_rejected(apply: Callable[[Candidates], Candidates], size: int) -> None:
     with pytest.raises(SamplingError, match="every logit is -inf"):
         apply(Candidates(np.full(size, -np.inf, np.float32)))
 
@@ -189,7 +189,7 @@ def test_a_filter_does_not_modify_its_input(apply: Callable[[Candidates], Candid
 
 @pytest.mark.parametrize("apply", ALL, ids=NAMES)
 @pytest.mark.parametrize("size", [1, 2, 50, 2000, 10_000, 128_256])
-def test_a_filter_leaves_the_best_of_a_flat_vocabulary_something(
+def test_a_filter_keeps_at_least_one_token_of_a_flat_distribution(
     apply: Callable[[Candidates], Candidates], size: int
 ) -> None:
     left = apply(Candidates(np.zeros(size, np.float32)))
@@ -198,13 +198,13 @@ def test_a_filter_leaves_the_best_of_a_flat_vocabulary_something(
 
 
 @pytest.mark.parametrize("p", [0.9999999999, 1.0])
-def test_a_mass_that_float32_takes_for_1_keeps_all(p: float) -> None:
+def test_a_mass_that_rounds_to_1_in_float32_keeps_all(p: float) -> None:
     logits = np.arange(10, dtype=np.float32)
     assert filters.top_p(Candidates(logits), p).logits.size == 10
     assert filters.typical_p(Candidates(logits), p).logits.size == 10
 
 
-def test_filters_work_on_what_other_filters_left() -> None:
+def test_filters_can_be_chained() -> None:
     logits = np.array([1, 9, 3, 7, 5], np.float32)
     left = filters.top_k(Candidates(logits, np.array([10, 11, 12, 13, 14])), 3)
     assert left.token_ids().tolist() == [11, 13, 14]

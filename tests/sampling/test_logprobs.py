@@ -24,33 +24,33 @@ def test_a_banned_token_has_logprob_minus_infinity() -> None:
 
 
 @pytest.mark.parametrize("token", [-1, 3])
-def test_a_token_outside_the_vocabulary_is_refused(token: int) -> None:
+def test_a_token_outside_the_vocabulary_is_rejected(token: int) -> None:
     with pytest.raises(ValueError, match="vocabulary"):
         logprob(np.zeros(3, np.float32), token)
 
 
-def test_nan_has_no_logprob() -> None:
+def test_logits_with_nan_are_rejected() -> None:
     with pytest.raises(SamplingError, match="NaN"):
         logprob(np.array([0.0, np.nan], np.float32), 0)
 
 
-def test_the_top_logprobs_are_the_largest_in_order() -> None:
+def test_top_logprobs_are_the_largest_in_descending_order() -> None:
     ids, values = top_logprobs(np.array([1.0, 3.0, 2.0, 3.0], np.float32), 3)
     assert ids.tolist() == [1, 3, 2]
     assert np.exp(values).sum() == pytest.approx(1 - math.exp(logprob(np.array([1, 3, 2, 3], np.float32), 0)))
 
 
-def test_a_sampler_tells_the_models_logprobs() -> None:
+def test_a_sampler_returns_the_logprobs_of_the_model() -> None:
     logits = np.array([1.0, 3.0, 2.0], np.float32)
-    told = Sampler(SamplingParams.greedy()).logprobs(logits, 0, n=2)
-    assert told.logprob == pytest.approx(logprob(logits, 0))
-    assert told.ids.tolist() == [1, 2]
+    result = Sampler(SamplingParams.greedy()).logprobs(logits, 0, n=2)
+    assert result.logprob == pytest.approx(logprob(logits, 0))
+    assert result.ids.tolist() == [1, 2]
 
 
-def test_a_sampler_tells_the_logprobs_that_it_samples_from() -> None:
+def test_a_sampler_returns_the_logprobs_of_the_distribution_it_samples_from() -> None:
     logits = np.array([1.0, 3.0, 2.0], np.float32)
     sampler = Sampler(SamplingParams(top_k=2, top_p=1.0, min_p=0.0, temperature=1.0, seed=1))
-    told = sampler.sampled_logprobs(logits, 1, n=5)
-    assert told.logprob == pytest.approx(-math.log1p(math.exp(-1)))
-    assert told.ids.tolist() == [1, 2]
+    result = sampler.sampled_logprobs(logits, 1, n=5)
+    assert result.logprob == pytest.approx(-math.log1p(math.exp(-1)))
+    assert result.ids.tolist() == [1, 2]
     assert sampler.sampled_logprobs(logits, 0).logprob == -math.inf

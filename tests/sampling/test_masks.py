@@ -41,7 +41,7 @@ def test_logits_may_be_masked_in_place() -> None:
     np.testing.assert_array_equal(logits == 0, allowed)
 
 
-def test_the_output_may_overlap_the_logits() -> None:
+def test_the_output_may_share_memory_with_the_logits() -> None:
     logits = np.arange(64, dtype=np.float32)
     apply_mask(logits[:], np.arange(64) < 32, logits)
     assert logits.tolist() == [*range(32), *[-np.inf] * 32]
@@ -52,7 +52,7 @@ def test_a_banned_token_stays_banned() -> None:
     assert apply_mask(logits, np.array([True, False])).tolist() == [-np.inf, -np.inf]
 
 
-def test_a_mask_with_too_few_bits_is_refused() -> None:
+def test_a_mask_with_too_few_bits_is_rejected() -> None:
     logits = np.zeros(100, np.float32)
     for mask in (np.ones(99, np.bool_), np.ones(12, np.uint8), np.ones(3, np.uint32)):
         with pytest.raises(ValueError, match="mask"):
@@ -60,13 +60,13 @@ def test_a_mask_with_too_few_bits_is_refused() -> None:
 
 
 @pytest.mark.parametrize("mask", [[True], np.ones(1, np.float32), np.ones(1, np.int64)])
-def test_what_is_no_mask_is_refused(mask: Any) -> None:
+def test_a_mask_of_another_type_is_rejected(mask: Any) -> None:
     with pytest.raises(TypeError, match="mask"):
         apply_mask(np.zeros(1, np.float32), mask)
 
 
 @pytest.mark.parametrize("params", [SamplingParams.greedy(), SamplingParams(seed=1)], ids=["greedy", "default"])
-def test_a_sampler_draws_only_allowed_tokens_and_leaves_the_logits_alone(params: SamplingParams) -> None:
+def test_a_sampler_draws_only_allowed_tokens_and_does_not_modify_the_logits(params: SamplingParams) -> None:
     logits = np.random.default_rng(0).normal(0, 3, 1000).astype(np.float32)
     before = logits.copy()
     allowed = np.zeros(1000, np.bool_)
@@ -77,7 +77,7 @@ def test_a_sampler_draws_only_allowed_tokens_and_leaves_the_logits_alone(params:
 
 
 @pytest.mark.parametrize("params", [SamplingParams.greedy(), SamplingParams(seed=1)], ids=["greedy", "default"])
-def test_an_empty_mask_is_an_error(params: SamplingParams) -> None:
+def test_a_mask_that_allows_no_token_is_an_error(params: SamplingParams) -> None:
     with pytest.raises(SamplingError, match="mask"):
         Sampler(params)(np.zeros(1000, np.float32), mask=np.zeros(1000, np.bool_))
 

@@ -11,7 +11,7 @@ import pytest
 from minerva_native.sampling import DEFAULT_ORDER, SamplingParams
 
 
-def test_the_defaults_are_libllamas() -> None:
+def test_the_defaults_are_those_of_llama_cpp() -> None:
     params = SamplingParams()
     assert (params.temperature, params.top_k, params.top_p, params.min_p) == (0.8, 40, 0.95, 0.05)
     assert (params.repeat_last_n, params.repeat_penalty, params.dry_base, params.dry_allowed_length) == (
@@ -24,19 +24,19 @@ def test_the_defaults_are_libllamas() -> None:
     assert params.order == DEFAULT_ORDER
 
 
-def test_parameters_cannot_be_changed() -> None:
+def test_parameters_are_immutable() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         SamplingParams().temperature = 1.0  # type: ignore[misc]
 
 
-def test_a_copy_with_changes_is_validated() -> None:
+def test_replace_validates_the_copy() -> None:
     params = SamplingParams(top_k=5).replace(temperature=0.5)
     assert (params.top_k, params.temperature) == (5, 0.5)
     with pytest.raises(ValueError, match="temperature"):
         params.replace(temperature=-1.0)
 
 
-def test_equal_parameters_are_equal_and_hash_alike() -> None:
+def test_parameters_with_the_same_values_are_equal_and_have_the_same_hash() -> None:
     assert len({SamplingParams(logit_bias={1: 2.0}), SamplingParams(logit_bias=[(1, 2)])}) == 1
 
 
@@ -81,7 +81,7 @@ def test_equal_parameters_are_equal_and_hash_alike() -> None:
         ("order", ("top_k", "magic")),
     ],
 )
-def test_a_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
+def test_a_value_out_of_range_is_rejected_by_name(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=name):
         SamplingParams(**{name: value})
 
@@ -107,17 +107,17 @@ def test_a_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
         ("order", (1,)),
     ],
 )
-def test_a_value_of_the_wrong_type_is_refused_by_name(name: str, value: Any) -> None:
+def test_a_value_of_the_wrong_type_is_rejected_by_name(name: str, value: Any) -> None:
     with pytest.raises(TypeError, match=name):
         SamplingParams(**{name: value})
 
 
-def test_numpy_numbers_are_numbers() -> None:
+def test_numpy_scalars_are_accepted() -> None:
     params = SamplingParams(temperature=np.float32(0.5), top_k=np.int64(3))  # type: ignore[arg-type]
     assert (type(params.temperature), type(params.top_k)) == (float, int)
 
 
-def test_steps_may_be_spelled_as_in_llama_cpp() -> None:
+def test_llama_cpps_spellings_of_the_steps_are_accepted() -> None:
     assert SamplingParams(order=("typ_p", "nucleus", "Min-P", "temp")).order == (
         "typical_p",
         "top_p",
@@ -130,12 +130,12 @@ def test_a_false_bias_bans_as_in_llama_server() -> None:
     assert SamplingParams(logit_bias=[(5, False)]).logit_bias == ((5, -math.inf),)
 
 
-def test_a_single_token_is_a_breaker() -> None:
+def test_a_single_token_id_can_be_a_breaker() -> None:
     assert SamplingParams(dry_sequence_breakers=(13, (1, 2), "x")).dry_sequence_breakers == ((13,), (1, 2), "x")
 
 
 class TestFromModel:
-    """What a model's metadata recommends."""
+    """Parameters recommended by the model's metadata."""
 
     def test_every_key_that_llama_cpp_reads_is_read(self) -> None:
         keys = {
@@ -168,15 +168,15 @@ class TestFromModel:
             mirostat_eta=0.2,
         )
 
-    def test_a_model_without_advice_gets_the_defaults(self) -> None:
+    def test_a_model_without_recommendations_gets_the_defaults(self) -> None:
         assert SamplingParams.from_model(SimpleNamespace(metadata={})) == SamplingParams()
 
-    def test_the_caller_wins(self) -> None:
+    def test_keyword_arguments_override_the_metadata(self) -> None:
         model = SimpleNamespace(metadata={"general.sampling.temp": 0.6, "general.sampling.top_k": 20})
         params = SamplingParams.from_model(model, temperature=1.0, seed=3)
         assert (params.temperature, params.top_k, params.seed) == (1.0, 20, 3)
 
-    def test_bad_advice_is_refused_with_its_key(self) -> None:
+    def test_invalid_metadata_is_rejected_with_its_key(self) -> None:
         with pytest.raises(ValueError, match=r"general\.sampling\.temp"):
             SamplingParams.from_model(SimpleNamespace(metadata={"general.sampling.temp": -2.0}))
         with pytest.raises(ValueError, match=r"general\.sampling\.top_k"):

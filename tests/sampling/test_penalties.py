@@ -18,12 +18,12 @@ def test_repeat_divides_positive_and_multiplies_negative_logits() -> None:
     assert penalised([0, 1, 1, 2], repeat=2.0) == [1.0, -4.0, 0.0, 1.0]
 
 
-def test_frequency_counts_and_presence_does_not() -> None:
+def test_frequency_counts_occurrences_and_presence_does_not() -> None:
     assert penalised([0, 0, 3], frequency=0.5) == [1.0, -2.0, 0.0, 0.5]
     assert penalised([0, 0, 3], presence=0.5) == [1.5, -2.0, 0.0, 0.5]
 
 
-def test_penalties_reach_candidates_that_were_filtered_before() -> None:
+def test_penalties_apply_to_already_filtered_candidates() -> None:
     left = Candidates(np.array([3.0, 2.0, 1.0], np.float32), np.array([7, 2, 9]))
     assert penalties(left, [9, 7, 100], presence=1.0).logits.tolist() == [2.0, 2.0, 0.0]
 
@@ -40,34 +40,34 @@ def dried(
     return [-float(logit) for logit in left]
 
 
-def test_dry_penalises_what_would_continue_a_repeat() -> None:
+def test_dry_penalises_a_token_that_would_extend_a_repeat() -> None:
     assert dried([0, 1, 2, 5, 0, 1]) == [0, 0, 1.0, 0, 0, 0]
 
 
-def test_dry_grows_with_the_repeat() -> None:
+def test_dry_grows_with_the_length_of_the_repeat() -> None:
     assert dried([0, 1, 2, 3, 5, 0, 1, 2]) == [0, 0, 0, 2.0, 0, 0]
 
 
-def test_dry_takes_the_longest_repeat_of_a_token() -> None:
+def test_dry_uses_the_longest_repeat_that_a_token_would_extend() -> None:
     assert dried([4, 1, 3, 5, 0, 4, 1, 3, 5, 2, 0, 4, 1]) == [0, 0, 0, 2.0, 0, 0]
 
 
-def test_dry_lets_short_repeats_be() -> None:
+def test_dry_does_not_penalise_short_repeats() -> None:
     assert dried([0, 1, 2, 5, 0, 1], allowed=3) == [0] * 6
 
 
-def test_dry_does_not_look_beyond_a_breaker() -> None:
+def test_a_repeat_does_not_cross_a_breaker() -> None:
     assert dried([0, 1, 2, 5, 0, 1], breakers=[(0,)]) == [0] * 6
     assert dried([5, 0, 1, 2, 5, 0, 1], breakers=[(5,)]) == [0, 0, 1.0, 0, 0, 0]
 
 
-def test_a_breaker_of_several_tokens_must_be_there_whole() -> None:
+def test_a_breaker_of_several_tokens_must_match_completely() -> None:
     history = [3, 4, 0, 1, 2, 3, 4, 0, 1]
     assert dried(history, breakers=[(3, 4)]) == [0, 0, 1.0, 0, 0, 0]
     assert dried(history, breakers=[(3, 5)]) == [0, 0, 4.0, 0, 0, 0]
 
 
-def test_of_several_breakers_that_begin_alike_the_longest_counts() -> None:
+def test_the_longest_of_several_breakers_with_a_common_prefix_counts() -> None:
     assert dried([3, 4, 0, 1, 2, 3, 4, 0, 1], breakers=[(3,), (3, 4)]) == [0, 0, 1.0, 0, 0, 0]
 
 
@@ -75,15 +75,15 @@ def test_dry_does_not_penalise_a_breaker() -> None:
     assert dried([0, 1, 2, 5, 0, 1], breakers=[(2,)])[2] == 0
 
 
-def test_dry_of_a_long_monotone_history_is_finite_and_quick() -> None:
+def test_dry_on_a_long_repetition_of_one_token_stays_finite() -> None:
     logits = np.zeros(6, np.float32)
     left = dry(Candidates(logits), [1] * 20_000, 1.0, 1.75, 2).logits
     assert np.isfinite(left[[0, 2, 3, 4, 5]]).all()
-    assert left[1] == -np.float32(1.75**158)  # the largest power that float32 can hold
+    assert left[1] == -np.float32(1.75**158)  # the largest power that fits float32
 
 
 class Words:
-    """A tokenizer of a few pieces."""
+    """A tokenizer with a handful of tokens."""
 
     pieces = (b"a", b"b", b"\n", b"ab\n", b"x\nb", b"\n\n", b"end", b" en", b"d")
     n_vocab = len(pieces)
@@ -100,15 +100,15 @@ class Words:
         return ids
 
 
-def test_a_string_breaks_in_every_token_that_holds_it() -> None:
+def test_every_token_that_contains_the_string_is_a_breaker() -> None:
     assert string_breakers(Words(), ["\n"]) == {"\n": {2: [()], 3: [()], 4: [()], 5: [()]}}
 
 
-def test_a_string_may_begin_at_the_end_of_a_token() -> None:
+def test_a_string_may_start_at_the_end_of_a_token() -> None:
     assert string_breakers(Words(), ["end"]) == {"end": {6: [()], 7: [(8,)]}}
 
 
-def test_breakers_of_both_kinds_are_put_together() -> None:
+def test_breakers_of_both_kinds_are_merged() -> None:
     assert merge_breakers([{1: [()]}, {1: [(), (2,)], 3: [()]}]) == {1: [(), (2,)], 3: [()]}
 
 

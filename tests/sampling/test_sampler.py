@@ -56,7 +56,7 @@ every_configuration = pytest.mark.parametrize("params", CONFIGURATIONS.values(),
 
 
 def generate(sampler: Sampler, count: int, tokens: list[int], size: int = 1000) -> list[int]:
-    """Tokens from logits that depend on the place, like a model's."""
+    """Append `count` tokens, drawn from logits that depend on the position like a model's."""
     for _ in range(count):
         tokens.append(sampler(make_logits(size, len(tokens)), tokens))
     return tokens
@@ -64,7 +64,7 @@ def generate(sampler: Sampler, count: int, tokens: list[int], size: int = 1000) 
 
 @every_configuration
 @pytest.mark.parametrize("size", [1, 2, 50, 1000, 9001, 32_000, 128_256])
-def test_a_token_comes_from_the_announced_distribution(params: SamplingParams, size: int) -> None:
+def test_a_drawn_token_is_in_the_distribution(params: SamplingParams, size: int) -> None:
     sampler, logits, history = Sampler(params), make_logits(size), [0, 0, size - 1]
     ids, probs = sampler.distribution(logits, history)
     assert probs.sum() == pytest.approx(1.0)
@@ -86,12 +86,12 @@ def test_the_logits_are_not_modified(params: SamplingParams, size: int) -> None:
 
 
 @every_configuration
-def test_one_seed_is_one_stream_of_tokens(params: SamplingParams) -> None:
+def test_the_same_seed_gives_the_same_tokens(params: SamplingParams) -> None:
     assert generate(Sampler(params), 20, []) == generate(Sampler(params), 20, [])
 
 
 @every_configuration
-def test_a_restored_sampler_continues_exactly(params: SamplingParams) -> None:
+def test_a_restored_sampler_continues_with_the_same_tokens(params: SamplingParams) -> None:
     sampler = Sampler(params)
     tokens = generate(sampler, 10, [])
     restored = Sampler(params.replace(seed=99))
@@ -100,7 +100,7 @@ def test_a_restored_sampler_continues_exactly(params: SamplingParams) -> None:
 
 
 @every_configuration
-def test_a_fork_continues_on_its_own(params: SamplingParams) -> None:
+def test_a_fork_continues_independently_with_the_same_tokens(params: SamplingParams) -> None:
     sampler = Sampler(params)
     tokens = generate(sampler, 10, [])
     branch = sampler.fork()
@@ -109,7 +109,7 @@ def test_a_fork_continues_on_its_own(params: SamplingParams) -> None:
 
 
 @every_configuration
-def test_a_reset_sampler_begins_again(params: SamplingParams) -> None:
+def test_a_reset_sampler_repeats_its_tokens(params: SamplingParams) -> None:
     sampler = Sampler(params)
     first = generate(sampler, 10, [])
     sampler.reset()
@@ -117,7 +117,7 @@ def test_a_reset_sampler_begins_again(params: SamplingParams) -> None:
 
 
 @every_configuration
-def test_announcing_the_distribution_changes_nothing(params: SamplingParams) -> None:
+def test_distribution_does_not_change_the_state(params: SamplingParams) -> None:
     asked, other = Sampler(params), Sampler(params)
     for place in range(10):
         asked.distribution(make_logits(seed=place), [1, 2])
@@ -127,9 +127,7 @@ def test_announcing_the_distribution_changes_nothing(params: SamplingParams) -> 
 @every_configuration
 @pytest.mark.parametrize("size", [2, 50, 128_256])
 @pytest.mark.parametrize(("bad", "message"), [(np.nan, "NaN"), (np.inf, r"\+inf"), (-np.inf, "every logit is -inf")])
-def test_unusable_logits_are_an_error_and_never_a_token(
-    params: SamplingParams, size: int, bad: float, message: str
-) -> None:
+def test_unusable_logits_raise_an_error(params: SamplingParams, size: int, bad: float, message: str) -> None:
     logits = np.full(size, bad, np.float32) if bad == -np.inf else make_logits(size)
     logits[size // 2] = bad
     with pytest.raises(SamplingError, match=message):
@@ -148,37 +146,37 @@ def test_unusable_logits_are_an_error_and_never_a_token(
         (np.zeros(0, np.float32), SamplingError),
     ],
 )
-def test_what_is_no_row_of_float32_logits_is_refused(logits: Any, error: type[Exception]) -> None:
+def test_anything_but_a_row_of_float32_logits_is_rejected(logits: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="logits"):
         Sampler()(logits)
 
 
-def test_a_strided_row_is_read_correctly() -> None:
+def test_logits_may_be_strided() -> None:
     matrix = np.random.default_rng(0).normal(0, 3, (50, 4)).astype(np.float32)
     assert Sampler(SamplingParams.greedy())(matrix[:, 1]) == int(matrix[:, 1].argmax())
 
 
-def test_greedy_takes_the_lowest_id_of_equals() -> None:
+def test_greedy_takes_the_lowest_id_among_equal_logits() -> None:
     logits = np.zeros(128_256, np.float32)
     logits[[70, 900]] = 5
     assert Sampler(SamplingParams.greedy())(logits) == 70
     assert Sampler(SamplingParams(temperature=0.0))(logits) == 70
 
 
-def test_temperature_0_still_obeys_the_penalties() -> None:
+def test_temperature_0_applies_the_penalties() -> None:
     logits = np.array([0.0, 2.0, 1.5], np.float32)
     sampler = Sampler(SamplingParams(temperature=0.0, presence_penalty=1.0))
     assert (sampler(logits, []), sampler(logits, [1])) == (1, 2)
 
 
-def test_temperature_0_after_xtc_takes_the_best_that_is_left() -> None:
+def test_temperature_0_after_xtc_takes_the_most_likely_remaining_token() -> None:
     logits = np.array([0.0, 2.0, 1.9], np.float32)
     sampler = Sampler(SamplingParams(temperature=0.0, xtc_probability=1.0, xtc_threshold=0.2, top_p=1.0, min_p=0.0))
     assert sampler(logits) == 2
 
 
 class CountedHistory(Sequence[int]):
-    """A history of any length that knows how many tokens were read."""
+    """A history of any length that counts how many of its tokens were read."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -200,10 +198,10 @@ class CountedHistory(Sequence[int]):
         return index % 7
 
     def __iter__(self) -> Iterator[int]:
-        raise AssertionError("the whole history is read")
+        raise AssertionError("the whole history was read")
 
 
-def test_only_the_end_of_the_history_is_read() -> None:
+def test_only_the_penalty_windows_of_the_history_are_read() -> None:
     history = CountedHistory(100_000)
     params = SamplingParams(repeat_penalty=1.2, repeat_last_n=30, dry_multiplier=1.0, dry_penalty_last_n=50, seed=1)
     Sampler(params.replace(dry_sequence_breakers=(3,)))(make_logits(), history)
@@ -234,19 +232,19 @@ def test_processors_run_in_order_after_the_bias_and_before_the_chain() -> None:
     assert ids.tolist() == [1, 2]
 
 
-def test_a_bias_bans_and_forces() -> None:
+def test_a_bias_can_ban_or_force_a_token() -> None:
     logits = np.zeros(1000, np.float32)
     assert Sampler(SamplingParams(logit_bias={5: 100.0}, seed=1))(logits) == 5
     ids, _ = Sampler(SamplingParams(logit_bias={0: -math.inf}, seed=1)).distribution(logits)
     assert 0 not in ids
 
 
-def test_a_bias_for_a_token_outside_the_vocabulary_is_refused() -> None:
+def test_a_bias_for_a_token_outside_the_vocabulary_is_rejected() -> None:
     with pytest.raises(ValueError, match="logit_bias"):
         Sampler(SamplingParams(logit_bias={3: 1.0}))(np.zeros(3, np.float32))
 
 
-def test_steps_that_the_order_leaves_out_do_not_run() -> None:
+def test_steps_missing_from_the_order_do_not_run() -> None:
     ids, _ = Sampler(SamplingParams(top_k=1, order=("temperature",), seed=1)).distribution(np.zeros(10, np.float32))
     assert ids.size == 10
 
@@ -256,7 +254,7 @@ def test_mirostat_replaces_the_chain() -> None:
     assert ids.size == 10
 
 
-def test_mirostat_reaches_its_surprise() -> None:
+def test_mirostat_converges_to_its_target_surprise() -> None:
     sampler = Sampler(SamplingParams(mirostat=2, mirostat_tau=3.0, temperature=1.0, seed=1))
     logits = make_logits(5000)
     surprises = []
@@ -267,7 +265,7 @@ def test_mirostat_reaches_its_surprise() -> None:
     assert np.mean(surprises[100:]) == pytest.approx(3.0, abs=0.3)
 
 
-def test_adaptive_p_reaches_its_probability() -> None:
+def test_adaptive_p_converges_to_its_target_probability() -> None:
     sampler = Sampler(SamplingParams(adaptive_target=0.2, temperature=1.0, top_k=20, seed=1))
     plain = Sampler(SamplingParams(temperature=1.0, top_k=20, seed=1))
     drawn = []
@@ -278,14 +276,14 @@ def test_adaptive_p_reaches_its_probability() -> None:
     assert np.mean(drawn[100:]) == pytest.approx(0.2, abs=0.05)
 
 
-def test_a_fork_with_a_seed_draws_otherwise() -> None:
+def test_a_fork_with_another_seed_draws_other_tokens() -> None:
     sampler = Sampler(SamplingParams(seed=1))
     branch = sampler.fork(seed=2)
     assert branch.seed == 2
     assert generate(branch, 20, []) != generate(sampler, 20, [])
 
 
-def test_without_a_seed_runs_differ_and_can_be_repeated() -> None:
+def test_runs_without_a_seed_differ_but_can_be_repeated() -> None:
     sampler = Sampler(SamplingParams())
     assert sampler.seed != Sampler(SamplingParams()).seed
     assert generate(Sampler(SamplingParams(seed=sampler.seed)), 10, []) == generate(sampler, 10, [])
@@ -298,21 +296,21 @@ def test_a_known_seed_gives_known_tokens_on_every_platform() -> None:
 
 
 @pytest.mark.parametrize("state", [{}, {"version": 2}, {"version": 1, "seed": 1}])
-def test_what_is_no_state_is_refused(state: dict[str, Any]) -> None:
+def test_an_incomplete_state_is_rejected(state: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="state"):
         Sampler().load_state_dict(state)
 
 
 @settings(max_examples=500, deadline=None, derandomize=True, database=None)
 @given(st.integers(0, 2**64 - 1), st.integers(1, 60))
-def test_any_seed_draws_a_token_that_is_possible(seed: int, size: int) -> None:
+def test_no_seed_draws_a_banned_token(seed: int, size: int) -> None:
     logits = make_logits(size, seed % 1000)
     logits[seed % size] = -np.inf if size > 1 else 0.0
     params = SamplingParams(seed=seed, top_k=0, top_p=1.0, min_p=0.0)
     assert logits[Sampler(params)(logits)] > -np.inf
 
 
-def test_importing_the_sampler_does_not_import_numpys_random_numbers() -> None:
+def test_importing_the_sampler_does_not_import_numpy_random() -> None:
     code = (
         "import sys, types, importlib.util as u\n"
         "spec = u.find_spec('minerva_native'); package = types.ModuleType('minerva_native')\n"
@@ -324,7 +322,7 @@ def test_importing_the_sampler_does_not_import_numpys_random_numbers() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_the_mixture_of_xtc_penalises_each_case_once() -> None:
+def test_the_distribution_with_xtc_mixes_both_cases_and_penalises_each_once() -> None:
     logits = np.array([3.0, 2.9, 0.5, 0.0], np.float32)
     params = SamplingParams(
         xtc_probability=0.25, presence_penalty=0.5, top_k=0, top_p=1.0, min_p=0.0, temperature=1.0, logit_bias={3: 0.0}
@@ -340,7 +338,7 @@ def test_the_mixture_of_xtc_penalises_each_case_once() -> None:
 
 
 @pytest.mark.parametrize("change", [{"version": 2}, {"seed": None}, {"drawn": -1}, {"mu": float("nan")}, {"seed": "x"}])
-def test_a_state_that_was_tampered_with_is_refused(change: dict[str, object]) -> None:
+def test_an_invalid_state_is_rejected(change: dict[str, object]) -> None:
     sampler = Sampler(SamplingParams(seed=1))
     with pytest.raises(ValueError, match="state"):
         sampler.load_state_dict({**sampler.state_dict(), **change})
