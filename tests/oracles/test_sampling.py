@@ -1,13 +1,14 @@
-"""libllama's own samplers as the oracle: the same parameters on the same logits, the same survivors and probabilities.
+"""libllama's own samplers as the oracle: equal parameters and logits must give equal tokens and probabilities.
 
 What is compared, and how closely:
 
-- The ids of the survivors, exactly. Two things may differ, and are checked when they do. *Ties*: at a cut through equal
-  logits this sampler keeps the lowest ids, libllama any; the logits are still the same. *Rounding*: above 1,024
-  candidates libllama's float32 running sums drift; how far is recomputed for each case, and only tokens that are
-  closer than that to a cut may be on either side of it.
-- Probabilities, within 1e-5.
-- Where libllama draws: frequencies, by a chi-squared test at a fixed seed.
+- The ids that are kept must be equal, with two exceptions, each of which is checked.
+  *Ties*: at a cut through equal logits this sampler keeps the lowest ids and libllama any of them. The kept logits
+  must still be equal.
+  *Rounding*: above 1,024 candidates libllama's float32 running sums drift. The drift is recomputed for each case, and
+  only tokens closer to the cut than the drift may differ.
+- Probabilities must agree within 1e-5.
+- Random draws are compared by frequency: a chi-squared test with a fixed seed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from minerva_native import Tokenizer
+from minerva_native import Model
 from minerva_native._binding import ffi, lib
 from minerva_native.sampling import DEFAULT_ORDER, Candidates, Sampler, SamplingParams, filters
 from minerva_native.sampling.adaptive import adaptive_p, mirostat, mirostat_mu, mirostat_v2
@@ -42,14 +44,14 @@ exhaustive = settings(
     max_examples=CASES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
 )
 
-# Small vocabularies are cheap and hit more corners, so they are most of the cases.
+# Most cases use a small vocabulary, which is cheap and reaches more corner cases.
 SIZES = (1, 2, 50, 50, 50, 1000, 1, 2, 50, 50, 9000, 32_000, 32_000, 128_256)
 KINDS = ("gaussian", "peaked", "flat", "nearly flat", "ties", "with -inf", "huge", "sharp")
 
 
 @dataclass
 class Case:
-    """Logits, and what they were made of for a failing example to say."""
+    """A recipe for logits; its fields are what a failing example prints."""
 
     size: int
     kind: str
@@ -83,7 +85,7 @@ def cases(kinds: Sequence[str] = KINDS, sizes: Sequence[int] = SIZES) -> st.Sear
 
 
 def floats32(low: float, high: float) -> st.SearchStrategy[float]:
-    """What C's float can hold, so that both sides get the same number."""
+    """Draw values that fit a C float exactly, so that both sides get the same number."""
     return st.floats(low, high).map(lambda value: float(np.float32(value)))
 
 
@@ -93,7 +95,7 @@ keeps = st.sampled_from([0, 0, 0, 1, 2, 7])
 
 @dataclass
 class Outcome:
-    """What libllama leaves in its array."""
+    """The candidates left in libllama's array, and the position of the token it selected."""
 
     ids: NDArray[np.int64]
     logits: Floats
@@ -142,7 +144,7 @@ def possible(candidates: Candidates) -> NDArray[np.int64]:
 
 
 def lowest_ids(logits: Floats, ids: NDArray[np.int64], highest: bool = False) -> NDArray[np.int64]:
-    """As many tokens of every logit value as among `ids`, but those with the lowest ids (or the highest)."""
+    """Return `ids` with the members of each tie replaced by the lowest (or highest) ids of equal logits."""
     values, level = np.unique(logits, return_inverse=True)
     kept = np.bincount(level[ids], minlength=values.size)
     sizes = np.bincount(level, minlength=values.size)
@@ -160,7 +162,10 @@ def assert_same_survivors(
     undecided: NDArray[np.bool_] | None = None,
     highest: bool = False,
 ) -> None:
-    """Equal ids, but for ties and for the tokens that libllama's rounding decides (`undecided`, by id)."""
+    """Assert that the ids are equal, except in ties and for tokens that libllama's rounding decides.
+
+    `undecided` marks the latter by id.
+    """
     mine, yours = possible(ours), theirs.possible
     if np.array_equal(mine, yours):
         return
@@ -177,20 +182,20 @@ def assert_same_survivors(
 
 @dataclass
 class Drift:
-    """How far float32 running sums over these logits, as libllama takes them, are from the exact ones."""
+    """The error of libllama's float32 running sums over some logits."""
 
     mass: float
     entropy: float
 
 
 def drift_of(logits: Floats) -> Drift:
-    """Recomputes the sums in float32; the exponentials are the same but for an ulp here and there."""
+    """Recompute libllama's sums in float32; an exponential may differ from libllama's by one ulp."""
     if logits.size <= filters.EXACT_UP_TO:
         return Drift(0.0, 0.0)
     weights = np.exp((logits - logits.max()).astype(np.float64)).astype(np.float32)
     exact = np.sort(exact_shares(logits))[::-1]
     drift = Drift(1e-6, 1e-6)
-    # Some of libllama's filters sum by id, and some by rank.
+    # Some of libllama's filters sum in order of id, others in order of rank.
     for total in (np.add.accumulate(weights)[-1], np.add.accumulate(np.sort(weights)[::-1])[-1]):
         shares = np.sort(weights / total)[::-1]
         drift.mass = max(drift.mass, 1e-6 + float(np.abs(np.add.accumulate(shares) - np.add.accumulate(exact)).max()))
@@ -250,7 +255,7 @@ def test_typical_p_keeps_what_libllama_keeps(case: Case, p: float, keep: int) ->
     mass = np.empty(logits.size)
     mass[order] = np.add.accumulate(shares[order])
     drift = drift_of(logits)
-    # A drifting entropy shifts all distances; the ones at the cut then enter or leave.
+    # A drift in the entropy shifts all distances, so tokens near the cut may be kept or dropped.
     band = np.abs(mass - np.float32(p)) <= drift.mass + shares
     cuts = distance[band] if band.any() else distance[order][-1:]
     blur = 2 * drift.entropy + 2e-6 * (1 + np.abs(surprise))
@@ -275,7 +280,7 @@ def test_top_n_sigma_keeps_what_libllama_keeps(case: Case, n: float) -> None:
 
 @exhaustive
 @given(cases(), st.one_of(st.sampled_from([0.1, 0.05, 0.5, 0.6]), floats32(0.001, 0.7)), keeps)
-def test_xtc_drops_what_libllama_drops_when_it_strikes(case: Case, threshold: float, keep: int) -> None:
+def test_xtc_drops_what_libllama_drops_when_it_triggers(case: Case, threshold: float, keep: int) -> None:
     logits = case.logits
     undecided = np.abs(exact_shares(logits) - np.float32(threshold)) <= (drift_of(logits).mass + 1e-6) * threshold
     ours = filters.xtc(Candidates(logits), threshold, keep)
@@ -311,7 +316,7 @@ def test_dynamic_temperature_gives_libllamas_probabilities(case: Case, t: float,
 
 
 def histories(size: int, seed: int, length: int) -> list[int]:
-    """Tokens from a few words, so that much repeats."""
+    """Return a history of few distinct tokens, so that it contains many repeats."""
     rng = np.random.default_rng(seed)
     words = rng.integers(0, size, int(rng.integers(1, 9)))
     return [int(token) for token in rng.choice(words, length)]
@@ -368,20 +373,21 @@ TEXTS = ("the king of", "User: hello", '"yes"', "\n\n", "a * b", "hello world", 
 
 
 @pytest.mark.parametrize("name", ["llama-bpe", "phi-3"])
-def test_dry_with_strings_as_breakers_changes_logits_as_libllama_does(
-    name: str, vocabulary: Callable[[str], Tokenizer]
-) -> None:
-    tokenizer = vocabulary(name)
+def test_dry_with_string_breakers_changes_logits_as_libllama_does(name: str, llama_cpp_source: Path) -> None:
+    model = Model.load(llama_cpp_source / "models" / f"ggml-vocab-{name}.gguf", vocab_only=True)
+    tokenizer = model.tokenizer
     pieces = [tokenizer.encode(text, add_special=False) for text in TEXTS]
     breakers = merge_breakers(string_breakers(tokenizer, BREAKERS).values())
     texts = [ffi.new("char[]", text.encode()) for text in BREAKERS]
     array = ffi.new("const char *[]", texts)
 
-    def make() -> Any:
-        return lib.llama_sampler_init_dry(tokenizer._vocab, 1.0, 1.75, 1, 64, array, len(texts))
-
     logits = np.zeros(tokenizer.n_vocab, np.float32)
-    with llama_chain([make]) as chain:
+
+    def make() -> Any:
+        vocab = lib.llama_model_get_vocab(pointer)
+        return lib.llama_sampler_init_dry(vocab, 1.0, 1.75, 1, 64, array, len(texts))
+
+    with model, model.raw() as pointer, llama_chain([make]) as chain:
 
         @exhaustive
         @given(st.lists(st.integers(0, len(pieces) - 1), max_size=25))
@@ -413,7 +419,7 @@ def test_logit_bias_adds_what_libllama_adds(case: Case, pairs: list[tuple[int, f
 
 @exhaustive
 @given(cases(), floats32(0.5, 8.0), floats32(0.01, 1.0), st.integers(0, 1000))
-def test_mirostat_2_keeps_what_libllama_keeps_and_learns_what_it_learns(
+def test_mirostat_2_keeps_what_libllama_keeps_and_updates_mu_alike(
     case: Case, tau: float, eta: float, seed: int
 ) -> None:
     logits, mu = case.logits, float(np.float32(2) * np.float32(tau))
@@ -434,7 +440,7 @@ def test_mirostat_2_keeps_what_libllama_keeps_and_learns_what_it_learns(
     floats32(0.01, 1.0),
     st.integers(0, 1000),
 )
-def test_mirostat_1_keeps_what_libllama_keeps_and_learns_what_it_learns(
+def test_mirostat_1_keeps_what_libllama_keeps_and_updates_mu_alike(
     case: Case, tau: float, eta: float, seed: int
 ) -> None:
     logits, mu = case.logits, float(np.float32(2) * np.float32(tau))
@@ -442,18 +448,18 @@ def test_mirostat_1_keeps_what_libllama_keeps_and_learns_what_it_learns(
         for _ in range(3):
             theirs = llama_apply(chain, logits)
             ours = mirostat(Candidates(logits), mu, case.size)
-            # k is the integer part of a float32 power, which rounding moves by a few of a million.
+            # k is the integer part of a float32 power, in which rounding makes a relative error of a few millionths.
             if abs(ours.logits.size - theirs.ids.size) <= 1 + 1e-4 * theirs.ids.size:
                 short = min(ours.logits.size, theirs.ids.size)
                 np.testing.assert_array_equal(ours.logits[:short], theirs.logits[:short])
             else:
-                raise AssertionError(f"k is {ours.logits.size}, libllama's {theirs.ids.size}")
+                raise AssertionError(f"k is {ours.logits.size}, but {theirs.ids.size} in libllama")
             mu = mirostat_mu(mu, float(theirs.p[theirs.selected]), tau, eta)
 
 
 @exhaustive
 @given(cases(FINITE_KINDS), floats32(0.0, 1.0), floats32(0.0, 0.99), st.integers(0, 1000))
-def test_adaptive_p_gives_libllamas_probabilities_and_average(
+def test_adaptive_p_gives_libllamas_probabilities_and_moving_average(
     case: Case, target: float, decay: float, seed: int
 ) -> None:
     logits = case.logits
@@ -533,11 +539,11 @@ def assert_same_chain(params: SamplingParams, case: Case, length: int) -> None:
     common = mine.keys() & yours.keys()
     for token in common:
         assert abs(mine[token] - yours[token]) <= TOLERANCE
-    # What only one side has is a tie that was cut elsewhere, or too small for float32.
+    # A token that only one side kept is part of a tie at the cut, or its probability is too small for float32.
     rest_mine = sorted((p for t, p in mine.items() if t not in common and p > 1e-37), reverse=True)
     rest_yours = sorted((p for t, p in yours.items() if t not in common and p > 1e-37), reverse=True)
     assert len(rest_mine) == len(rest_yours)
-    # However unlikely they are: tied tokens are equally likely, others are not.
+    # The tolerance is relative because these may be unlikely: only tied tokens are equally likely on both sides.
     np.testing.assert_allclose(rest_mine, rest_yours, rtol=1e-3, atol=0.0)
     if rest_mine:
         event("ties differ")
@@ -549,7 +555,7 @@ CHAIN_KINDS = ("gaussian", "peaked", "nearly flat", "with -inf", "sharp")
 @exhaustive
 @given(chain_params(), cases(CHAIN_KINDS), st.integers(0, 200))
 def test_the_default_chain_gives_libllamas_distribution(params: SamplingParams, case: Case, length: int) -> None:
-    # libllama's typical-p computes NaN when a probability is 0; the difference has its own test.
+    # libllama's typical-p computes NaN if a probability is 0; a test below covers this difference.
     assume(params.typical_p == 1.0 or case.kind in ("gaussian", "peaked", "nearly flat"))
     assume(params.typical_p == 1.0 or params.top_n_sigma <= 0)
     assert_same_chain(params, case, length)
@@ -564,13 +570,13 @@ def test_any_order_of_the_chain_gives_libllamas_distribution(
 ) -> None:
     assume(params.typical_p == 1.0 or case.kind in ("gaussian", "peaked", "nearly flat"))
     assume(params.typical_p == 1.0 or params.top_n_sigma <= 0)
-    # A low temperature before typical-p makes probabilities of 0, of which libllama computes NaN.
+    # A low temperature before typical-p gives probabilities of 0, for which libllama computes NaN.
     assume(params.typical_p == 1.0 or order.index("typical_p") < order.index("temperature"))
     assert_same_chain(params.replace(order=order), case, length)
 
 
 def chi_squared(counts: NDArray[np.int64], probs: NDArray[np.float64]) -> tuple[float, int]:
-    """The statistic and its degrees of freedom; tokens expected fewer than 8 times are put together."""
+    """Return the statistic and its degrees of freedom; tokens expected fewer than 8 times share one bin."""
     expected = probs * counts.sum()
     rare = expected < 8
     observed = np.append(counts[~rare], counts[rare].sum())
@@ -582,7 +588,7 @@ def chi_squared(counts: NDArray[np.int64], probs: NDArray[np.float64]) -> tuple[
 
 
 def assert_drawn_from(counts: NDArray[np.int64], probs: NDArray[np.float64]) -> None:
-    """The chi-squared test, at a quantile of 1 - 1e-6 (Wilson and Hilferty's approximation)."""
+    """Assert with a chi-squared test, at the quantile 1 - 1e-6 in Wilson and Hilferty's approximation."""
     statistic, freedom = chi_squared(counts, probs)
     if freedom == 0:
         return
@@ -600,60 +606,60 @@ N_DRAWS = 20_000
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_both_draw_from_the_distribution_that_is_announced(name: str) -> None:
+def test_both_samplers_draw_from_the_returned_distribution(name: str) -> None:
     params = DRAWN[name]
     logits = np.random.default_rng(0).normal(0, 2, 50).astype(np.float32)
     sampler = Sampler(params)
     ids, probs = sampler.distribution(logits)
-    announced = np.zeros(50)
-    announced[ids] = probs
-    assert_drawn_from(np.bincount([sampler(logits) for _ in range(N_DRAWS)], minlength=50), announced)
+    expected = np.zeros(50)
+    expected[ids] = probs
+    assert_drawn_from(np.bincount([sampler(logits) for _ in range(N_DRAWS)], minlength=50), expected)
     makers = makers_of(params, 50)
     with llama_chain([*(makers[step] for step in params.order), dist(5)]) as chain:
         outcomes = (llama_apply(chain, logits) for _ in range(N_DRAWS))
         drawn = [int(outcome.ids[outcome.selected]) for outcome in outcomes]
-    assert_drawn_from(np.bincount(drawn, minlength=50), announced)
+    assert_drawn_from(np.bincount(drawn, minlength=50), expected)
 
 
-def test_an_unfiltered_vocabulary_is_drawn_from_in_proportion() -> None:
+def test_tokens_of_an_unfiltered_vocabulary_are_drawn_by_probability() -> None:
     logits = np.random.default_rng(0).normal(0, 3, 128_256).astype(np.float32)
     sampler = Sampler(DRAWN["plain"])
     drawn = np.array([sampler(logits) for _ in range(5000)])
-    # Too many tokens to count each: bands of 1,000 by probability.
+    # There are too many tokens to count each one, so they are grouped by rank into bands of 1,000.
     band = np.empty(logits.size, np.int64)
     band[np.argsort(-logits)] = np.arange(logits.size) // 1000
     shares: NDArray[np.float64] = np.bincount(band, weights=exact_shares(logits)).astype(np.float64)
     assert_drawn_from(np.bincount(band[drawn], minlength=shares.size), shares)
 
 
-class TestWhatDiffersOnPurpose:
-    """Each difference from libllama, and what libllama does."""
+class TestDeliberateDifferences:
+    """The deliberate differences from libllama, next to what libllama does."""
 
     def test_top_k_breaks_ties_by_id(self) -> None:
         logits = np.zeros(1000, np.float32)
         assert filters.top_k(Candidates(logits), 5).token_ids().tolist() == [0, 1, 2, 3, 4]
         assert llama(logits, lambda: lib.llama_sampler_init_top_k(5)).ids.size == 5
 
-    def test_typical_p_takes_an_impossible_token_as_one_of_probability_0(self) -> None:
+    def test_typical_p_treats_a_banned_token_as_probability_0(self) -> None:
         logits = np.array([2.0, 1.0, 0.0, -np.inf, -np.inf], np.float32)
         without = filters.typical_p(Candidates(logits[:3]), 0.5)
         assert np.array_equal(possible(filters.typical_p(Candidates(logits), 0.5)), possible(without))
-        # libllama multiplies 0 by log 0: every score is NaN, and their order is that of the array.
+        # libllama multiplies 0 by log 0: every score is NaN, and the sort keeps the order of the array.
         assert llama(logits, lambda: lib.llama_sampler_init_typical(0.5, 0)).ids.tolist() == [0]
 
-    def test_a_vocabulary_of_both_huge_and_ordinary_logits_is_sorted(self) -> None:
+    def test_huge_and_ordinary_logits_are_sorted_together(self) -> None:
         logits = np.random.default_rng(0).normal(0, 1, 1000).astype(np.float32)
         logits[7] = 1e10
         assert filters.top_k(Candidates(logits), 200).token_ids()[0] == 7
-        # libllama sorts heads of more than 128 by buckets, and 1e10 overflows the bucket's number.
+        # libllama uses a bucket sort for k above 128, and 1e10 overflows the bucket index.
         theirs = llama(logits, lambda: lib.llama_sampler_init_top_k(200))
         assert theirs.ids[0] != 7
 
-    def test_mirostat_1_keeps_a_flat_vocabulary_whole(self) -> None:
-        # libllama converts an infinite k to int, which is undefined: 1 on x86, all on ARM.
+    def test_mirostat_1_keeps_all_of_a_flat_distribution(self) -> None:
+        # libllama converts an infinite k to int, which is undefined: it keeps 1 on x86 and all on ARM.
         assert mirostat(Candidates(np.zeros(1000, np.float32)), 20.0, 1000).logits.size == 1000
 
-    def test_a_temperature_that_overflows_float32_still_gives_probabilities(self) -> None:
+    def test_a_low_temperature_does_not_overflow(self) -> None:
         logits = np.array([1e38, 1e38, 0.0], np.float32)
         ids, probs = Sampler(SamplingParams(temperature=0.1, seed=1)).distribution(logits)
         assert (ids.tolist(), probs.tolist()) == ([0, 1], [0.5, 0.5])
@@ -661,7 +667,7 @@ class TestWhatDiffersOnPurpose:
         assert np.isnan(theirs.p).any()
 
     def test_a_long_sum_does_not_drift(self) -> None:
-        # 40 likely tokens of 0.02 each, then half a million whose float32 sum stops growing.
+        # 40 tokens of probability 0.018, then 128,216 of 2e-6, over which a float32 running sum drifts.
         logits = np.full(128_256, -9.0, np.float32)
         logits[:40] = 0.0
         exact = exact_shares(logits)
