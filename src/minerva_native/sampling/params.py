@@ -74,7 +74,7 @@ class SamplingParams:
         adaptive_target: at most 1; adaptive-p favours tokens near this probability. Negative is off.
         adaptive_decay: 0 to 0.99; decay of adaptive-p's moving average.
         min_keep: at least 0; top-p, min-p, typical-p and XTC keep at least this many tokens.
-        logit_bias: mapping or (id, bias) pairs; added to the logits before anything else. `-inf` bans a token.
+        logit_bias: mapping or (id, bias) pairs; added to the logits before processors and steps. `-inf` bans a token.
         seed: 0 to 2**64 - 1; seed of the random stream. `None` takes one from the operating system.
         order: names of the steps in the order they run. A step that is not named does not run.
     """
