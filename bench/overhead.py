@@ -1,0 +1,89 @@
+"""What this package adds to a token, against another installed state of it, in turns.
+
+    python bench/overhead.py --against /path/to/other/bin/python --pairs 9
+
+Each program measures, on the built-in model with one thread: `extend` by a token, a token of `generate` with a trivial
+sampler, a token each of eight sequences (all of it, and what lies outside `llama_decode`), and the import. Printed are
+the medians and the ratio of each pair, this one over the other.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+N_TOKENS, ROUNDS = 400, 7
+
+
+def measure() -> dict[str, float]:
+    """Return microseconds a token, the median of some rounds, and milliseconds for the import."""
+    before = time.perf_counter()
+    import minerva_native as mn
+
+    found = {"import (ms)": 1e3 * (time.perf_counter() - before)}
+    with mn.Model.demo() as model, model.context(n_ctx=2048, n_seq=8, n_threads=1, prefix_cache=False) as context:
+        sequences = [context.sequence() for _ in range(8)]
+        sequence, stats = sequences[0], context.stats
+        tokens = [[number % 300 + 10] for number in range(N_TOKENS)]
+
+        def extend() -> None:
+            for token in tokens:
+                sequence.extend(token)
+
+        def generate() -> None:
+            for _ in mn.generate(sequence, lambda logits, ids: 40 + len(ids) % 50, max_tokens=N_TOKENS):
+                pass
+
+        def extend_each() -> None:
+            for step in range(N_TOKENS // 8):
+                context.extend({other: tokens[step + number] for number, other in enumerate(sequences)})
+
+        def timed(action: Callable[[], None]) -> tuple[float, float]:
+            for number, other in enumerate(sequences):
+                other.truncate(0)
+                other.extend([1, 5, 6 + number])
+            decode, start = stats.decode_seconds, time.perf_counter()
+            action()
+            seconds = time.perf_counter() - start
+            return 1e6 * seconds / N_TOKENS, 1e6 * (seconds - stats.decode_seconds + decode) / N_TOKENS
+
+        for name, action in (("extend", extend), ("generate", generate), ("each of eight", extend_each)):
+            timed(action)
+            rounds = [timed(action) for _ in range(ROUNDS)]
+            found[name] = statistics.median(whole for whole, _ in rounds)
+            found[f"{name}, outside"] = statistics.median(outside for _, outside in rounds)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--against", metavar="PYTHON", help="the interpreter of the other environment")
+    parser.add_argument("--pairs", type=int, default=9)
+    options = parser.parse_args()
+    if options.against is None:
+        print(json.dumps(measure()))
+        return
+
+    def run(python: str) -> dict[str, float]:
+        output = subprocess.run([python, __file__], capture_output=True, text=True, check=True).stdout
+        result: dict[str, float] = json.loads(output)
+        return result
+
+    pairs = []
+    for number in range(options.pairs):
+        order = [sys.executable, options.against]
+        results = {python: run(python) for python in (order if number % 2 else order[::-1])}
+        pairs.append((results[sys.executable], results[options.against]))
+    print(f"{'':26}{'this':>9}{'other':>9}{'ratio':>8}   lowest, highest")
+    for name in pairs[0][0]:
+        ratios = sorted(ours[name] / theirs[name] for ours, theirs in pairs)
+        ours, theirs = (statistics.median(pair[side][name] for pair in pairs) for side in (0, 1))
+        median = statistics.median(ratios)
+        print(f"{name:26}{ours:9.2f}{theirs:9.2f}{median:8.3f}   {ratios[0]:.3f}, {ratios[-1]:.3f}")
+
+
+if __name__ == "__main__":
+    main()
