@@ -2,7 +2,7 @@
 
     python bench/generations.py {minerva,llama-cpp-python} MODEL THREADS TOKENS CHAIN
 
-generates so many tokens after a warm-up, and prints how many came in a second. Both loops copy no more than they do by
+generates tokens after a warm-up, and prints how many came in a second. Both loops copy no more than they do by
 themselves, flash attention is off in both, and neither stops at an end token.
 """
 

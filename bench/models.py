@@ -74,7 +74,7 @@ SHAPES = {
 
 
 def make(name: str, kind: str) -> Path:
-    """Return the file of a shape with weights of a type; make it where there is none yet, with progress on stderr."""
+    """Return the file of a shape with weights of a type; make it if there is none yet, with progress on stderr."""
     folder = Path(os.environ.get("MINERVA_BENCH_MODELS") or Path.home() / ".cache" / "minerva-native" / "bench")
     folder /= str(VERSION)
     path = folder / f"{name}-{kind}.gguf"

@@ -424,7 +424,7 @@ def test_a_decoder_of_ones_own_turns_tokens_into_text(sequence: mn.Sequence) -> 
     assert text_of(steps) == "HE!"
 
 
-def test_a_decoder_can_go_on_amid_a_character(sequence: mn.Sequence) -> None:
+def test_a_decoder_can_go_on_during_a_character(sequence: mn.Sequence) -> None:
     decoder = sequence.context.model.tokenizer.stream()
     first, *rest = [TOKENS.index(token) for token in ("Ã", "¤")]  # the two bytes of a letter
     assert decoder.feed(first) == ""

@@ -24,7 +24,7 @@ class Interrupt(Exception):
 
 @pytest.fixture
 def alarm() -> Iterator[Callable[[float], None]]:
-    """Gives a function that has `Interrupt` raised after so many seconds; 0 calls it off."""
+    """Gives a function that has `Interrupt` raised after a time in seconds; 0 calls it off."""
 
     def raise_interrupt(number: int, frame: object) -> None:
         raise Interrupt
@@ -80,7 +80,7 @@ def test_sequences_agree_with_a_fresh_evaluation(
     options: dict[str, Any] = {"n_ctx": 900, "n_threads": 1, "kv_type": "f32", "flash_attention": "off"}
     model = load_tiny(shape)
     with (
-        # A place may be lost where an interrupt strikes between two lines, so there are many.
+        # An interrupt between two lines may lose a place, so there are many.
         model.context(**options, n_seq=60, n_ubatch=16, swa_full=False, checkpoint_interval=8) as context,
         model.context(**options, prefix_cache=False) as other_context,
     ):
@@ -201,7 +201,7 @@ def on_alarm() -> Iterator[Callable[[Callable[[], None]], None]]:
 
 
 @pytest.mark.parametrize("use", ["extend", "logits", "truncate", "close"])
-def test_what_a_handler_asks_for_amid_a_call_is_refused_or_waits(
+def test_what_a_handler_asks_for_during_a_call_is_refused_or_waits(
     tiny: mn.Model, on_alarm: Callable[[Callable[[], None]], None], use: str
 ) -> None:
     choice = random.Random(1)
@@ -253,7 +253,7 @@ def test_what_a_handler_asks_for_amid_a_call_is_refused_or_waits(
         assert refused or use == "close"
 
 
-def test_a_handler_amid_a_call_that_a_callback_makes_is_refused(
+def test_a_handler_during_a_call_that_a_callback_makes_is_refused(
     tiny: mn.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context, cache = open_up(tiny, n_ctx=64, n_seq=3, n_threads=1)
@@ -277,7 +277,7 @@ def test_a_handler_amid_a_call_that_a_callback_makes_is_refused(
         assert [one, other, third] == [[1, 2], [3, 4], [5]]
 
 
-def test_what_the_garbage_collector_closes_amid_a_call_is_released_after_it(tiny: mn.Model) -> None:
+def test_what_the_garbage_collector_closes_during_a_call_is_released_after_it(tiny: mn.Model) -> None:
     choice = random.Random(1)
 
     class Chat:

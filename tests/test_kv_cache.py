@@ -377,7 +377,7 @@ def test_without_a_prefix_cache_everything_is_evaluated(tiny: mn.Model) -> None:
         assert context.stats.tokens_reused == 0
 
 
-def test_a_cleared_cache_is_evaluated_anew(context: mn.Context) -> None:
+def test_a_cleared_cache_is_re_evaluated(context: mn.Context) -> None:
     context.sequence().extend(IDS)
     context.clear_cache()
     assert context.sequence().extend(IDS) == len(IDS)
@@ -968,7 +968,7 @@ def test_what_a_batch_that_was_cancelled_leaves_is_no_sequences_state(
             assert_same(sequence.logits, fresh(load_tiny(model), list(sequence)))
 
 
-def test_without_room_for_checkpoints_everything_is_evaluated_anew(load_tiny: Load) -> None:
+def test_without_room_for_checkpoints_everything_is_re_evaluated(load_tiny: Load) -> None:
     with make(load_tiny(MAMBA), checkpoint_bytes=0) as context:
         sequence = context.sequence()
         sequence.extend(IDS)
@@ -1001,7 +1001,7 @@ def test_recurrent_conversations_are_reused_at_their_checkpoints(load_tiny: Load
         assert_same(sequence.logits, fresh(load_tiny(model), [*IDS, 1, 2]))
 
 
-def test_an_interrupt_amid_forgetting_leaves_no_checkpoint_of_what_is_gone(
+def test_an_interrupt_while_forgetting_leaves_no_checkpoint_of_what_is_gone(
     load_tiny: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_tiny(GEMMA)

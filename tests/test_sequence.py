@@ -248,7 +248,7 @@ def test_truncating_to_the_length_that_is_there_changes_nothing(context: mn.Cont
     assert evaluated_by(context, lambda: sequence.logits) == 0
 
 
-def test_a_sequence_cut_to_nothing_starts_anew(
+def test_a_sequence_cut_to_nothing_starts_over(
     sequence: mn.Sequence, fresh_logits: Callable[[list[int]], Logits]
 ) -> None:
     sequence.extend(IDS)

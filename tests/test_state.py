@@ -355,7 +355,7 @@ def test_a_save_that_fails_leaves_the_old_file(
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on this system")
-def test_a_kill_amid_a_save_leaves_the_old_file_or_the_new(demo: mn.Model, tmp_path: Path) -> None:
+def test_a_kill_during_a_save_leaves_the_old_file_or_the_new(demo: mn.Model, tmp_path: Path) -> None:
     program = """
 import sys, minerva_native as mn
 context = mn.Model.demo().context(n_ctx=512, n_threads=1)

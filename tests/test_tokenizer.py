@@ -19,7 +19,7 @@ def tokenizer(tiny: mn.Model) -> mn.Tokenizer:
 
 @pytest.fixture
 def spm(vocabulary: Callable[[str], mn.Tokenizer]) -> mn.Tokenizer:
-    """A vocabulary that puts a space where a text begins, and has a token for each byte."""
+    """A vocabulary that puts a space before a text, and has a token for each byte."""
     return vocabulary("llama-spm")
 
 

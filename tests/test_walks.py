@@ -32,7 +32,7 @@ WALKS_OF_EACH, STEPS = 60, 40
 N_CTX, N_SEQ, MAX_TOKENS = 256, 4, 80  # of libllama's cells, which it makes 256 of, not one is to spare
 TOLERANCE = 1e-3  # of the logits' size: batches of other sizes add in another order, and keys and values are float16
 FEW = st.sampled_from([40, 41, 42])  # so few that texts often begin alike
-QUESTION = list(range(100, 108))  # for the encoder, where there is one
+QUESTION = list(range(100, 108))  # for the encoder, if there is one
 TEXT = st.lists(FEW, min_size=1, max_size=24)
 TEXT_EACH = st.lists(TEXT, min_size=N_SEQ, max_size=N_SEQ)
 TOKEN_EACH = st.lists(st.lists(FEW, min_size=1, max_size=1), min_size=N_SEQ, max_size=N_SEQ)
@@ -75,7 +75,7 @@ class ByHand:
         self.known: dict[tuple[Any, ...], Logits | None] = {}
 
     def logits(self, program: list[tuple[Any, ...]]) -> Logits | None:
-        """The logits after a program; None where a sliding window had dropped what comes into it again."""
+        """The logits after a program; None if a sliding window had dropped what comes into it again."""
         key = tuple(program)
         if key not in self.known:
             self.known[key] = self._run(program)
@@ -140,10 +140,10 @@ class Text:
     def program(self) -> list[tuple[Any, ...]]:
         return [("evaluate", tuple(self.tokens))] if self.shifts is None else self.shifts
 
-    def look(self, is_anew: bool) -> None:
+    def look(self, starts_over: bool) -> None:
         """Logits were asked for: after a cut, that takes evaluating the last token again, or a window all of it."""
         self.waits = False
-        if is_anew:
+        if starts_over:
             self.shifts = None
         elif self.shifts is not None and self.shifts[-1][0] == "cut":
             self.shifts.append(("redo",))
@@ -207,7 +207,7 @@ class Walk(stateful.RuleBasedStateMachine):
         return data.draw(st.sampled_from(list(self.texts.items())), label="sequence")
 
     def attempt(self, change: Callable[[], Any], text: Text) -> int | None:
-        """How many tokens a change evaluates; None where there is no room: then nothing may have changed."""
+        """How many tokens a change evaluates; None if there is no room: then nothing may have changed."""
         before = self.context.stats.tokens_evaluated
         try:
             change()
@@ -225,10 +225,10 @@ class Walk(stateful.RuleBasedStateMachine):
         return len(self.texts) + sum(slot.pinned for slot in self.cache.pool.finished) < N_SEQ
 
     def look(self, sequence: mn.Sequence, text: Text) -> Logits | None:
-        """The logits of a sequence, where there is room to have them."""
+        """The logits of a sequence, if there is room to have them."""
         if self.attempt(lambda: sequence.logits, text) is None:
             return None
-        # Whether it was begun anew is for the slot to say: the logits have to be those of what it says.
+        # The slot says whether it started over; the logits have to be those of what it says.
         text.look(slot_of(sequence).n_exact is None)
         return sequence.logits
 
@@ -300,7 +300,7 @@ class Walk(stateful.RuleBasedStateMachine):
             1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text.tokens, ids, strict=False))
         )
         if self.attempt(lambda: sequence.assign(ids), text) is not None:
-            if common < len(text.tokens):  # begun anew, from what is as a fresh evaluation gives it
+            if common < len(text.tokens):  # it starts over, from what is as a fresh evaluation gives it
                 text.tokens, text.shifts = ids, None
             elif ids[common:]:
                 text.extend(ids[common:])
@@ -344,7 +344,7 @@ class Walk(stateful.RuleBasedStateMachine):
         copy.waits = text.waits
 
     @stateful.rule(data=st.data(), ids=st.lists(FEW, min_size=17, max_size=24))
-    def stop_amid_a_text(self, data: st.DataObject, ids: list[int]) -> None:
+    def stop_in_the_middle_of_a_text(self, data: st.DataObject, ids: list[int]) -> None:
         sequence, text = self.pick(data)
         if len(text.tokens) + len(ids) > MAX_TOKENS or text.shifts is not None:
             return

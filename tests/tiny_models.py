@@ -30,7 +30,7 @@ class TinyModel:
     n_embd: int = 128
     n_head: int = 4
     n_head_kv: int = 2
-    n_ff: int = 192  # of each expert, where there are experts
+    n_ff: int = 192  # of each expert, if there are experts
     n_ctx_train: int = 512
     rope_base: float = 10_000.0
     rms_epsilon: float = 1e-5
@@ -348,7 +348,7 @@ ARCHITECTURES = {
 
 
 def byte_characters() -> list[str]:
-    """The character that byte-level BPE writes for each byte: itself where it is visible, else one from U+0100 on."""
+    """The character that byte-level BPE writes for each byte: itself if it is visible, else one from U+0100 on."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     stand_ins = iter(range(0x100, 0x200))
     return [chr(byte if byte in visible else next(stand_ins)) for byte in range(256)]

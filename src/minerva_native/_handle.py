@@ -29,7 +29,7 @@ class Handle:
         self._users = 0
         self.closed = False
         if parent is not None:
-            parent.__enter__()  # where the parent is closed this raises, and our `__del__` frees the pointer
+            parent.__enter__()  # if the parent is closed this raises, and our `__del__` frees the pointer
             self._parent = parent
 
     def __enter__(self) -> Any:

@@ -19,11 +19,19 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Device:
-    """One device, as libllama names it."""
+    """One device, as libllama names it.
 
-    name: str  # what `Model.load(devices=[...])` takes, such as "CUDA0"
+    Attributes:
+        name: what `Model.load(devices=[...])` takes, such as "CUDA0".
+        description: the maker's name for it.
+        type: "cpu", "gpu", "igpu" (shares the machine's memory) or "accel" (works beside the CPU, such as BLAS).
+        memory_total_bytes: its memory.
+        memory_free_bytes: how much of that is free.
+    """
+
+    name: str
     description: str
-    type: str  # "cpu", "gpu", "igpu" (shares the machine's memory) or "accel" (works beside the CPU, such as BLAS)
+    type: str
     memory_total_bytes: int
     memory_free_bytes: int
 

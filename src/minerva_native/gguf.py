@@ -46,19 +46,27 @@ ARRAYS: dict[int, type[np.generic]] = {
 
 
 class TensorInfo(NamedTuple):
-    """One tensor of a GGUF file, without its data."""
+    """One tensor of a GGUF file, without its data.
+
+    Attributes:
+        name: such as "blk.0.attn_q.weight".
+        shape: fastest-varying dimension first, as the file has it.
+        type: ggml's name, such as "q8_0".
+        offset: bytes from the start of the file.
+        size_bytes: bytes of its data.
+    """
 
     name: str
-    shape: tuple[int, ...]  # fastest-varying dimension first, as the file has it
-    type: str  # ggml's name, such as "q8_0"
-    offset: int  # bytes from the start of the file
+    shape: tuple[int, ...]
+    type: str
+    offset: int
     size_bytes: int
 
 
 class GGUF:
     """The header of a GGUF file.
 
-    Raises `ModelLoadError` where the path cannot be a GGUF file, or its header cannot be read.
+    Raises `ModelLoadError` if the path cannot be a GGUF file, or its header cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -88,7 +96,7 @@ class GGUF:
             return bool(lib.gguf_find_tensor(gguf, name.encode()) >= 0)
 
     def check_tensors(self) -> None:
-        """Raise `ModelLoadError` where a tensor's data would lie beyond the end of the file."""
+        """Raise `ModelLoadError` if a tensor's data would lie beyond the end of the file."""
         for tensor in self.tensors:
             end = tensor.offset + tensor.size_bytes
             if end > self.size_bytes:
@@ -136,7 +144,7 @@ class Metadata(Mapping[str, Value]):
 
 
 def check_file(path: Path) -> int:
-    """Return the size of the file in bytes; raise `ModelLoadError` where it is plainly no GGUF file."""
+    """Return the size of the file in bytes; raise `ModelLoadError` if it is plainly no GGUF file."""
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):

@@ -72,7 +72,7 @@ class Model:
     ) -> Self:
         """Load a GGUF file (`llama_model_load_from_file`).
 
-        `gpu_layers`: how many layers to put on a GPU; "auto" puts all of them there where there is one, -1 does
+        `gpu_layers`: how many layers to put on a GPU; "auto" puts all of them there if there is one, -1 does
         without a choice. `devices`: names from `minerva_native.devices()`; all by default, none for the CPU alone.
         `mmap`: map the file instead of reading it. `vocab_only`: load no weights; the model then only tokenizes.
         `check`: refuse a file whose tensors lie beyond its end. `on_progress`: called with 0.0 to 1.0 as the weights
@@ -92,7 +92,7 @@ class Model:
         layers = _resolve_gpu_layers(gpu_layers, has_gpu() and (devices is None or len(chosen) > 1))
         stopped = False
 
-        # Also where nobody watches: entering Python lets a pending Ctrl-C take effect during a long load.
+        # Even if nobody watches: entering Python lets a pending Ctrl-C take effect during a long load.
         def watch(fraction: float) -> bool:
             nonlocal stopped
             stopped = on_progress is not None and on_progress(fraction) is False
@@ -246,7 +246,7 @@ class Model:
         return self._fact(lib.llama_model_n_ctx_train, "context_length")
 
     def _fact(self, function: Callable[[Any], int], key: str = "") -> int:
-        """Ask libllama, or the metadata where libllama was told to read the vocabulary alone."""
+        """Ask libllama, or the metadata if libllama was told to read the vocabulary alone."""
         with self._handle as model:
             return int(max(self.hyperparameter(key))) if self.vocab_only and key else int(function(model))
 

@@ -44,13 +44,19 @@ _MAX_TEXT_BYTES = 1 << 30  # libllama counts bytes and tokens in 32-bit integers
 class Tokenizer:
     """The vocabulary of a model. Safe to use from several threads at once.
 
-    Raises `TokenizerError` where the model has no vocabulary, `ClosedError` after the model is closed.
-    """
+    Attributes:
+        type: "spm", "bpe", "wpm", "ugm", "rwkv", "plamo2", "other", or "none" if there is no vocabulary.
+        n_vocab: how many token ids there are.
+        bos: the token that begins a sequence, if there is one.
+        eos: the token that ends a sequence, if there is one.
+        eot: the token that ends a turn, if there is one.
+        adds_bos: whether the model expects `bos` before a text.
+        adds_eos: whether the model expects `eos` after a text.
 
-    n_vocab: int  # how many token ids there are
-    bos: int | None  # beginning of sequence
-    eos: int | None  # end of sequence
-    eot: int | None  # end of turn
+    Raises:
+        TokenizerError: the model has no vocabulary.
+        ClosedError: the model is closed.
+    """
 
     def __init__(self, model: Handle):
         self._model = model
@@ -69,7 +75,7 @@ class Tokenizer:
         self._controls: dict[int, bool] = {}
         self._pieces: tuple[dict[int, bytes], dict[int, bytes]] = ({}, {})  # without and with special tokens
         self._texts: tuple[dict[int, str | None], dict[int, str | None]] = ({}, {})
-        # Some vocabularies (SentencePiece) put a space where a text begins, which must not come back on decoding.
+        # Some vocabularies (SentencePiece) put a space before a text, which must not come back on decoding.
         self._missing_bytes = self._find_missing_bytes() if self.type == "spm" else frozenset()
         try:
             first = self.encode("a", add_special=False)[:1]
@@ -119,7 +125,8 @@ class Tokenizer:
     def decode(self, ids: TokenIds, special: bool = False) -> str:
         """Turn token ids into text; bytes that are not UTF-8 become U+FFFD. `special` also shows control tokens.
 
-        The space that some vocabularies put before every text is left out; for a token amid a text see `piece`.
+        The space that some vocabularies put before every text is left out: `piece` gives a token as it stands in the
+        middle of a text.
         """
         return self.decode_bytes(ids, special).decode(errors="replace")
 
@@ -133,13 +140,13 @@ class Tokenizer:
         return b"".join(pieces)
 
     def piece(self, token: int, special: bool = False) -> bytes:
-        """Return the bytes of one token as it stands amid a text (`llama_token_to_piece`)."""
+        """Return the bytes of one token as it stands in the middle of a text (`llama_token_to_piece`)."""
         return self._piece(self.check(token), special)
 
     def stream(self, special: bool = False, after: int | None = None) -> "StreamDecoder":
         """Return a decoder that takes one token at a time.
 
-        `after` is the token that came before the first one, where the text goes on from tokens already there.
+        `after` is the token that came before the first one, if the text goes on from tokens already there.
         """
         return StreamDecoder(self, special, after)
 
@@ -163,14 +170,14 @@ class Tokenizer:
         return control
 
     def check(self, token: int) -> int:
-        """Return a token id as an int; raise `TypeError` or `ValueError` where it is none of this vocabulary."""
+        """Return a token id as an int; raise `TypeError` or `ValueError` if this vocabulary does not have it."""
         token = operator.index(token)
         if not 0 <= token < self.n_vocab:
             raise ValueError(f"token id {token} is out of range: the vocabulary has ids 0 to {self.n_vocab - 1}")
         return token
 
     def as_array(self, ids: TokenIds) -> npt.NDArray[np.int32]:
-        """Return token ids as an int32 array; raise `TypeError` or `ValueError` where one is not of this vocabulary."""
+        """Return token ids as an int32 array; raise `TypeError` or `ValueError` if one is not of this vocabulary."""
         if isinstance(ids, str | bytes):
             raise TypeError(f"token ids must be integers, not {type(ids).__name__}: encode the text first")
         if (
@@ -195,7 +202,7 @@ class Tokenizer:
             raise TokenizerError("this model has no vocabulary: give it token ids, and read token ids back")
 
     def _find_missing_bytes(self) -> frozenset[int]:
-        """Return the bytes that have no token: libllama would end the process where a text needs one."""
+        """Return the bytes that have no token: libllama would end the process if a text needs one."""
         missing = set(range(256))
         with self._model:
             for token in range(self.n_vocab):
@@ -216,7 +223,7 @@ class Tokenizer:
             ("SEP", self._sep, self.type == "wpm"),
         ):
             if is_added and (token is None or token >= self.n_vocab):
-                raise TokenizerError(f"the vocabulary is to add a {name} token and has none: use add_special=False")
+                raise TokenizerError(f"the vocabulary asks for a {name} token but defines none: pass add_special=False")
 
     def _piece(self, token: int, special: bool) -> bytes:
         """Return the bytes of a valid token id."""
@@ -235,7 +242,7 @@ class Tokenizer:
         return piece
 
     def _remember_text(self, token: int, special: bool) -> None:
-        """Note the text of a valid token id, or None where it is a part of a character."""
+        """Note the text of a valid token id, or None if it is part of a character."""
         try:
             self._texts[special][token] = self._piece(token, special).decode()
         except UnicodeDecodeError:
@@ -273,7 +280,7 @@ class StreamDecoder:
         return text
 
     def flush(self) -> str:
-        """Return what is left at the end: U+FFFD where the last character is incomplete, else nothing."""
+        """Return what is left at the end: U+FFFD if the last character is incomplete, else nothing."""
         self._mid_character = False
         return self._decoder.decode(b"", final=True)
 

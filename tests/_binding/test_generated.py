@@ -98,9 +98,10 @@ def test_constants_are_the_c_compilers(header: str, compiler: str, llama_cpp_sou
 
 def test_the_stub_names_everything_that_the_library_holds() -> None:
     import minerva_native._binding as binding
+    from minerva_native._binding import _llama
 
     stubs = [Path(path) / "_llama.pyi" for path in binding.__path__]
-    compiled = Path(binding._llama.__file__).with_name("_llama.pyi")
+    compiled = Path(_llama.__file__).with_name("_llama.pyi")
     stub = next(path for path in [compiled, *stubs] if path.is_file()).read_text()
     named = set(re.findall(r"^    (?:def )?(\w+)[(:]", stub.partition("class Lib:")[2], re.M))
     assert set(dir(lib)) - named == set()

@@ -67,9 +67,9 @@ def test_the_depth_is_evaluated_once(load_tiny: Load, kind: str) -> None:
 def test_tokens_are_generated_at_the_depth(load_tiny: Load, kind: str) -> None:
     with start(load_tiny(KINDS[kind]), n_prompt=6, n_gen=4, n_depth=40) as run:
         run.repeat()
-        assert len(run._sequence or ()) == 50
+        assert len(run.sequence or ()) == 50
         assert run.take_apart() is not None
-        assert len(run._sequence or ()) == 50
+        assert len(run.sequence or ()) == 50
 
 
 def test_a_text_begins_as_the_model_expects(load_tiny: Load) -> None:
@@ -77,8 +77,8 @@ def test_a_text_begins_as_the_model_expects(load_tiny: Load) -> None:
     for lengths in ((3, 0, 0), (0, 3, 0), (0, 3, 3)):
         with start(model, *lengths) as run:
             run.repeat()
-            assert run._sequence is not None
-            assert run._sequence[0] == model.tokenizer.bos
+            assert run.sequence is not None
+            assert run.sequence[0] == model.tokenizer.bos
 
 
 @each_kind
@@ -96,11 +96,11 @@ def test_a_token_is_taken_apart(load_tiny: Load, kind: str) -> None:
 
 def test_a_generation_that_reaches_an_end_goes_on(load_tiny: Load) -> None:
     with start(load_tiny(TinyModel()), n_gen=24) as run:
-        run._params = mn.SamplingParams(logit_bias={run.context.model.tokenizer.eos or 0: 100.0}, temperature=0.0)
+        run.params = mn.SamplingParams(logit_bias={run.context.model.tokenizer.eos or 0: 100.0}, temperature=0.0)
         run.repeat()
         assert run.take_apart() is not None
-        assert run._sequence is not None
-        assert set(run._sequence[1:]) == {run.context.model.tokenizer.eos}
+        assert run.sequence is not None
+        assert set(run.sequence[1:]) == {run.context.model.tokenizer.eos}
 
 
 @pytest.mark.parametrize(("n_prompt", "n_gen"), [(8, 0), (0, 1), (0, 2)])
@@ -120,7 +120,7 @@ def test_keys_and_values_are_counted_half_way(load_tiny: Load) -> None:
 
 def test_nothing_is_left_behind(tiny: mn.Model) -> None:
     with start(tiny, n_gen=2) as run:
-        folder = run._folder.name
+        folder = run.folder.name
     assert run.context.closed
     assert not Path(folder).exists()
 

@@ -91,7 +91,7 @@ def test_readers_that_are_too_few_do_not_wait_for_ever(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(threading.Thread, "start", start_one)
     with pytest.raises(mn.MinervaError, match="cannot be read with 2 threads"):
-        roofline._read_together([np.ones(8, np.uint64)] * 2)
+        roofline.read_together([np.ones(8, np.uint64)] * 2)
     started[0].join(10)
     assert not started[0].is_alive()
 

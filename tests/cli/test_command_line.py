@@ -111,7 +111,7 @@ def test_devices_include_the_cpu() -> None:
         (("generate", "-c", "2000000000"), "KV cache"),
         (("generate", "-b", "0"), "n_batch must be"),
         (("generate", "-t", "0"), "n_threads must be"),
-        (("generate", "-n", "-2"), "max_tokens must be"),
+        (("generate", "-n", "-2"), "-n must be 0 or more, or -1"),
         (("generate", "--temp", "nan"), "temperature"),
         (("generate", "--temp", "-1"), "temperature"),
         (("generate", "--temp", "inf"), "temperature"),

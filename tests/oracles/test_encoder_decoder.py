@@ -66,7 +66,7 @@ def test_several_sequences_answer_the_same_question(model: mn.Model, context: mn
     assert_same(fork.logits, by_hand(model, QUESTION, [*ANSWER[:3], 1, 2]))
 
 
-def test_another_question_makes_all_answers_be_evaluated_anew(model: mn.Model, context: mn.Context) -> None:
+def test_another_question_has_all_answers_re_evaluated(model: mn.Model, context: mn.Context) -> None:
     context.encode(QUESTION)
     with context.sequence() as closed:
         closed.extend(ANSWER)

@@ -55,7 +55,7 @@ def read_pin(path: Path = HERE / "pin.json") -> Pin:
 
 
 def fetch(pin: Pin, destination: Path) -> Path:
-    """Make `destination` hold the pinned source, and return it; do nothing where it does already."""
+    """Make `destination` hold the pinned source, and return it; do nothing if it does already."""
     stamp = destination / ".pin"
     wanted = json.dumps([*pin, KEPT])
     if stamp.is_file() and stamp.read_text() == wanted:

@@ -1,7 +1,7 @@
 """Build-time generator: the C API of the llama.cpp at hand becomes a cffi module and a type stub.
 
 The C preprocessor expands `llama.h` and our `hooks.h`; their declarations are parsed and handed to cffi in API mode,
-where the C compiler supplies every struct layout, enumerator and constant. No declaration is written here, so moving
+in which the C compiler supplies every struct layout, enumerator and constant. No declaration is written here, so moving
 the pin moves the binding.
 """
 

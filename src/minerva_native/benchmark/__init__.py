@@ -54,9 +54,9 @@ def bench(
 
     `take_apart` runs the decode loop too, to take its tokens apart; `sampling` is what its sampler is to have in place
     of what the model recommends (`SamplingParams.from_model`). `baseline`: rows to compare with. `llama_bench`: run in
-    turns with this, both loading the model anew each time. `on_progress` is called with the test's name, how many
+    turns with this, both loading the model again each time. `on_progress` is called with the test's name, how many
     repetitions are done, and how many there are; first with 0 of them.
-    Raises what loading a model and making a context raise, and `MinervaError` where llama-bench fails.
+    Raises what loading a model and making a context raise, and `MinervaError` if llama-bench fails.
     """
     machine = {**facts(), "clock_ns": clock_ns()}
     with source.load() as model:
@@ -102,7 +102,7 @@ class _About(NamedTuple):
     gpu_layers: int
 
     def limit(self, test: Test) -> roofline.Limit | None:
-        """Return what the memory allows, where the test generates."""
+        """Return what the memory allows, if the test generates."""
         return roofline.Limit(self.weights, test.n_threads) if test.n_gen else None
 
 

@@ -51,7 +51,7 @@ class Ratio(NamedTuple):
 def load(path: str | os.PathLike[str]) -> list[Row]:
     """Read results that were written as JSON (a list, or `--json`'s object) or JSONL, here or by llama-bench.
 
-    Raises `ValueError` for a file that holds none, `OSError` where it cannot be read.
+    Raises `ValueError` for a file that holds none, `OSError` if it cannot be read.
     """
     content = Path(path).read_bytes()
     try:
@@ -87,7 +87,7 @@ def has(baseline: Sequence[Row], test: Test) -> bool:
 def find(row: Row, baseline: Sequence[Row]) -> tuple[Row, list[str]] | None:
     """Return the baseline's result of the same test and model, and the names of the settings that differ.
 
-    Of several, the one with the fewest differences; None where there is none.
+    Of several, the one with the fewest differences; None if there is none.
     """
 
     def differences(other: Row) -> list[str]:
@@ -119,7 +119,7 @@ class LlamaBench:
     def repeat(self, model: str, gpu_layers: int, test: Test, mmap: bool, warm_up: bool) -> float:
         """Run the same test on the same file, perhaps after a warm-up of its own; return its time in nanoseconds.
 
-        Raises `MinervaError` where it fails.
+        Raises `MinervaError` if it fails.
         """
         if "," in model:
             raise mn.MinervaError(f"llama-bench would take {model} for several files, because of the comma: rename it")

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 import minerva_native as mn
-from minerva_native._binding import lib, text
-from minerva_native.devices import cpu_quota
+from minerva_native import cpu_quota
+from minerva_native._binding import ffi, lib
 
 # What changes how the libraries under us run.
 _VARIABLES = ("OMP_", "GOMP_", "KMP_", "GGML_", "LLAMA_", "CUDA_", "GLIBC_TUNABLES", "MALLOC_", "LD_PRELOAD")
@@ -19,10 +19,11 @@ BUSY_LOAD = 0.5  # of the CPUs, that is more than noise when the measuring start
 
 
 def facts() -> dict[str, Any]:
-    """Return what the results depend on besides the model and the test, under llama-bench's names where it has them."""
+    """Return what the results depend on besides the model and the test, under llama-bench's names if it has them."""
     build, devices = mn.build_info(), mn.devices()
     backends = [
-        text(lib.ggml_backend_reg_name(lib.ggml_backend_reg_get(n))) for n in range(lib.ggml_backend_reg_count())
+        ffi.string(lib.ggml_backend_reg_name(lib.ggml_backend_reg_get(n))).decode()
+        for n in range(lib.ggml_backend_reg_count())
     ]
     return {
         "build_commit": build["llama_cpp"],
@@ -85,12 +86,12 @@ def _cpus() -> list[int]:
 
 
 def _load() -> float | None:
-    """Return the load average over a minute, where the system has one."""
+    """Return the load average over a minute, if the system has one."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def _governors() -> list[str] | None:
-    """Return the frequency governors of the CPUs, each once; None where the system does not tell."""
+    """Return the frequency governors of the CPUs, each once; None if the system does not tell."""
     files = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_governor")
     return sorted({file.read_text().strip() for file in files}) or None
 

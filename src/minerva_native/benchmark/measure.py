@@ -1,9 +1,9 @@
 """Measuring: what one repetition of a test does, and what of it is timed.
 
-A test is llama-bench's: so many random tokens evaluated as a prompt, so many one at a time, after so many that are
-there already and do not count. No text and no sampler are part of it. Beside it the real decode loop, `generate`, is
-run on the same sequence, and each token is taken apart: into `llama_decode`, reading the logits, the sampler, the text,
-and the loop around them.
+A test is llama-bench's: `n_prompt` random tokens evaluated as a prompt, then `n_gen` one at a time, after `n_depth`
+tokens that are there already and do not count. No text and no sampler are part of it. Beside it the real decode loop,
+`generate`, is run on the same sequence, and each token is taken apart: into `llama_decode`, reading the logits, the
+sampler, the text, and the loop around them.
 """
 
 import gc
@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 import minerva_native as mn
-from minerva_native.devices import available_cpus
+from minerva_native import available_cpus
 
 FIRST_TOKENS = 4  # of each repetition, that are shown apart: caches and branch predictors are still cold
 
@@ -101,10 +101,10 @@ class Run:
             prefix_cache=False,
             checkpoint_bytes=0,  # copying states would be timed
         )
-        self._params = params
+        self.params = params
         self._sampler = mn.Sampler(params)
-        self._folder = tempfile.TemporaryDirectory(prefix="minerva-bench-")
-        self._sequence: mn.Sequence | None = None
+        self.folder = tempfile.TemporaryDirectory(prefix="minerva-bench-")
+        self.sequence: mn.Sequence | None = None
         self._has_depth = False
         n_vocab, bos = model.tokenizer.n_vocab, model.tokenizer.bos
         draw = random.Random(1)
@@ -152,7 +152,7 @@ class Run:
         return Repetition(prompt_ns + int(token_ns.sum()), token_ns, first_token_ns)
 
     def take_apart(self) -> Parts | None:
-        """Generate as many tokens with the decode loop, and time its parts; None where the test has too few.
+        """Generate as many tokens with the decode loop, and time its parts; None if the test has too few.
 
         The sequence is cut to where the generation of `repeat` began, or to its first token.
         """
@@ -160,13 +160,13 @@ class Run:
         n_steps = self.context.n_ctx - start - 1
         if n_steps < 1 or not self._tokens:
             return None
-        sequence = self._sequence
+        sequence = self.sequence
         if sequence is None or len(sequence) < start or not self.context.memory.can_truncate:
             sequence = self._start()
             sequence.extend(self._prompt or self._tokens[0])
         sequence.truncate(start)
         _ = sequence.logits
-        stats, timed = self.context.stats, _TimedLoop(sequence, self._params)
+        stats, timed = self.context.stats, _TimedLoop(sequence, self.params)
         with _no_collection():
             timed.next()  # the first token's logits are there
             decode, logits = stats.decode_seconds, stats.logits_seconds
@@ -184,38 +184,38 @@ class Run:
     def kv_bytes(self) -> float:
         """Return how many bytes the keys, values and states of the sequence take half-way through the generation.
 
-        At its end, where the memory cannot be cut.
+        At its end, if the memory cannot be cut.
         """
-        if self._sequence is None or not len(self._sequence):
+        if self.sequence is None or not len(self.sequence):
             return 0.0
         half_way = self.test.n_depth + self.test.n_prompt + self.test.n_gen / 2
         if not self.context.memory.can_truncate:  # how much of it grows with the text is not known
-            return float(self._sequence.size_bytes)
-        return self._sequence.size_bytes * half_way / len(self._sequence)
+            return float(self.sequence.size_bytes)
+        return self.sequence.size_bytes * half_way / len(self.sequence)
 
     def close(self) -> None:
         """Free the context."""
         self.context.close()
-        self._folder.cleanup()
+        self.folder.cleanup()
 
     def _start(self) -> mn.Sequence:
         """Return the sequence, with the tokens of the depth evaluated and nothing else."""
-        if self._sequence is not None and self.context.memory.can_truncate:
-            self._sequence.truncate(self.test.n_depth)
-            return self._sequence
-        if self._sequence is not None:
-            self._sequence.close()
-        saved = Path(self._folder.name) / "depth"
+        if self.sequence is not None and self.context.memory.can_truncate:
+            self.sequence.truncate(self.test.n_depth)
+            return self.sequence
+        if self.sequence is not None:
+            self.sequence.close()
+        saved = Path(self.folder.name) / "depth"
         if self._has_depth:
-            self._sequence = self.context.restore(saved)
-            return self._sequence
-        self._sequence = self.context.sequence()
+            self.sequence = self.context.restore(saved)
+            return self.sequence
+        self.sequence = self.context.sequence()
         if self._before:
-            self._sequence.extend(self._before)
+            self.sequence.extend(self._before)
             if not self.context.memory.can_truncate:
-                self._sequence.save(saved)
+                self.sequence.save(saved)
                 self._has_depth = True
-        return self._sequence
+        return self.sequence
 
     def __enter__(self) -> Self:
         return self

@@ -16,7 +16,7 @@ SHOWN = 1.25  # times the highest percentile
 
 
 def check(path: str | os.PathLike[str]) -> None:
-    """Raise `MinervaError`, `ValueError` or `OSError` now, where no picture could be drawn after all is measured."""
+    """Raise `MinervaError`, `ValueError` or `OSError` now, if no picture could be drawn after the measuring."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -7,6 +7,7 @@ Every writer gives out a row as soon as it has it, so that a run that is cut sho
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
@@ -29,7 +30,7 @@ Row = dict[str, Any]
 def figures(test: Test, repetitions: Sequence[Repetition]) -> Row:
     """Return what was timed: the rate, as llama-bench has it, and how the times of single tokens are distributed.
 
-    Percentiles, maximum and mean are of all tokens but the first `FIRST_TOKENS` of each repetition (of all, where there
+    Percentiles, maximum and mean are of all tokens but the first `FIRST_TOKENS` of each repetition (of all, if there
     are no more), and jitter is the mean absolute difference of two in succession. `first_tokens_ns` are the medians of
     those first ones over the repetitions.
     """
@@ -50,7 +51,7 @@ def figures(test: Test, repetitions: Sequence[Repetition]) -> Row:
 
 
 def steady(times: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return the times without those of the first tokens, along the last axis; all of them, where there are no more."""
+    """Return the times without those of the first tokens, along the last axis; all of them, if there are no more."""
     return times[..., FIRST_TOKENS:] if times.shape[-1] > FIRST_TOKENS else times
 
 
@@ -103,7 +104,7 @@ class Writer(Protocol):
         """Write one result."""
 
     def end(self) -> None:
-        """Write what closes the output; also where the run was cut short."""
+        """Write what closes the output, also if the run was cut short."""
 
 
 class JsonList:
@@ -232,10 +233,22 @@ class Screen:
         self._console.print(table)
         more = ", ".join(f"{name} {text}" for name in self._spared if (text := _cell(row, name)) != "-")
         for line in ([more] if more else []) + details(row):
-            self._console.print(f"   {line}", style="dim")
+            for part in _wrapped(line, self._console.width - 3):
+                self._console.print(f"   {part}", style="dim")
 
     def end(self) -> None:
         """Nothing closes it."""
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    """Break a line between its figures: after a comma, a semicolon or a colon, never within one."""
+    parts = [""]
+    for piece in re.split(r"(?<=[,;:]) ", line):
+        if parts[-1] and len(parts[-1]) + 1 + len(piece) > width:
+            parts.append(f"  {piece}")
+        else:
+            parts[-1] = f"{parts[-1]} {piece}" if parts[-1] else piece
+    return parts
 
 
 def _console(file: TextIO, width: int | None = None) -> "Console":
@@ -260,7 +273,7 @@ SPARE = ("max", "jitter", "p95", "p90", "against", "p99", "first token", "of lim
 def columns(rows: Sequence[Row], is_compared: bool, with_model: bool) -> dict[str, int]:
     """Return a table's columns and their widths, from the tests that are to come.
 
-    As in llama-bench, a setting has a column where it is not the same in all of them.
+    As in llama-bench, a setting has a column if it is not the same in all of them.
     """
     names = {"model": 30, "size": 10, "params": 10, "backend": 10, "threads": 7} if with_model else {}
     for name, (field, width) in SETTINGS.items():
@@ -283,7 +296,7 @@ SETTINGS = {
     "n_ubatch": ("n_ubatch", 8),
     "type_k": ("type_k", 6),
     "type_v": ("type_v", 6),
-    "fa": ("flash_attn", 2),
+    "fa": ("flash_attn", 4),
     "ngl": ("n_gpu_layers", 3),
     "mmap": ("mmap", 5),
 }
@@ -294,7 +307,12 @@ def cells(row: Row, names: Iterable[str]) -> list[str]:
     return [_cell(row, name) for name in names]
 
 
+_FLASH_ATTENTION = {-1: "auto", 0: "off", 1: "on"}  # llama-bench's numbers
+
+
 def _cell(row: Row, name: str) -> str:
+    if name == "fa":
+        return _FLASH_ATTENTION.get(row["flash_attn"], str(row["flash_attn"]))
     if name in SETTINGS:
         return str(row[SETTINGS[name][0]])
     match name:

@@ -1,7 +1,7 @@
 """The roofline: no token comes faster than the bytes it takes can be read from memory.
 
-To generate a token, a model reads every weight that the token touches and every key and value before it, once. What
-the memory gives at best, measured with as many threads, says how long that takes at the least.
+To generate a token, a model reads every weight that the token touches and every key and value before it, once. The
+memory's best bandwidth, measured with the same number of threads, says how long that takes at least.
 """
 
 import threading
@@ -17,7 +17,7 @@ import numpy.typing as npt
 import minerva_native as mn
 from minerva_native._binding import ffi, lib
 
-_READ_BYTES = 256 << 20  # at the least; four times the largest cache, where that is more
+_READ_BYTES = 256 << 20  # at least; four times the largest cache, if that is more
 _READ_SECONDS, _READ_ROUNDS = 0.04, 3  # of every thread, and how often: the best round counts
 _COPY_BYTES, _COPY_TIMES, _COPY_ROUNDS = 256 << 20, 16, 5
 
@@ -37,7 +37,7 @@ class Weights(NamedTuple):
 def weights_touched(model: mn.Model) -> Weights:
     """Return the bytes of weights that generating one token reads.
 
-    Of an embedding table that is one row, or all of it where it is the output matrix too; of experts those that the
+    Of an embedding table that is one row, or all of it if it is the output matrix too; of experts those that the
     router chooses; of an encoder nothing, nor of layers that predict further tokens.
     """
     gguf = mn.GGUF(model.path)
@@ -66,7 +66,7 @@ def weights_touched(model: mn.Model) -> Weights:
 
 
 class Limit:
-    """What the memory allows a model that computes with so many threads."""
+    """What the memory allows a model that computes with a number of threads."""
 
     def __init__(self, weights: Weights, n_threads: int):
         self._weights = weights
@@ -76,14 +76,14 @@ class Limit:
         self._gpu_bandwidth = copy_bandwidth(gpus[0]) if self._on_gpu > 0.0 else 1.0
 
     def cpu_bandwidth(self) -> float:
-        """Measure, and return in bytes per second, what the threads read; 1 where they have nothing to read.
+        """Measure, and return in bytes per second, what the threads read; 1 if they have nothing to read.
 
         It is to be asked beside each repetition: machines that are shared with others give now more, now less.
         """
         return self._reader.bandwidth() if self._reader is not None else 1.0
 
     def seconds(self, kv_bytes: float, cpu_bandwidth: float) -> float:
-        """Return the least time that a token takes with so many bytes of keys and values before it."""
+        """Return the least time that a token takes with that many bytes of keys and values before it."""
         weights, on_gpu = self._weights, self._on_gpu
         on_cpu = (weights.cpu + (1.0 - on_gpu) * kv_bytes) if self._reader is not None else 0.0
         return (weights.gpu + on_gpu * kv_bytes) / self._gpu_bandwidth + on_cpu / cpu_bandwidth
@@ -98,10 +98,10 @@ class Reader:
 
     def bandwidth(self) -> float:
         """Return the bytes per second that the threads read together, at best."""
-        return max(_read_together(self._buffers) for _ in range(_READ_ROUNDS))
+        return max(read_together(self._buffers) for _ in range(_READ_ROUNDS))
 
 
-def _read_together(buffers: list[npt.NDArray[np.uint64]]) -> float:
+def read_together(buffers: list[npt.NDArray[np.uint64]]) -> float:
     """Have each thread read its buffer over and over; return the sum of their rates."""
     rates: list[float] = []
     barrier = threading.Barrier(len(buffers))
@@ -126,12 +126,12 @@ def _read_together(buffers: list[npt.NDArray[np.uint64]]) -> float:
     except RuntimeError as error:
         raise mn.MinervaError(f"the memory cannot be read with {len(buffers)} threads ({error})") from None
     finally:
-        barrier.abort()  # where Ctrl-C came amid them, those who wait for the others would wait for ever
+        barrier.abort()  # after Ctrl-C, those who wait for the others would wait for ever
     return sum(rates)
 
 
 def largest_cache_bytes() -> int:
-    """Return the size of the largest cache of the CPU, where the system tells."""
+    """Return the size of the largest cache of the CPU, if the system tells."""
     sizes = [0]
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = file.read_text().strip()
@@ -143,7 +143,7 @@ def largest_cache_bytes() -> int:
 def copy_bandwidth(device: str) -> float:
     """Return the bytes per second that a device reads and writes as it copies its own memory.
 
-    Raises `DeviceError` where there is no such device, or no room on it.
+    Raises `DeviceError` if there is no such device, or no room on it.
     """
     pointer = lib.ggml_backend_dev_by_name(device.encode())
     if pointer == ffi.NULL:
@@ -162,7 +162,7 @@ def copy_bandwidth(device: str) -> float:
 
 @contextmanager
 def _two_tensors(device: Any, size: int) -> Iterator[tuple[Any, Any, Any]]:
-    """Give a backend on the device, and two tensors of so many bytes in its memory."""
+    """Give a backend on the device, and two tensors of `size` bytes in its memory."""
     backend = lib.ggml_backend_dev_init(device, ffi.NULL)
     context = lib.ggml_init({"mem_size": 8 * lib.ggml_tensor_overhead(), "mem_buffer": ffi.NULL, "no_alloc": True})
     buffer = ffi.NULL

@@ -9,8 +9,7 @@ from contextlib import suppress
 from itertools import product
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from minerva_native import FLASH_ATTENTION, KV_TYPES, MinervaError
-from minerva_native.devices import available_cpus
+from minerva_native import FLASH_ATTENTION, KV_TYPES, MinervaError, available_cpus
 
 from .options import add_sampling, file_name, gpu_layers, sampling
 from .progress import measuring
@@ -52,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several("-ctv", "--cache-type-v", type=kinds, metavar="TYPE", dest="type_v", help="type of the cached values (f16)")
     flash = one_of(FLASH_ATTENTION, {"1": "on", "0": "off", "-1": "auto"})
     several("-fa", "--flash-attn", type=flash, metavar="on|off|auto", dest="flash", help="flash attention (auto)")
-    layers = "layers to put on a GPU; -1 for all, auto for all where there is one (auto)"
+    layers = "layers to put on a GPU; -1 for all, auto for all if there is one (auto)"
     several("-ngl", "--gpu-layers", "--n-gpu-layers", type=gpu_layer_list, dest="gpu_layers", help=layers)
     mmap = one_of(("0", "1"), {"none": "0", "mmap": "1"})
     how = "map the file, or read it (mmap)"
@@ -70,13 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     against.add_argument("--baseline", type=file_name, metavar="FILE", help=results)
     in_turns = "run upstream's llama-bench in turns with this"
     against.add_argument("--compare-llama-bench", type=file_name, metavar="PATH", help=in_turns)
-    fail = "exit with 1 where the median of a comparison is less than this, such as 0.97, or a test is not compared"
+    fail = "exit with 1 if the median of a comparison is less than this, such as 0.97, or a test is not compared"
     add("--fail-below", type=ratio, metavar="RATIO", help=fail)
     parser.set_defaults(refuse=parser.error)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run every test; the exit status is 1 where a comparison falls below `--fail-below`."""
+    """Run every test; the exit status is 1 if a comparison falls below `--fail-below`."""
     if options.fail_below is not None and not (options.baseline or options.compare_llama_bench):
         options.refuse("--fail-below needs something to compare with: --baseline or --compare-llama-bench")
     from minerva_native import benchmark
@@ -236,7 +235,7 @@ def warn(sentence: str) -> None:
 
 
 def flat(lists: list[list[T]] | None, default: list[T]) -> list[T]:
-    """Return the values of an option that may be repeated, each as a list; the default where it is not given."""
+    """Return the values of an option that may be repeated, each as a list; the default if it is not given."""
     return [value for values in lists for value in values] if lists else default
 
 

@@ -52,8 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Generate; the exit status is 130 where Ctrl-C cut it short."""
+    """Generate; the exit status is 130 if Ctrl-C cut it short."""
     clock = Clock()
+    if options.predict < -1:
+        raise ValueError(f"-n must be 0 or more, or -1 to fill the context, not {options.predict}")
     with load_model(options) as model:
         given = sampling(options) | ({"logit_bias": end_biases(model)} if options.ignore_eos else {})
         sampler = mn.Sampler(mn.SamplingParams.from_model(model, **given))
@@ -104,7 +106,7 @@ def end_biases(model: mn.Model) -> dict[int, float]:
 
 
 def choose_prompt(options: argparse.Namespace, model: mn.Model) -> tuple[str, str]:
-    """Return the prompt and what of it to show: nobody has typed the built-in one, so the text would begin amid it."""
+    """Return the prompt and what of it to show: all of the built-in one, as nobody has typed it."""
     prompt = read_text(options)
     if prompt:
         return prompt, ""
@@ -141,7 +143,7 @@ class Clock:
         self.n_tokens += 1
 
     def figures(self) -> dict[str, Any]:
-        """The rates in tokens a second, the times in seconds; null where nothing was measured."""
+        """The rates in tokens a second, the times in seconds; null if nothing was measured."""
         prompt, rest = self.prefill_end - self.start, self.last - self.first
         return {
             "n_prompt": self.n_prompt,

@@ -12,12 +12,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """Add `-m` and `-ngl`."""
     model = "a GGUF file; the built-in model by default"
     parser.add_argument("-m", "--model", type=file_name, metavar="FILE", help=model)
-    layers = "layers to put on a GPU; -1 for all, auto for all where there is one (default)"
+    layers = "layers to put on a GPU; -1 for all, auto for all if there is one (default)"
     parser.add_argument("-ngl", "--gpu-layers", type=gpu_layers, default="auto", metavar="N", help=layers)
 
 
 def load_model(options: argparse.Namespace, vocab_only: bool = False) -> Model:
-    """Load what `-m` names, with a progress bar on a terminal where that takes a while."""
+    """Load what `-m` names, with a progress bar on a terminal if that takes a while."""
     if options.model is None:
         return Model.demo(gpu_layers=options.gpu_layers)
     from .progress import loading
@@ -75,7 +75,7 @@ def add_text(parser: argparse.ArgumentParser) -> None:
 
 
 def read_text(options: argparse.Namespace) -> str:
-    """Return what `-p` or `-f` names, else standard input where that is no terminal, less one final line end."""
+    """Return what `-p` or `-f` names, else standard input if that is no terminal, less one final line end."""
     if options.prompt is not None:
         return str(options.prompt)
     name = options.file

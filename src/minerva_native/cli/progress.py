@@ -67,7 +67,7 @@ class Measuring:
         self._bar: Bar | None = None
 
     def update(self, name: str, done: int, total: int) -> None:
-        """Note that so many repetitions of a test are done."""
+        """Note how many repetitions of a test are done."""
         if not done:
             self.pause()
             self._number += 1
@@ -87,7 +87,7 @@ class Measuring:
 
 @contextmanager
 def measuring(n_tests: int) -> Iterator[Measuring]:
-    """Show how far a benchmark of so many tests is."""
+    """Show how far a benchmark of `n_tests` tests is."""
     progress = Measuring(n_tests)
     try:
         yield progress

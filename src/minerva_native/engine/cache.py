@@ -773,7 +773,7 @@ class _Rollback:
         del self._marks[slot]
 
     def made(self, slot: Slot) -> None:
-        """Come back to where this slot was not there."""
+        """Discard this slot, which was not there before."""
         self._marks[slot] = Mark(None, None, None, None, 0)
 
     def parted(self, slot: Slot, kept: Slot | None) -> None:

@@ -49,7 +49,7 @@ class SlotPool:
         self.is_unclean = False
 
     def recount(self) -> None:
-        """Have the free cells counted again: some that were shared may have to be evaluated anew."""
+        """Have the free cells counted again: some that were shared may have to be re-evaluated."""
         self.spare = -1
 
     # Places
