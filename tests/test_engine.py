@@ -91,6 +91,13 @@ def test_a_piece_serves_sequences_in_the_order_given(context: mn.Context) -> Non
     assert (first.n_waiting, second.n_waiting) == (0, len(OTHER) - 6)
 
 
+def test_a_sequence_that_is_named_twice_is_evaluated_once(tiny: mn.Model, context: mn.Context) -> None:
+    sequence = append_all(context.sequence(), IDS)
+    assert context.evaluate([sequence, sequence]) == 0
+    assert context.stats.tokens_evaluated == len(IDS)
+    assert_same(sequence.logits, fresh(tiny, IDS))
+
+
 def test_evaluating_what_is_known_is_no_work(context: mn.Context) -> None:
     sequence = context.sequence()
     sequence.extend(IDS)

@@ -1,4 +1,15 @@
-"""Run any GGUF model in-process, over libllama, with every step of decoding in your hands."""
+"""Run any GGUF model in-process, over libllama, with every step of decoding in your hands.
+
+Begin with `Model.load` or `Model.demo`, then `Model.context`, `Context.sequence`, `generate`:
+
+    with Model.demo() as model, model.context(n_ctx=512) as context, context.sequence() as sequence:
+        sequence.extend(model.tokenizer.encode("Once upon a time"))
+        for step in generate(sequence, SamplingParams(temperature=0.8), max_tokens=64):
+            print(step.text, end="", flush=True)
+
+`ContextOptions` explains the options of a context, `SamplingParams` those of the sampler. Every error is a
+`MinervaError`, or a plain `TypeError` or `ValueError`.
+"""
 
 from .context import Context, Memory, Stats
 from .devices import Device, available_cpus, build_info, cpu_quota, devices

@@ -265,7 +265,8 @@ class Context:
         """Lend libllama's `llama_context *` for calls of `lib`, within a `with` block that keeps others out.
 
         As anything may have been changed, nothing that was cached is trusted afterwards: sequences keep their tokens,
-        which are re-evaluated when logits are asked for, and files saved before cannot be restored.
+        which are re-evaluated when logits are asked for, and files saved before cannot be restored. An encoder has to
+        read its text again.
         """
         cache = self._cache
         with cache.gate.enter(), cache.handle as pointer:

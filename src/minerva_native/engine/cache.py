@@ -409,7 +409,7 @@ class KVCache:
 
         Whatever is raised, the lists are as they were, and what was evaluated stays cached.
         """
-        slots = list(slots)
+        slots = list(dict.fromkeys(slots))  # each once, or its tokens would be in a batch twice
         for slot in slots:
             slot.check_open()
             self._check_not_empty(slot)
