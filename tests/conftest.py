@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,10 @@ import minerva_native as mn
 from tiny_models import TinyModel
 
 ROOT = Path(__file__).parents[1]
+
+# A shell that runs this in the background has Ctrl-C ignored, and what the tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples on every run and no clock: a failure is a failure anywhere.
 hypothesis.settings.register_profile("minerva", max_examples=40, deadline=None, derandomize=True, database=None)
