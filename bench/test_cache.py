@@ -20,6 +20,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import minerva_native as mn
 import models
+from engine_room import open_up
+from minerva_native.engine.cache import KVCache
 from tiny_models import TinyModel
 
 ROOT = Path(__file__).parents[1]
@@ -39,18 +41,26 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[mn.Model]:
 
 
 @pytest.fixture(scope="module")
-def many(small: mn.Model) -> Iterator[list[mn.Sequence]]:
+def engine(small: mn.Model) -> Iterator[tuple[mn.Context, KVCache]]:
+    """A context for 64 sequences of 8,000 tokens, and the cache inside it."""
+    context, cache = open_up(small, n_ctx=N_TOKENS + N_SEQUENCES**2, n_seq=N_SEQUENCES + 2, n_threads=1)
+    with context:
+        yield context, cache
+
+
+@pytest.fixture(scope="module")
+def many(engine: tuple[mn.Context, KVCache]) -> list[mn.Sequence]:
     """64 sequences of 8,000 tokens, each alike for one token more than the one before: the most there is to compare."""
+    context, _ = engine
     text = np.random.default_rng(1).integers(0, 200, N_TOKENS).tolist()
-    with small.context(n_ctx=N_TOKENS + N_SEQUENCES**2, n_seq=N_SEQUENCES + 2, n_threads=1) as context:
-        first = context.sequence()
-        first.extend(text)
-        sequences = [first.fork(N_TOKENS - N_SEQUENCES + alike) for alike in range(N_SEQUENCES)]
-        first.close()
-        context.clear_cache()
-        for alike, sequence in enumerate(sequences):
-            sequence.extend([255] * (N_SEQUENCES - alike))
-        yield sequences
+    first = context.sequence()
+    first.extend(text)
+    sequences = [first.fork(N_TOKENS - N_SEQUENCES + alike) for alike in range(N_SEQUENCES)]
+    first.close()
+    context.clear_cache()
+    for alike, sequence in enumerate(sequences):
+        sequence.extend([255] * (N_SEQUENCES - alike))
+    return sequences
 
 
 def test_appending_to_a_long_sequence(benchmark: BenchmarkFixture, small: mn.Model) -> None:
@@ -93,13 +103,17 @@ def close(forks: list[mn.Sequence]) -> None:
     forks.clear()
 
 
-def test_finding_the_longest_beginning(benchmark: BenchmarkFixture, many: list[mn.Sequence]) -> None:
-    with many[0].context.sequence() as sequence:
-        slot = sequence._slot
-        slot.add(np.array([*many[-1].tokens[:-1], 254, 254], np.int32))
-        source, n = benchmark(many[0].context._pool.find_prefix, slot)
-        assert (source, n) == (many[-1]._slot, N_TOKENS - 1)
-        slot.cut(0)
+def test_finding_the_longest_prefix(
+    benchmark: BenchmarkFixture, engine: tuple[mn.Context, KVCache], many: list[mn.Sequence]
+) -> None:
+    _, cache = engine
+    slot = cache.new()
+    slot.add(np.array([*many[-1].tokens[:-1], 254, 254], np.int32))
+    source, n = benchmark(cache.pool.find_prefix, slot)
+    assert source is not None
+    assert (list(source.tokens), n) == (list(many[-1].tokens), N_TOKENS - 1)
+    slot.cut(0)
+    cache.release(slot)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import generations
 import minerva_native as mn
-from minerva_native.model import DEMO
 
 ROUNDS = 11
 
@@ -37,7 +36,7 @@ print(next(mn.generate(seq)).text)
 
 LLAMA_CPP_PYTHON = f"""
 from llama_cpp import Llama
-llm = Llama({str(DEMO)!r}, n_ctx={N_CTX}, verbose=False)
+llm = Llama({str(mn.DEMO_PATH)!r}, n_ctx={N_CTX}, verbose=False)
 tokens = llm.tokenize(b"{PROMPT}")
 print(llm.detokenize([next(llm.generate(tokens))]).decode())
 """

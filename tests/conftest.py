@@ -38,14 +38,20 @@ def llama_cpp_source(fetch: ModuleType) -> Path:
 
 
 @pytest.fixture(scope="session")
-def vocabulary(llama_cpp_source: Path) -> Callable[[str], mn.Tokenizer]:
-    """Gives the tokenizer of one of the pinned source's vocabulary files, such as "llama-bpe"."""
+def vocabulary_model(llama_cpp_source: Path) -> Callable[[str], mn.Model]:
+    """Gives the model, without weights, of one of the pinned source's vocabulary files, such as "llama-bpe"."""
 
     @functools.cache
-    def load(name: str) -> mn.Tokenizer:
-        return mn.Model.load(llama_cpp_source / "models" / f"ggml-vocab-{name}.gguf", vocab_only=True).tokenizer
+    def load(name: str) -> mn.Model:
+        return mn.Model.load(llama_cpp_source / "models" / f"ggml-vocab-{name}.gguf", vocab_only=True)
 
     return load
+
+
+@pytest.fixture(scope="session")
+def vocabulary(vocabulary_model: Callable[[str], mn.Model]) -> Callable[[str], mn.Tokenizer]:
+    """Gives the tokenizer of one of those files."""
+    return lambda name: vocabulary_model(name).tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,26 @@ def test_the_cpu_is_a_device_with_memory() -> None:
     assert cpu.description
 
 
+def test_the_backends_of_the_build_are_named() -> None:
+    assert "CPU" in mn.build_info()["backends"]
+
+
+def test_a_device_copies_its_memory() -> None:
+    cpu = next(device for device in mn.devices() if device.type == "cpu")
+    assert cpu.copy_bandwidth(1 << 20) > 0
+
+
+def test_a_device_that_is_gone_cannot_be_measured() -> None:
+    with pytest.raises(mn.DeviceError, match="no device 'CUDA7'"):
+        mn.Device("CUDA7", "a card", "gpu", 1 << 40, 1 << 40).copy_bandwidth()
+
+
+def test_a_device_without_room_cannot_be_measured() -> None:
+    cpu = next(device for device in mn.devices() if device.type == "cpu")
+    with pytest.raises(mn.DeviceError, match="no room"):
+        cpu.copy_bandwidth(1 << 60)
+
+
 def test_the_cpu_may_be_named_although_libllama_takes_no_cpu_in_its_list() -> None:
     cpu = next(device.name for device in mn.devices() if device.type == "cpu")
     assert len(select([cpu])) == 1

@@ -2,6 +2,9 @@
 
 import math
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,8 @@ TYPES = {
     lib.GGML_BACKEND_DEVICE_TYPE_ACCEL: "accel",
 }
 
+_COPY_TIMES, _COPY_ROUNDS = 16, 5  # to measure a device's memory
+
 
 @dataclass(frozen=True)
 class Device:
@@ -26,6 +31,27 @@ class Device:
     type: str  # "cpu", "gpu", "igpu" (shares the machine's memory) or "accel" (works beside the CPU, such as BLAS)
     memory_total_bytes: int
     memory_free_bytes: int
+
+    def copy_bandwidth(self, size_bytes: int = 256 << 20) -> float:
+        """Measure how fast the device copies within its own memory: return bytes read and written per second.
+
+        The best of several rounds, with two buffers of `size_bytes` each.
+
+        Raises `DeviceError` if the device is gone or has no room for the buffers.
+        """
+        pointer = lib.ggml_backend_dev_by_name(self.name.encode())
+        if pointer == ffi.NULL:
+            raise DeviceError(f"there is no device {self.name!r} here")
+        best = 0.0
+        with _two_tensors(pointer, size_bytes) as (backend, source, target):
+            for round_ in range(_COPY_ROUNDS + 1):
+                before = time.perf_counter()
+                for _ in range(_COPY_TIMES):
+                    lib.ggml_backend_tensor_copy_async(backend, backend, source, target)
+                lib.ggml_backend_synchronize(backend)
+                rate = 2 * size_bytes * _COPY_TIMES / (time.perf_counter() - before)
+                best = max(best, rate if round_ else 0.0)  # the first round is a warm-up
+        return best
 
 
 def initialise() -> None:
@@ -39,9 +65,14 @@ def devices() -> list[Device]:
 
 
 def build_info() -> dict[str, Any]:
-    """Return what was built: which llama.cpp (pinned commit or custom folder), compiler, options, CPU features."""
+    """Return what was built: llama.cpp (pinned commit or custom folder), compiler, options, backends, CPU features."""
     initialise()
-    return {**BUILD_INFO, "cpu_features": text(lib.llama_print_system_info()).strip(" |")}
+    registered = [lib.ggml_backend_reg_get(index) for index in range(lib.ggml_backend_reg_count())]
+    return {
+        **BUILD_INFO,
+        "backends": [text(lib.ggml_backend_reg_name(backend)) for backend in registered],
+        "cpu_features": text(lib.llama_print_system_info()).strip(" |"),
+    }
 
 
 def has_gpu() -> bool:
@@ -87,6 +118,26 @@ def _describe(pointer: Any) -> Device:
         total[0],
         free[0],
     )
+
+
+@contextmanager
+def _two_tensors(device: Any, size: int) -> Iterator[tuple[Any, Any, Any]]:
+    """Give a backend on the device, and two tensors of `size` bytes in its memory."""
+    backend = lib.ggml_backend_dev_init(device, ffi.NULL)
+    context = lib.ggml_init({"mem_size": 8 * lib.ggml_tensor_overhead(), "mem_buffer": ffi.NULL, "no_alloc": True})
+    buffer = ffi.NULL
+    try:
+        tensors = [lib.ggml_new_tensor_1d(context, lib.GGML_TYPE_I8, size) for _ in range(2)]
+        buffer = lib.ggml_backend_alloc_ctx_tensors(context, backend)
+        if buffer == ffi.NULL:
+            raise DeviceError(f"the device has no room for {2 * size / 1e6:.0f} MB to measure its memory with")
+        lib.ggml_backend_tensor_memset(tensors[0], 1, 0, size)
+        yield backend, *tensors
+    finally:
+        if buffer != ffi.NULL:
+            lib.ggml_backend_buffer_free(buffer)
+        lib.ggml_free(context)
+        lib.ggml_backend_free(backend)
 
 
 def cpu_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from types import ModuleType
 
 import pytest
 
@@ -41,30 +42,32 @@ def test_a_model_goes_by_its_name_and_what_lies_before_its_weights(demo: mn.Mode
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A machine that gives no reason for doubt."""
-    monkeypatch.setattr(machine, "_load", lambda: 0.1)
-    monkeypatch.setattr(machine, "cpu_quota", lambda: float("inf"))
-    monkeypatch.setattr(machine, "_cpus", lambda: [0, 1, 2, 3])
-    monkeypatch.setattr(machine, "_governors", lambda: ["performance"])
+    monkeypatch.setattr(mn, "cpu_quota", lambda: float("inf"))
+    monkeypatch.setattr(machine, "load_average", lambda: 0.1)
+    monkeypatch.setattr(machine, "usable_cpus", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr(machine, "governors", lambda: ["performance"])
     return monkeypatch
 
 
 def test_a_quiet_machine_is_not_doubted(quiet: pytest.MonkeyPatch) -> None:
     assert machine.noise(4) == []
-    quiet.setattr(machine, "_governors", lambda: None)
-    quiet.setattr(machine, "_load", lambda: None)
+    quiet.setattr(machine, "governors", lambda: None)
+    quiet.setattr(machine, "load_average", lambda: None)
     assert machine.noise(4) == []
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "words"),
+    ("owner", "name", "value", "words"),
     [
-        ("_load", 1.7, "load was 1.7"),
-        ("cpu_quota", 1.5, "quota of 1.5 is less than 4 threads"),
-        ("_cpus", [0, 1], "4 threads share 2 CPUs"),
-        ("_governors", ["powersave"], "'powersave'"),
+        (machine, "load_average", 1.7, "load was 1.7"),
+        (mn, "cpu_quota", 1.5, "quota of 1.5 is less than 4 threads"),
+        (machine, "usable_cpus", [0, 1], "4 threads share 2 CPUs"),
+        (machine, "governors", ["powersave"], "'powersave'"),
     ],
 )
-def test_what_makes_times_vary_is_said(quiet: pytest.MonkeyPatch, name: str, value: object, words: str) -> None:
-    quiet.setattr(machine, name, lambda: value)
+def test_what_makes_times_vary_is_said(
+    quiet: pytest.MonkeyPatch, owner: ModuleType, name: str, value: object, words: str
+) -> None:
+    quiet.setattr(owner, name, lambda: value)
     (sentence,) = machine.noise(4)
     assert words in sentence

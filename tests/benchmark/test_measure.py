@@ -1,5 +1,6 @@
 """What a repetition evaluates, on every kind of memory; times are looked at, never judged."""
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,9 +68,9 @@ def test_the_depth_is_evaluated_once(load_tiny: Load, kind: str) -> None:
 def test_tokens_are_generated_at_the_depth(load_tiny: Load, kind: str) -> None:
     with start(load_tiny(KINDS[kind]), n_prompt=6, n_gen=4, n_depth=40) as run:
         run.repeat()
-        assert len(run._sequence or ()) == 50
+        assert len(run.sequence or ()) == 50
         assert run.take_apart() is not None
-        assert len(run._sequence or ()) == 50
+        assert len(run.sequence or ()) == 50
 
 
 def test_a_text_begins_as_the_model_expects(load_tiny: Load) -> None:
@@ -77,8 +78,8 @@ def test_a_text_begins_as_the_model_expects(load_tiny: Load) -> None:
     for lengths in ((3, 0, 0), (0, 3, 0), (0, 3, 3)):
         with start(model, *lengths) as run:
             run.repeat()
-            assert run._sequence is not None
-            assert run._sequence[0] == model.tokenizer.bos
+            assert run.sequence is not None
+            assert run.sequence[0] == model.tokenizer.bos
 
 
 @each_kind
@@ -95,12 +96,13 @@ def test_a_token_is_taken_apart(load_tiny: Load, kind: str) -> None:
 
 
 def test_a_generation_that_reaches_an_end_goes_on(load_tiny: Load) -> None:
-    with start(load_tiny(TinyModel()), n_gen=24) as run:
-        run._params = mn.SamplingParams(logit_bias={run.context.model.tokenizer.eos or 0: 100.0}, temperature=0.0)
+    model = load_tiny(TinyModel())
+    params = mn.SamplingParams(logit_bias={model.tokenizer.eos or 0: 100.0}, temperature=0.0)
+    with measure.Run(model, measure.Test(n_gen=24, n_threads=1), params) as run:
         run.repeat()
         assert run.take_apart() is not None
-        assert run._sequence is not None
-        assert set(run._sequence[1:]) == {run.context.model.tokenizer.eos}
+        assert run.sequence is not None
+        assert set(run.sequence[1:]) == {model.tokenizer.eos}
 
 
 @pytest.mark.parametrize(("n_prompt", "n_gen"), [(8, 0), (0, 1), (0, 2)])
@@ -118,11 +120,13 @@ def test_keys_and_values_are_counted_half_way(load_tiny: Load) -> None:
         assert run.kv_bytes() == pytest.approx(110 * of_a_token, rel=0.02)
 
 
-def test_nothing_is_left_behind(tiny: mn.Model) -> None:
-    with start(tiny, n_gen=2) as run:
-        folder = run._folder.name
+def test_nothing_is_left_behind(load_tiny: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with start(load_tiny(KINDS["recurrent"]), n_gen=2, n_depth=8) as run:
+        run.repeat()
+        assert list(tmp_path.rglob("*")), "a memory that cannot be cut is saved at the depth"
     assert run.context.closed
-    assert not Path(folder).exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_reading_the_clock_costs_something() -> None:

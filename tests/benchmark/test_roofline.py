@@ -4,7 +4,6 @@ import re
 import threading
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 
 import minerva_native as mn
@@ -75,7 +74,7 @@ def is_on_gpu(name: str) -> bool:
 
 @pytest.mark.parametrize("n_threads", [1, 2])
 def test_memory_can_be_read(monkeypatch: pytest.MonkeyPatch, n_threads: int) -> None:
-    monkeypatch.setattr(roofline, "_READ_SECONDS", 0.001)
+    monkeypatch.setattr(roofline, "READ_SECONDS", 0.001)
     assert roofline.Reader(n_threads).bandwidth() > 0
 
 
@@ -91,14 +90,13 @@ def test_readers_that_are_too_few_do_not_wait_for_ever(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(threading.Thread, "start", start_one)
     with pytest.raises(mn.MinervaError, match="cannot be read with 2 threads"):
-        roofline._read_together([np.ones(8, np.uint64)] * 2)
+        roofline.Reader(2).bandwidth()
     started[0].join(10)
     assert not started[0].is_alive()
 
 
 def test_the_limit_is_the_time_to_read_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline.Reader, "bandwidth", lambda reader: 1e9)
-    monkeypatch.setattr(roofline, "copy_bandwidth", lambda device: 1e12)
     limit = roofline.Limit(roofline.Weights(6e8, 0.0), 1)
     assert limit.cpu_bandwidth() == 1e9
     assert limit.seconds(4e8, 1e9) == pytest.approx(1.0)
@@ -109,24 +107,8 @@ def test_what_lies_on_a_gpu_is_read_there(monkeypatch: pytest.MonkeyPatch) -> No
     gpu = mn.Device("CUDA0", "a card", "gpu", 1 << 40, 1 << 40)
     monkeypatch.setattr(mn, "devices", lambda: [gpu])
     monkeypatch.setattr(roofline.Reader, "bandwidth", lambda reader: 1e9)
-    monkeypatch.setattr(roofline, "copy_bandwidth", lambda device: {"CUDA0": 1e12}[device])
+    monkeypatch.setattr(mn.Device, "copy_bandwidth", lambda device: {"CUDA0": 1e12}[device.name])
     half = roofline.Weights(1e9, 1e9)
     assert roofline.Limit(half, 1).seconds(2e9, 1e9) == pytest.approx(2.0 + 0.002)
     whole = roofline.Limit(roofline.Weights(0.0, 1e12), 1)
     assert whole.seconds(0.0, whole.cpu_bandwidth()) == pytest.approx(1.0)
-
-
-def test_a_device_copies_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roofline, "_COPY_BYTES", 1 << 20)
-    assert roofline.copy_bandwidth("CPU") > 0
-
-
-def test_a_device_that_is_not_there() -> None:
-    with pytest.raises(mn.DeviceError, match="no device 'CUDA7'"):
-        roofline.copy_bandwidth("CUDA7")
-
-
-def test_a_device_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roofline, "_COPY_BYTES", 1 << 60)
-    with pytest.raises(mn.DeviceError, match="no room"):
-        roofline.copy_bandwidth("CPU")

@@ -32,7 +32,7 @@ LLAMA_BENCH_FIELDS = {
 
 @pytest.fixture(autouse=True)
 def quick_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roofline, "_READ_SECONDS", 0.001)
+    monkeypatch.setattr(roofline, "READ_SECONDS", 0.001)
 
 
 class Output:
@@ -319,5 +319,5 @@ def test_a_file_name_is_printed_as_it_is(capsys: pytest.CaptureFixture[str], tin
 
 
 def test_a_model_of_ones_own(capsys: pytest.CaptureFixture[str], tiny: mn.Model) -> None:
-    output = Output(capsys, "-m", str(tiny.path), "-m", str(mn.model.DEMO), "-o", "json", "-n", "4", "-p", "0")
-    assert [row["model_filename"] for row in output.rows] == [str(tiny.path), str(mn.model.DEMO)]
+    output = Output(capsys, "-m", str(tiny.path), "-m", str(mn.DEMO_PATH), "-o", "json", "-n", "4", "-p", "0")
+    assert [row["model_filename"] for row in output.rows] == [str(tiny.path), str(mn.DEMO_PATH)]

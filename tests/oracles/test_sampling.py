@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from minerva_native import Tokenizer
+from minerva_native import Model
 from minerva_native._binding import ffi, lib
 from minerva_native.sampling import DEFAULT_ORDER, Candidates, Sampler, SamplingParams, filters
 from minerva_native.sampling.adaptive import adaptive_p, mirostat, mirostat_mu, mirostat_v2
@@ -369,16 +369,19 @@ TEXTS = ("the king of", "User: hello", '"yes"', "\n\n", "a * b", "hello world", 
 
 @pytest.mark.parametrize("name", ["llama-bpe", "phi-3"])
 def test_dry_with_strings_as_breakers_changes_logits_as_libllama_does(
-    name: str, vocabulary: Callable[[str], Tokenizer]
+    name: str, vocabulary_model: Callable[[str], Model]
 ) -> None:
-    tokenizer = vocabulary(name)
+    model = vocabulary_model(name)
+    tokenizer = model.tokenizer
     pieces = [tokenizer.encode(text, add_special=False) for text in TEXTS]
     breakers = merge_breakers(string_breakers(tokenizer, BREAKERS).values())
     texts = [ffi.new("char[]", text.encode()) for text in BREAKERS]
     array = ffi.new("const char *[]", texts)
 
     def make() -> Any:
-        return lib.llama_sampler_init_dry(tokenizer._vocab, 1.0, 1.75, 1, 64, array, len(texts))
+        with model.raw() as pointer:
+            vocab = lib.llama_model_get_vocab(pointer)
+            return lib.llama_sampler_init_dry(vocab, 1.0, 1.75, 1, 64, array, len(texts))
 
     logits = np.zeros(tokenizer.n_vocab, np.float32)
     with llama_chain([make]) as chain:

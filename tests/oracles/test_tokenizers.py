@@ -88,19 +88,22 @@ def test_a_lossy_vocabulary_gives_words_back_that_need_no_normalising(
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("name", [name for name in LOSSLESS if name not in TIDIED])
 def test_decode_gives_the_bytes_of_llama_detokenize_for_any_ids(
-    name: str, special: bool, vocabulary: Callable[[str], mn.Tokenizer]
+    name: str, special: bool, vocabulary_model: Callable[[str], mn.Model]
 ) -> None:
     # Control tokens apart: after one, libllama leaves in the space that SentencePiece puts where a text begins.
-    tokenizer = vocabulary(name)
+    model = vocabulary_model(name)
+    tokenizer = model.tokenizer
     for seed in range(20):
         drawn = np.random.default_rng(seed).integers(0, tokenizer.n_vocab, 30).tolist()
         ids = [token for token in drawn if not tokenizer.is_control(token)]
-        assert tokenizer.decode_bytes(ids, special) == detokenize(tokenizer, ids, special)
+        assert tokenizer.decode_bytes(ids, special) == detokenize(model, ids, special)
 
 
-def detokenize(tokenizer: mn.Tokenizer, ids: list[int], special: bool) -> bytes:
+def detokenize(model: mn.Model, ids: list[int], special: bool) -> bytes:
     capacity = 1 << 16
     buffer = ffi.new("char[]", capacity)
-    count = lib.llama_detokenize(tokenizer._vocab, ids, len(ids), buffer, capacity, False, special)
+    with model.raw() as pointer:
+        vocab = lib.llama_model_get_vocab(pointer)
+        count = lib.llama_detokenize(vocab, ids, len(ids), buffer, capacity, False, special)
     text: bytes = ffi.unpack(buffer, count)
     return text

@@ -21,7 +21,6 @@ import numpy as np
 import numpy.typing as npt
 
 import minerva_native as mn
-from minerva_native.devices import available_cpus
 
 FIRST_TOKENS = 4  # of each repetition, that are shown apart: caches and branch predictors are still cold
 
@@ -38,7 +37,7 @@ class Test(NamedTuple):
     n_depth: int = 0  # tokens in the KV cache before either
     n_batch: int = 2048
     n_ubatch: int = 512
-    n_threads: int = available_cpus()
+    n_threads: int = mn.available_cpus()
     type_k: str = "f16"
     type_v: str = "f16"
     flash_attention: str = "auto"
@@ -104,7 +103,7 @@ class Run:
         self._params = params
         self._sampler = mn.Sampler(params)
         self._folder = tempfile.TemporaryDirectory(prefix="minerva-bench-")
-        self._sequence: mn.Sequence | None = None
+        self.sequence: mn.Sequence | None = None
         self._has_depth = False
         n_vocab, bos = model.tokenizer.n_vocab, model.tokenizer.bos
         draw = random.Random(1)
@@ -160,7 +159,7 @@ class Run:
         n_steps = self.context.n_ctx - start - 1
         if n_steps < 1 or not self._tokens:
             return None
-        sequence = self._sequence
+        sequence = self.sequence
         if sequence is None or len(sequence) < start or not self.context.memory.can_truncate:
             sequence = self._start()
             sequence.extend(self._prompt or self._tokens[0])
@@ -186,12 +185,12 @@ class Run:
 
         At its end, where the memory cannot be cut.
         """
-        if self._sequence is None or not len(self._sequence):
+        if self.sequence is None or not len(self.sequence):
             return 0.0
         half_way = self.test.n_depth + self.test.n_prompt + self.test.n_gen / 2
         if not self.context.memory.can_truncate:  # how much of it grows with the text is not known
-            return float(self._sequence.size_bytes)
-        return self._sequence.size_bytes * half_way / len(self._sequence)
+            return float(self.sequence.size_bytes)
+        return self.sequence.size_bytes * half_way / len(self.sequence)
 
     def close(self) -> None:
         """Free the context."""
@@ -200,22 +199,22 @@ class Run:
 
     def _start(self) -> mn.Sequence:
         """Return the sequence, with the tokens of the depth evaluated and nothing else."""
-        if self._sequence is not None and self.context.memory.can_truncate:
-            self._sequence.truncate(self.test.n_depth)
-            return self._sequence
-        if self._sequence is not None:
-            self._sequence.close()
+        if self.sequence is not None and self.context.memory.can_truncate:
+            self.sequence.truncate(self.test.n_depth)
+            return self.sequence
+        if self.sequence is not None:
+            self.sequence.close()
         saved = Path(self._folder.name) / "depth"
         if self._has_depth:
-            self._sequence = self.context.restore(saved)
-            return self._sequence
-        self._sequence = self.context.sequence()
+            self.sequence = self.context.restore(saved)
+            return self.sequence
+        self.sequence = self.context.sequence()
         if self._before:
-            self._sequence.extend(self._before)
+            self.sequence.extend(self._before)
             if not self.context.memory.can_truncate:
-                self._sequence.save(saved)
+                self.sequence.save(saved)
                 self._has_depth = True
-        return self._sequence
+        return self.sequence
 
     def __enter__(self) -> Self:
         return self

@@ -6,20 +6,16 @@ the memory gives at best, measured with as many threads, says how long that take
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 import minerva_native as mn
-from minerva_native._binding import ffi, lib
 
-_READ_BYTES = 256 << 20  # at the least; four times the largest cache, where that is more
-_READ_SECONDS, _READ_ROUNDS = 0.04, 3  # of every thread, and how often: the best round counts
-_COPY_BYTES, _COPY_TIMES, _COPY_ROUNDS = 256 << 20, 16, 5
+READ_BYTES = 256 << 20  # at the least; four times the largest cache, where that is more
+READ_SECONDS, READ_ROUNDS = 0.04, 3  # of every thread, and how often: the best round counts
 
 
 class Weights(NamedTuple):
@@ -72,8 +68,7 @@ class Limit:
         self._weights = weights
         self._on_gpu = weights.gpu / weights.total  # keys and values lie where their layers do
         self._reader = Reader(n_threads) if self._on_gpu < 1.0 else None
-        gpus = [device.name for device in mn.devices() if device.type in ("gpu", "igpu")]
-        self._gpu_bandwidth = copy_bandwidth(gpus[0]) if self._on_gpu > 0.0 else 1.0
+        self._gpu_bandwidth = first_gpu().copy_bandwidth() if self._on_gpu > 0.0 else 1.0
 
     def cpu_bandwidth(self) -> float:
         """Measure, and return in bytes per second, what the threads read; 1 where they have nothing to read.
@@ -93,12 +88,12 @@ class Reader:
     """Threads' worth of memory to read."""
 
     def __init__(self, n_threads: int):
-        size = max(_READ_BYTES, 4 * largest_cache_bytes()) // n_threads
+        size = max(READ_BYTES, 4 * largest_cache_bytes()) // n_threads
         self._buffers = [np.ones(size // 8, np.uint64) for _ in range(n_threads)]
 
     def bandwidth(self) -> float:
         """Return the bytes per second that the threads read together, at best."""
-        return max(_read_together(self._buffers) for _ in range(_READ_ROUNDS))
+        return max(_read_together(self._buffers) for _ in range(READ_ROUNDS))
 
 
 def _read_together(buffers: list[npt.NDArray[np.uint64]]) -> float:
@@ -112,7 +107,7 @@ def _read_together(buffers: list[npt.NDArray[np.uint64]]) -> float:
         except threading.BrokenBarrierError:
             return
         passes, start = 0, time.perf_counter()
-        while (elapsed := time.perf_counter() - start) < _READ_SECONDS:
+        while (elapsed := time.perf_counter() - start) < READ_SECONDS:
             np.bitwise_or.reduce(buffer)  # as fast as memory goes, on one thread, and without the GIL
             passes += 1
         rates.append(passes * buffer.nbytes / elapsed)
@@ -130,6 +125,11 @@ def _read_together(buffers: list[npt.NDArray[np.uint64]]) -> float:
     return sum(rates)
 
 
+def first_gpu() -> mn.Device:
+    """Return the first GPU, the one that is given layers first."""
+    return next(device for device in mn.devices() if device.type in ("gpu", "igpu"))
+
+
 def largest_cache_bytes() -> int:
     """Return the size of the largest cache of the CPU, where the system tells."""
     sizes = [0]
@@ -138,43 +138,3 @@ def largest_cache_bytes() -> int:
         if text[:-1].isdigit() and text[-1:] in "KM":
             sizes.append(int(text[:-1]) << {"K": 10, "M": 20}[text[-1]])
     return max(sizes)
-
-
-def copy_bandwidth(device: str) -> float:
-    """Return the bytes per second that a device reads and writes as it copies its own memory.
-
-    Raises `DeviceError` where there is no such device, or no room on it.
-    """
-    pointer = lib.ggml_backend_dev_by_name(device.encode())
-    if pointer == ffi.NULL:
-        raise mn.DeviceError(f"there is no device {device!r} here")
-    with _two_tensors(pointer, _COPY_BYTES) as (backend, source, target):
-        best = 0.0
-        for round_ in range(_COPY_ROUNDS + 1):
-            before = time.perf_counter()
-            for _ in range(_COPY_TIMES):
-                lib.ggml_backend_tensor_copy_async(backend, backend, source, target)
-            lib.ggml_backend_synchronize(backend)
-            rate = 2 * _COPY_BYTES * _COPY_TIMES / (time.perf_counter() - before)
-            best = max(best, rate if round_ else 0.0)  # the first is to warm up
-    return best
-
-
-@contextmanager
-def _two_tensors(device: Any, size: int) -> Iterator[tuple[Any, Any, Any]]:
-    """Give a backend on the device, and two tensors of so many bytes in its memory."""
-    backend = lib.ggml_backend_dev_init(device, ffi.NULL)
-    context = lib.ggml_init({"mem_size": 8 * lib.ggml_tensor_overhead(), "mem_buffer": ffi.NULL, "no_alloc": True})
-    buffer = ffi.NULL
-    try:
-        tensors = [lib.ggml_new_tensor_1d(context, lib.GGML_TYPE_I8, size) for _ in range(2)]
-        buffer = lib.ggml_backend_alloc_ctx_tensors(context, backend)
-        if buffer == ffi.NULL:
-            raise mn.DeviceError(f"the device has no room for {2 * size / 1e6:.0f} MB to measure its memory with")
-        lib.ggml_backend_tensor_memset(tensors[0], 1, 0, size)
-        yield backend, *tensors
-    finally:
-        if buffer != ffi.NULL:
-            lib.ggml_backend_buffer_free(buffer)
-        lib.ggml_free(context)
-        lib.ggml_backend_free(backend)

@@ -9,8 +9,7 @@ from contextlib import suppress
 from itertools import product
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from minerva_native import FLASH_ATTENTION, KV_TYPES, MinervaError
-from minerva_native.devices import available_cpus
+from minerva_native import FLASH_ATTENTION, KV_TYPES, MinervaError, available_cpus
 
 from .options import add_sampling, file_name, gpu_layers, sampling
 from .progress import measuring
