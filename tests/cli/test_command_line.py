@@ -111,7 +111,6 @@ def test_devices_include_the_cpu() -> None:
         (("generate", "-c", "2000000000"), "KV cache"),
         (("generate", "-b", "0"), "n_batch must be"),
         (("generate", "-t", "0"), "n_threads must be"),
-        (("generate", "-n", "-2"), "max_tokens must be"),
         (("generate", "--temp", "nan"), "temperature"),
         (("generate", "--temp", "-1"), "temperature"),
         (("generate", "--temp", "inf"), "temperature"),
@@ -136,6 +135,19 @@ def test_wrong_usage_is_status_2(arguments: tuple[str, ...]) -> None:
     result = run(*arguments)
     assert result.returncode == 2
     assert "usage: minerva" in result.stderr
+
+
+@pytest.mark.parametrize("n", ["-2", "many", "1.5"])
+def test_a_wrong_number_of_tokens_is_answered_in_terms_of_the_option(n: str) -> None:
+    result = run("generate", "-n", n)
+    assert result.returncode == 2
+    assert f"argument -n/--predict: '{n}' is not a number of tokens" in result.stderr
+
+
+def test_no_limit_generates_until_the_context_is_full() -> None:
+    answer = json.loads(run(*SHORT, "-n", "-1", "-c", "64", "--ignore-eos", "--json").stdout)
+    assert answer["finish_reason"] == "length"
+    assert answer["n_prompt"] + answer["n_gen"] == 64
 
 
 def test_a_gpu_that_is_asked_for_and_not_there_is_an_error() -> None:

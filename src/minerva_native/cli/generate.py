@@ -24,10 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "-n",
         "--predict",
-        type=int,
+        type=limit,
         default=256,
         metavar="N",
-        help="tokens at most; -1 fills the context (256)",
+        help="generate at most N tokens; -1 for no limit but the context (256)",
     )
     add("-c", "--ctx-size", type=int, metavar="N", help="context in tokens (default: the model's, up to 4096)")
     add("-b", "--batch-size", type=int, default=512, metavar="N", help="prompt tokens in one call (default 512)")
@@ -78,8 +78,7 @@ def run(options: argparse.Namespace) -> int:
             try:
                 with prefilling() as on_progress:
                     clock.prefill(sequence, ids, on_progress)
-                limit = None if options.predict == -1 else options.predict
-                for step in mn.generate(sequence, sampler, max_tokens=limit, stop=options.stop):
+                for step in mn.generate(sequence, sampler, max_tokens=options.predict, stop=options.stop):
                     clock.tick()
                     text.append(step.text)
                     if not options.json:
@@ -96,6 +95,17 @@ def run(options: argparse.Namespace) -> int:
         print(flush=True)
         print(clock.line(), file=sys.stderr)
     return 130 if finish_reason == "cancelled" else 0
+
+
+def limit(text: str) -> int | None:
+    """Parse `-n`; -1 is None, no limit."""
+    try:
+        n = int(text)
+    except ValueError:
+        n = -2
+    if n < -1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens, or -1 for no limit but the context")
+    return None if n == -1 else n
 
 
 def end_biases(model: mn.Model) -> dict[int, float]:
