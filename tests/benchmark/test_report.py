@@ -159,3 +159,21 @@ def test_a_setting_has_a_column_where_it_varies() -> None:
     assert "p99" not in report.columns(TESTS[:1], is_compared=False, with_model=False)
     assert "threads" not in report.columns(TESTS[:1], is_compared=False, with_model=False)
     assert "ratio" in report.columns(TESTS, is_compared=True, with_model=True)
+
+
+def test_a_line_is_folded_between_figures() -> None:
+    line = "a token: decode 158 us, logits 2.90 us, loop 43.8 us; together 99.0% of 256 us"
+    assert report.folded(line, 42, "  ") == [
+        "  a token: decode 158 us, logits 2.90 us,",
+        "    loop 43.8 us; together 99.0% of 256 us",
+    ]
+    assert report.folded(line, 200, "  ") == [f"  {line}"]
+    assert report.folded(line, None) == [line]
+
+
+@pytest.mark.parametrize("width", range(20, 90))
+def test_a_folded_line_fits_and_loses_nothing(width: int) -> None:
+    line = "the limit: 9.1 t/s, which is 30.0 GB/s for 3,300.0 MB of weights; loop 43.8 us, text 5 us"
+    parts = report.folded(line, width, "   ")
+    assert " ".join(part.strip() for part in parts) == line
+    assert max(map(len, parts)) <= width

@@ -81,10 +81,22 @@ def test_every_format_has_every_test(capsys: pytest.CaptureFixture[str]) -> None
     assert mn.build_info()["llama_cpp"] in about
     assert "threads" not in about, "it has a column"
     assert "type_k f16" in about
+    assert "fa auto" in about
     table = Output(capsys).out
     assert "pp8" in table
     assert "a token of generate(): decode" in table
     assert "the limit" in table
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_nothing_is_wider_than_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", Output(capsys, "-d", "4").out).splitlines()
+    assert max(map(len, lines)) <= width
+    assert not [line for line in lines if re.search(r"(loop|text)$", line)], "a figure is not parted from its name"
 
 
 def test_lists_multiply(capsys: pytest.CaptureFixture[str]) -> None:

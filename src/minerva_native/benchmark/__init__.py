@@ -13,7 +13,7 @@ from . import roofline
 from .compare import LlamaBench, Row, find
 from .machine import facts, model_facts
 from .measure import Parts, Repetition, Run, Test, clock_ns
-from .report import compared, figures, steady, taken_apart
+from .report import FLASH_ATTENTION, compared, figures, steady, taken_apart
 
 __all__ = ["LlamaBench", "Source", "Test", "bench"]
 
@@ -134,7 +134,7 @@ def _row(about: _About, source: Source, test: Test, samples: Sequence[_Sample]) 
         "type_k": test.type_k,
         "type_v": test.type_v,
         "n_gpu_layers": about.gpu_layers,
-        "flash_attn": {"auto": -1, "off": 0, "on": 1}[test.flash_attention],
+        "flash_attn": next(number for number, name in FLASH_ATTENTION.items() if name == test.flash_attention),
         "mmap": source.mmap,
         "n_prompt": test.n_prompt,
         "n_gen": test.n_gen,

@@ -7,6 +7,8 @@ Every writer gives out a row as soon as it has it, so that a run that is cut sho
 import csv
 import io
 import json
+import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PERCENTILES = (50, 90, 95, 99)
+FLASH_ATTENTION = {-1: "auto", 0: "off", 1: "on"}  # llama-bench's numbers
 PARTS = ("decode", "logits", "sampler", "text", "loop")
 
 Row = dict[str, Any]
@@ -210,6 +213,7 @@ class Screen:
         # A table that is still too wide runs over the edge: a number that is cut off is another number.
         width = max(width, _total(widths)) if file.isatty() else _total(columns)
         self._console = _console(file, width)
+        self._fold_at = _console(file).width if file.isatty() else None
         self._widths, self._about = widths, ""
         self._spared = [name for name in columns if name not in widths]
 
@@ -220,7 +224,9 @@ class Screen:
         about = f"{header(row)}\n{settings(row, self._widths)}"
         is_new = about != self._about
         if is_new:
-            self._console.print(about, end="\n\n")
+            for line in about.splitlines():
+                self._print(line)
+            self._console.print()
             self._about = about
         texts = cells(row, self._widths)
         table = Table(box=None, show_header=is_new, header_style="bold", padding=(0, 1))
@@ -232,10 +238,35 @@ class Screen:
         self._console.print(table)
         more = ", ".join(f"{name} {text}" for name in self._spared if (text := _cell(row, name)) != "-")
         for line in ([more] if more else []) + details(row):
-            self._console.print(f"   {line}", style="dim")
+            self._print(line, indent="   ", style="dim")
+
+    def _print(self, line: str, indent: str = "", style: str | None = None) -> None:
+        for part in folded(line, self._fold_at, indent):
+            self._console.print(part, style=style)
 
     def end(self) -> None:
         """Nothing closes it."""
+
+
+def folded(line: str, width: int | None, indent: str = "") -> list[str]:
+    """Break a line between its figures, which commas and semicolons part, so that it fits into `width` columns.
+
+    Every part is indented, those after the first by two more. A figure that is too long by itself is broken between
+    words. Without a width the line stays whole.
+    """
+    if width is None:
+        return [indent + line]
+    parts = [indent]
+    for figure in re.split(r"(?<=[,;]) ", line):
+        space = "" if parts[-1].isspace() or not parts[-1] else " "
+        if space and len(parts[-1]) + 1 + len(figure) > width:
+            parts.append(f"{indent}  ")
+            space = ""
+        *full, last = textwrap.wrap(
+            figure, width, initial_indent=parts[-1] + space, subsequent_indent=f"{indent}  ", break_on_hyphens=False
+        )
+        parts[-1:] = [*full, last]
+    return parts
 
 
 def _console(file: TextIO, width: int | None = None) -> "Console":
@@ -283,7 +314,7 @@ SETTINGS = {
     "n_ubatch": ("n_ubatch", 8),
     "type_k": ("type_k", 6),
     "type_v": ("type_v", 6),
-    "fa": ("flash_attn", 2),
+    "fa": ("flash_attn", 4),
     "ngl": ("n_gpu_layers", 3),
     "mmap": ("mmap", 5),
 }
@@ -295,6 +326,8 @@ def cells(row: Row, names: Iterable[str]) -> list[str]:
 
 
 def _cell(row: Row, name: str) -> str:
+    if name == "fa":
+        return FLASH_ATTENTION[row["flash_attn"]]
     if name in SETTINGS:
         return str(row[SETTINGS[name][0]])
     match name:
@@ -372,10 +405,10 @@ def details(row: Row) -> list[str]:
         )
     if row["roofline_share"]:
         lines.append(
-            f"the limit: {row['weight_bytes_per_token'] / 1e6:,.1f} MB of weights and "
-            f"{row['kv_bytes_per_token'] / 1e6:,.1f} MB of keys and values a token, read at "
-            f"{row['memory_bandwidth'] / 1e9:,.1f} GB/s, are {row['roofline_ts']:,.1f} t/s"
-            + (" (no limit: they fit into the CPU's cache)" if row["fits_cache"] else "")
+            f"the limit: {row['roofline_ts']:,.1f} t/s, which is {row['memory_bandwidth'] / 1e9:,.1f} GB/s "
+            f"for {row['weight_bytes_per_token'] / 1e6:,.1f} MB of weights and "
+            f"{row['kv_bytes_per_token'] / 1e6:,.1f} MB of keys and values per token"
+            + (" (not binding: they fit into the CPU's cache)" if row["fits_cache"] else "")
         )
     if row["first_tokens_ns"]:
         lines.append(f"the first tokens: {', '.join(map(duration, row['first_tokens_ns']))}")
