@@ -1,6 +1,6 @@
-"""Samplers that steer themselves by what they drew: Mirostat 1 and 2, adaptive-p.
+"""Samplers that adapt to the tokens they drew: Mirostat 1 and 2, adaptive-p.
 
-Each is one function from candidates to candidates and a small state that a draw moves.
+Each is a function from candidates to candidates, plus a small state that every draw updates.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ADAPTIVE_SHARPNESS = np.float32(10.0)
 
 
 def mirostat(candidates: Candidates, mu: float, n_vocab: int, scratch: Scratch | None = None) -> Candidates:
-    """The k most likely tokens, k for a surprise of mu bits under Zipf's law (Basu et al. 2021).
+    """Keep the k most likely tokens, where k gives a surprise of mu bits under Zipf's law (Basu et al. 2021).
 
     Follows `llama_sampler_init_mirostat`.
     """
@@ -40,7 +40,7 @@ def mirostat(candidates: Candidates, mu: float, n_vocab: int, scratch: Scratch |
 
 
 def mirostat_v2(candidates: Candidates, mu: float, scratch: Scratch | None = None) -> Candidates:
-    """The tokens whose surprise is at most mu bits, or the most likely one (`llama_sampler_init_mirostat_v2`)."""
+    """Keep tokens with a surprise of at most mu bits, or the most likely one (`llama_sampler_init_mirostat_v2`)."""
     least = 2.0**-mu
     if candidates.logits.size < COLUMNS_FROM:
         index = np.flatnonzero(probabilities(candidates) >= least)
@@ -53,15 +53,15 @@ def mirostat_v2(candidates: Candidates, mu: float, scratch: Scratch | None = Non
 
 
 def mirostat_mu(mu: float, probability: float, tau: float, eta: float) -> float:
-    """Mirostat's mu after a token of this probability (among the survivors) was drawn; a float32."""
+    """Return Mirostat's mu after drawing a token that had this probability among the survivors; a float32."""
     error = np.float32(-math.log2(probability)) - np.float32(tau)
     return float(np.float32(mu) - np.float32(eta) * error)
 
 
 def adaptive_p(candidates: Candidates, target: float, weighted_sum: float, total_weight: float) -> Candidates:
-    """Logits that favour tokens near a target probability (`llama_sampler_init_adaptive_p`).
+    """Replace the logits by ones that favour tokens near a target probability (`llama_sampler_init_adaptive_p`).
 
-    The target is set against the moving average weighted_sum / total_weight of the tokens drawn so far.
+    The target is corrected by the moving average weighted_sum / total_weight of the tokens drawn so far.
     """
     target = min(max(target, 0.0), 1.0)
     if total_weight != 0.0:

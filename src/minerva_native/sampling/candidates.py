@@ -1,4 +1,4 @@
-"""What the steps of a chain hand on to each other: token ids and their logits, and room to work in."""
+"""What the steps of a chain pass to each other, token ids and their logits, and scratch memory for them."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ Doubles = NDArray[np.float64]
 Ids = NDArray[np.intp]
 
 COLUMNS_FROM = 8192
-"""From this many logits on, a pass over columns of a matrix view beats a sort or a partition of the whole."""
+"""At this many logits and more, working on the columns of a matrix view is faster than sorting or partitioning all."""
 
 _COLUMN_WIDTH = 2000
 
 
 class Candidates(NamedTuple):
-    """The tokens that a chain has not dropped yet; libllama's `llama_token_data_array`.
+    """The tokens that a chain has not dropped so far; libllama's `llama_token_data_array`.
 
     Attributes:
-        logits: float32 (n,), finite or `-inf`; never modified, a step that changes logits makes new ones.
-        ids: intp (n,), the token of each logit; `None` while the whole vocabulary is there and position is id.
-        descending: whether the logits are sorted, ties by id.
+        logits: float32 (n,), finite or `-inf`. Never modified: a step that changes logits makes a new array.
+        ids: intp (n,), the token of each logit. `None` for the whole vocabulary, in which a position is an id.
+        descending: whether the logits are in descending order, ties by id.
     """
 
     logits: Floats
@@ -34,18 +34,18 @@ class Candidates(NamedTuple):
     descending: bool = False
 
     def take(self, index: Ids, descending: bool = False) -> Candidates:
-        """The candidates at these positions, in this order."""
+        """Return the candidates at these positions, in this order."""
         return Candidates(self.logits[index], index if self.ids is None else self.ids[index], descending)
 
     def head(self, count: int) -> Candidates:
-        """The first `count` candidates."""
+        """Return the first `count` candidates."""
         if count >= self.logits.size:
             return self
         ids = np.arange(count, dtype=np.intp) if self.ids is None else self.ids[:count]
         return Candidates(self.logits[:count], ids, self.descending)
 
     def sorted(self) -> Candidates:
-        """By descending logit, ties by id; the logits are checked."""
+        """Return the candidates by descending logit, ties by id, after checking the logits."""
         if self.descending:
             return self
         largest_logit(self)
@@ -54,12 +54,12 @@ class Candidates(NamedTuple):
         return self.take(np.lexsort((self.ids, -self.logits)), True)
 
     def token_ids(self) -> Ids:
-        """The ids, also when they are the whole vocabulary."""
+        """Return the ids, even if `ids` is None."""
         return np.arange(self.logits.size, dtype=np.intp) if self.ids is None else self.ids
 
 
 class Scratch:
-    """Arrays that a sampler allocates once and uses for every token."""
+    """Arrays that a sampler allocates once and reuses for every token."""
 
     __slots__ = ("_flags", "_floats")
 
@@ -68,26 +68,29 @@ class Scratch:
         self._flags: NDArray[np.bool_] = np.empty(0, np.bool_)
 
     def floats(self, name: str, size: int) -> Floats:
-        """Uninitialised float32 (size,), the same memory for the same name."""
+        """Return an uninitialised float32 (size,); the same name gets the same memory."""
         buffer = self._floats.get(name)
         if buffer is None or buffer.size < size:
             buffer = self._floats[name] = np.empty(size, np.float32)
         return buffer if buffer.size == size else buffer[:size]
 
     def flags(self, size: int) -> NDArray[np.bool_]:
-        """Uninitialised bool (size,)."""
+        """Return an uninitialised bool (size,)."""
         if self._flags.size < size:
             self._flags = np.empty(size, np.bool_)
         return self._flags if self._flags.size == size else self._flags[:size]
 
 
 def check_largest(largest: float) -> float:
-    """The largest logit, refused when nothing can be drawn: a maximum is NaN if any logit is."""
+    """Return the largest logit; raise `SamplingError` if it shows that nothing can be drawn.
+
+    It is NaN if any logit is.
+    """
     if -math.inf < largest < math.inf:
         return largest
     if largest == -math.inf:
         raise SamplingError(
-            "every logit is -inf, nothing is left to draw: look at the mask, the bias and the processors"
+            "every logit is -inf, so no token can be drawn: check the mask, the bias and the processors"
         )
     raise SamplingError(
         f"the logits contain {'+inf' if largest == math.inf else 'NaN'}: the model's output is unusable"
@@ -95,23 +98,23 @@ def check_largest(largest: float) -> float:
 
 
 def largest_logit(candidates: Candidates) -> float:
-    """The checked maximum of the logits."""
+    """Return the maximum of the logits, checked."""
     return check_largest(candidates.logits.item(0) if candidates.descending else maximum(candidates.logits))
 
 
 def maximum(values: Floats) -> float:
-    """The maximum, NaN if there is one; on short vectors argmax finds it sooner than a reduction."""
+    """Return the maximum, or NaN if there is one. For short vectors argmax is faster than a reduction."""
     return values.item(values.argmax()) if values.size < COLUMNS_FROM else float(np.maximum.reduce(values))
 
 
 def column_shape(size: int) -> tuple[int, int]:
-    """(rows, columns) of the largest matrix view of a long vector; fewer than `rows` entries stay outside."""
+    """Return (rows, columns) of the largest matrix view of a long vector; it leaves out fewer than `rows` entries."""
     rows = max(1, size // _COLUMN_WIDTH)
     return rows, size // rows
 
 
 def column_maxima(logits: Floats, scratch: Scratch) -> Floats:
-    """The maximum of every column of the matrix view, then the entries outside it."""
+    """Return the maximum of every column of the matrix view, then the entries outside it."""
     rows, columns = column_shape(logits.size)
     inside = rows * columns
     maxima = scratch.floats("maxima", columns + logits.size - inside)
@@ -122,7 +125,7 @@ def column_maxima(logits: Floats, scratch: Scratch) -> Floats:
 
 
 def at_least(logits: Floats, floor: float, maxima: Floats, scratch: Scratch) -> Ids:
-    """Ascending positions of the logits that are `floor` or more; looks only into columns that have one."""
+    """Return the ascending positions of logits of at least `floor`; searches only the columns that have one."""
     size = logits.size
     rows, columns = column_shape(size)
     (hits,) = (maxima >= floor).nonzero()
@@ -146,7 +149,7 @@ class Weights(NamedTuple):
     """exp(logit - shift) of many logits, and their sum.
 
     Attributes:
-        values: float32 (n,), in the sampler's scratch memory: valid until the next step.
+        values: float32 (n,), in the sampler's scratch memory, so valid only until the next step.
         shift: what was subtracted from the logits.
         columns: float64 (columns + rest,), the sum of every column, then the entries outside the matrix view.
         total: the sum of all values.
@@ -159,9 +162,9 @@ class Weights(NamedTuple):
 
 
 def weigh(logits: Floats, largest: float, scratch: Scratch) -> Weights:
-    """The softmax's numerators in two passes; the sums are by column, so that float32 keeps its precision."""
+    """Compute the numerators of the softmax and their sum, column by column, so that float32 is precise enough."""
     values = scratch.floats("weights", logits.size)
-    # The vocabulary's sum stays inside float32 for maxima in this range, which saves the pass that subtracts.
+    # For maxima in this range the sum over a vocabulary fits into float32, and there is no need to subtract first.
     if -20.0 <= largest <= 75.0:
         shift = 0.0
         np.exp(logits, out=values)
@@ -175,7 +178,10 @@ def weigh(logits: Floats, largest: float, scratch: Scratch) -> Weights:
 
 
 def column_sums(values: Floats, scratch: Scratch) -> Doubles:
-    """The sum of every column of the matrix view, then the entries outside it; few terms each, so float32 will do."""
+    """Return the sum of every column of the matrix view, then the entries outside it.
+
+    A column is short, so a float32 sum is precise enough.
+    """
     rows, columns = column_shape(values.size)
     inside = rows * columns
     sums = scratch.floats("sums", columns + values.size - inside)
@@ -185,7 +191,7 @@ def column_sums(values: Floats, scratch: Scratch) -> Doubles:
 
 
 def log_sum_exp(logits: Floats, scratch: Scratch | None = None) -> float:
-    """log(sum(exp(logits))), to about 1e-7; the logits are checked."""
+    """Return log(sum(exp(logits))), to about 1e-7, after checking the logits."""
     largest = check_largest(maximum(logits))
     if logits.size < COLUMNS_FROM:
         total = float(np.add.reduce(np.exp(np.subtract(logits, largest, dtype=np.float64))))
@@ -195,26 +201,26 @@ def log_sum_exp(logits: Floats, scratch: Scratch | None = None) -> float:
 
 
 def probabilities(candidates: Candidates) -> Doubles:
-    """The softmax of the candidates, float64 (n,), in their order."""
+    """Return the softmax of the candidates, float64 (n,), in their order."""
     weights = np.exp(np.subtract(candidates.logits, largest_logit(candidates), dtype=np.float64))
     weights /= np.add.reduce(weights)
     return weights
 
 
 def weights32(candidates: Candidates) -> Floats:
-    """The softmax's numerators as libllama has them: float32 differences, and exponentials rounded to float32."""
+    """Return the softmax's numerators as libllama does: float32 differences, exponentials rounded to float32."""
     logits = candidates.logits
     if candidates.descending and logits.item(-1) > -1e37 and logits.item(0) < 1e37:
         below = logits - logits[0]
     else:
-        with np.errstate(over="ignore"):  # a difference that leaves float32 is -inf
+        with np.errstate(over="ignore"):  # a difference too large for float32 is -inf
             below = logits - np.float32(largest_logit(candidates))
     weights: Floats = np.exp(below.astype(np.float64)).astype(np.float32)
     return weights
 
 
 def shares32(candidates: Candidates) -> Floats:
-    """The softmax as libllama has it: float32, the sum taken one by one."""
+    """Return the softmax as libllama computes it: in float32, with a sequential sum."""
     weights = weights32(candidates)
     weights /= np.add.accumulate(weights)[-1]
     return weights

@@ -1,9 +1,9 @@
 """The filters and temperatures of libllama's chain, each a pure function from candidates to candidates.
 
-They keep what libllama's samplers keep. Ties are broken by token id, where libllama leaves them to an unstable sort.
-Up to `EXACT_UP_TO` candidates the sums are float32 and sequential like libllama's, so that the cut is the same to the
-last bit; longer ones are summed more precisely than there, which moves a cut only among tokens that libllama's own
-rounding decides.
+They keep what libllama's samplers keep. Ties are broken by token id; libllama leaves them to an unstable sort.
+Up to `EXACT_UP_TO` candidates are summed in float32 and sequentially, as in libllama, so that a cut is the same to the
+last bit. More candidates are summed more precisely, which moves a cut only past tokens whose fate libllama decides by
+rounding.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .candidates import (
 from .masks import apply_mask
 
 EXACT_UP_TO = 1024
-"""The most candidates for which sums are taken in libllama's order and precision."""
+"""Up to this many candidates are summed in libllama's order and precision."""
 
 _NUCLEUS_GUESSES = (32, 256)
 _SAMPLE = 2048
@@ -40,7 +40,7 @@ _BINS = 4096
 
 
 def top_k(candidates: Candidates, k: int, scratch: Scratch | None = None) -> Candidates:
-    """The k largest logits, descending (Fan et al. 2018; `llama_sampler_init_top_k`). k of 0 or less keeps all."""
+    """Keep the k largest logits, descending (Fan et al. 2018; `llama_sampler_init_top_k`). k of 0 or less keeps all."""
     size = candidates.logits.size
     if k <= 0:
         return candidates
@@ -64,10 +64,10 @@ def _top_k_columns(candidates: Candidates, k: int, maxima: Floats, scratch: Scra
 
 
 def _kth_bound(values: Floats, k: int) -> float:
-    """A lower bound of the k-th largest value, and close to it.
+    """Return a close lower bound of the k-th largest value.
 
-    The maxima of disjoint groups are values too, so the k-th largest of them is a bound; with many more groups than
-    k, few values besides the k largest reach it, and no more than a few hundred numbers have to be partitioned.
+    The maxima of disjoint groups are values too, so the k-th largest maximum is a lower bound. If there are many more
+    groups than k, few values besides the k largest reach it, and only a few hundred numbers have to be partitioned.
     """
     while values.size >= 24 * k and values.size >= 256:
         quarter = values.size // 4
@@ -79,7 +79,7 @@ def _kth_bound(values: Floats, k: int) -> float:
 
 
 def _top_of(candidates: Candidates, index: Ids, k: int) -> Candidates:
-    """The k largest among these ascending positions, which hold them all."""
+    """Return the k largest logits, all of which are among these ascending positions."""
     logits = candidates.logits[index]
     if index.size > 2 * k + 64:
         cut = np.partition(logits, index.size - k)[index.size - k]
@@ -93,9 +93,9 @@ def _top_of(candidates: Candidates, index: Ids, k: int) -> Candidates:
 
 
 def top_p(candidates: Candidates, p: float, min_keep: int = 0, scratch: Scratch | None = None) -> Candidates:
-    """The smallest set of the most likely tokens with at least mass p (nucleus; Holtzman et al. 2020).
+    """Keep the smallest set of most likely tokens with a mass of at least p (nucleus; Holtzman et al. 2020).
 
-    Follows `llama_sampler_init_top_p`. p of 1 or more keeps all. At least `min_keep` tokens stay.
+    Follows `llama_sampler_init_top_p`. p of 1 or more keeps all. At least `min_keep` tokens are kept.
     """
     p32 = np.float32(p)
     if p32 >= 1.0:
@@ -121,7 +121,7 @@ def _top_p_sorted_whole(candidates: Candidates, p: float, min_keep: int) -> Cand
 
 
 def _top_p_columns(candidates: Candidates, p: float, min_keep: int, scratch: Scratch) -> Candidates:
-    """The nucleus is mostly short: guess a head that holds it, and look further only when its mass is not enough."""
+    """Guess a head that contains the nucleus, which is usually short; look further only if its mass is not enough."""
     logits = candidates.logits
     maxima = column_maxima(logits, scratch)
     largest = check_largest(maximum(maxima))
@@ -139,7 +139,7 @@ def _top_p_columns(candidates: Candidates, p: float, min_keep: int, scratch: Scr
 
 
 def _heavier_part(weights: Floats, total: float, target: float, scratch: Scratch) -> tuple[Ids, Floats]:
-    """All weights above some bound, together at least `target`, and where they are; a sample proposes the bound."""
+    """Return positions and values of all weights above a bound taken from a sample; they sum to `target` or more."""
     sample = np.sort(weights[:: max(1, weights.size // _SAMPLE)])[::-1]
     running = np.add.accumulate(sample, dtype=np.float64)
     wanted = running[-1] * (0.2 + 0.8 * target / total)
@@ -149,16 +149,16 @@ def _heavier_part(weights: Floats, total: float, target: float, scratch: Scratch
     heavy_weights = weights[heavy]
     if float(np.add.reduce(heavy_weights, dtype=np.float64)) > target:
         return heavy, heavy_weights
-    # What is lighter than this cannot together weigh more than the mass that may be dropped.
+    # All weights below this bound together have less mass than may be dropped.
     certain = np.float32(0.99 * (total - target) / weights.size)
     heavy = np.flatnonzero(np.greater_equal(weights, certain, out=flags))
     return heavy, weights[heavy]
 
 
 def lightest(keys: Floats, weights: Floats, target: float, strictly: bool = False) -> Ids:
-    """Positions of the smallest keys whose weights together reach `target` (exceed it, if `strictly`); no order.
+    """Return the positions of the smallest keys whose weights add up to `target` (to more, if `strictly`), unordered.
 
-    Equal keys enter by position. Buckets of keys are weighed first, so that only one of them has to be sorted.
+    Equal keys are taken by position. Keys are put into buckets first, so that only one bucket has to be sorted.
     """
     low, high = float(keys.min()), float(keys.max())
     scale = (_BINS - 1) / (high - low) if high > low else 0.0
@@ -179,9 +179,9 @@ def lightest(keys: Floats, weights: Floats, target: float, strictly: bool = Fals
 
 
 def min_p(candidates: Candidates, p: float, min_keep: int = 0, scratch: Scratch | None = None) -> Candidates:
-    """Tokens at least p times as likely as the most likely one (Nguyen et al. 2024; `llama_sampler_init_min_p`).
+    """Keep tokens at least p times as likely as the most likely one (Nguyen et al. 2024; `llama_sampler_init_min_p`).
 
-    p of 0 or less keeps all. At least `min_keep` tokens stay.
+    p of 0 or less keeps all. At least `min_keep` tokens are kept.
     """
     p32 = float(np.float32(p))
     if p32 <= 0.0:
@@ -204,10 +204,10 @@ def min_p(candidates: Candidates, p: float, min_keep: int = 0, scratch: Scratch 
 
 
 def typical_p(candidates: Candidates, p: float, min_keep: int = 0, scratch: Scratch | None = None) -> Candidates:
-    """The tokens whose surprise is closest to the entropy, with more than mass p (Meister et al. 2022).
+    """Keep the tokens whose surprise is closest to the entropy, up to a mass of more than p (Meister et al. 2022).
 
-    Follows `llama_sampler_init_typical`; p of 1 or more keeps all. At least `min_keep` tokens stay.
-    A logit of `-inf` counts as probability 0, where libllama computes NaN scores and an undefined order.
+    Follows `llama_sampler_init_typical`. p of 1 or more keeps all. At least `min_keep` tokens are kept.
+    A logit of `-inf` is treated as probability 0; libllama computes NaN scores, whose order is undefined.
     """
     if np.float32(p) >= 1.0:
         return candidates
@@ -243,10 +243,10 @@ def _typical_p_exact(candidates: Candidates, p: float, min_keep: int) -> Candida
 
 
 def top_n_sigma(candidates: Candidates, n: float, scratch: Scratch | None = None) -> Candidates:
-    """Sets logits more than n standard deviations below the largest to `-inf` (Tang et al. 2024).
+    """Set logits more than n standard deviations below the largest to `-inf` (Tang et al. 2024).
 
-    Follows `llama_sampler_init_top_n_sigma`: the deviation is over the logits that are not `-inf`, and what is
-    filtered stays a candidate of probability 0. n of 0 or less keeps all.
+    Follows `llama_sampler_init_top_n_sigma`: logits of `-inf` do not count towards the deviation, and a filtered token
+    stays a candidate of probability 0. n of 0 or less keeps all.
     """
     if n <= 0.0 or candidates.logits.size <= 1:
         return candidates
@@ -265,10 +265,10 @@ def top_n_sigma(candidates: Candidates, n: float, scratch: Scratch | None = None
 
 
 def xtc(candidates: Candidates, threshold: float, min_keep: int = 0, scratch: Scratch | None = None) -> Candidates:
-    """Drops every token of at least probability `threshold` but the least likely of them (`llama_sampler_init_xtc`).
+    """Drop the tokens of probability `threshold` or more, except the least likely of them (`llama_sampler_init_xtc`).
 
-    This is what happens when XTC strikes; the chance of it is the sampler's. A threshold above 0.5 keeps all, and so
-    does a removal that would leave fewer than `min_keep`.
+    This is what XTC does when it applies; the sampler decides by chance whether it does. Everything is kept if the
+    threshold is above 0.5, or if fewer than `min_keep` tokens would be left.
     """
     size = candidates.logits.size
     if threshold > 0.5 or size < 2:
@@ -286,14 +286,14 @@ def xtc(candidates: Candidates, threshold: float, min_keep: int = 0, scratch: Sc
         return candidates
     kept = np.ones(size, np.bool_)
     kept[likely_index] = False
-    # The last of the sorted head: the smallest logit, and of equal ones the largest id.
+    # The last one of the sorted head: the smallest logit, and the largest id among equal logits.
     head = candidates.logits[likely_index]
     kept[likely_index[head.size - 1 - int(head[::-1].argmin())]] = True
     return candidates.take(np.flatnonzero(kept))
 
 
 def temperature(candidates: Candidates, t: float) -> Candidates:
-    """Logits divided by t; 0 leaves only the most likely token (`llama_sampler_init_temp`)."""
+    """Divide the logits by t; 0 keeps only the most likely token (`llama_sampler_init_temp`)."""
     logits = candidates.logits
     t32 = np.float32(t)
     if t32 == 1.0:
@@ -304,16 +304,16 @@ def temperature(candidates: Candidates, t: float) -> Candidates:
         return candidates.take(np.array([best], np.intp), True)
     if t32 < 1.0:
         largest = largest_logit(candidates)
-        if abs(largest) > 3.4e38 * t:  # the quotient would leave float32
+        if abs(largest) > 3.4e38 * t:  # the quotient would overflow float32
             logits = logits - np.float32(largest)
     scaled: Floats = np.divide(logits, t32)
     return Candidates(scaled, candidates.ids, candidates.descending)
 
 
 def dynamic_temperature(candidates: Candidates, t: float, spread: float, exponent: float) -> Candidates:
-    """A temperature between t - spread and t + spread, by normalised entropy (`llama_sampler_init_temp_ext`).
+    """Apply a temperature between t - spread and t + spread, by normalised entropy (`llama_sampler_init_temp_ext`).
 
-    A spread of 0 or less is the plain temperature.
+    A spread of 0 or less applies t.
     """
     if spread <= 0.0:
         return temperature(candidates, t)

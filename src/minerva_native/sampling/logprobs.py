@@ -12,13 +12,13 @@ from .filters import top_k
 
 
 class TokenLogprobs(NamedTuple):
-    """A token's log-probability and the alternatives.
+    """A token's log-probability, and the most likely alternatives.
 
     Attributes:
-        token: the token that was asked about.
+        token: the token.
         logprob: its natural log-probability; `-inf` for a token that cannot be drawn.
-        ids: intp (n,), the most likely tokens, descending, ties by id.
-        logprobs: float64 (n,), theirs.
+        ids: intp (n,), the most likely tokens, in descending order, ties by id.
+        logprobs: float64 (n,), their log-probabilities.
     """
 
     token: int
@@ -28,7 +28,7 @@ class TokenLogprobs(NamedTuple):
 
 
 def logprob(logits: Floats, token: int, scratch: Scratch | None = None) -> float:
-    """log(softmax(logits)[token]), natural, to about 1e-7.
+    """Return log(softmax(logits)[token]), the natural logarithm, to about 1e-7.
 
     Raises:
         ValueError: the token is outside the vocabulary.
@@ -40,7 +40,7 @@ def logprob(logits: Floats, token: int, scratch: Scratch | None = None) -> float
 
 
 def top_logprobs(logits: Floats, n: int, scratch: Scratch | None = None) -> tuple[Ids, Doubles]:
-    """The n most likely tokens and their log-probabilities, descending, ties by id."""
+    """Return the n most likely tokens and their log-probabilities, in descending order, ties by id."""
     if n <= 0:
         return np.empty(0, np.intp), np.empty(0, np.float64)
     head = top_k(Candidates(logits), n, scratch)

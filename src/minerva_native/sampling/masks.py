@@ -1,4 +1,4 @@
-"""Token masks: which tokens of the vocabulary may be drawn at all, as a grammar engine tells it."""
+"""Token masks: which tokens of the vocabulary may be drawn, as a grammar engine says."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ Mask = NDArray[np.bool_] | NDArray[np.uint8] | NDArray[np.uint32] | NDArray[np.i
 
 
 def apply_mask(logits: Floats, mask: Mask, out: Floats | None = None) -> Floats:
-    """Sets the logits of tokens that are not allowed to `-inf`.
+    """Set the logits of tokens that are not allowed to `-inf`.
 
-    Arguments:
+    Args:
         logits: float32 (n_vocab,).
-        mask: true where a token is allowed. Either bool (n_vocab,), or packed bits in uint8, int32 or uint32, the
-            lowest bit of the first element first, with at least n_vocab bits (the layout of llguidance and xgrammar).
-        out: where to write, float32 (n_vocab,); may be `logits` itself. A new array if absent.
+        mask: true for allowed tokens. Either bool (n_vocab,), or at least n_vocab packed bits in uint8, int32 or
+            uint32, beginning with the lowest bit of the first element (the layout of llguidance and xgrammar).
+        out: float32 (n_vocab,) to write to; may be `logits` itself. A new array by default.
 
     Returns:
         `out`.
 
     Raises:
-        TypeError, ValueError: a mask of another kind or too short; the message names `mask`.
+        TypeError, ValueError: the mask is of another kind, or too short; the message names `mask`.
     """
     octets = _packed(logits.size, mask)
-    # Eight tokens at a time from a table: no branch that a mixed mask could slow down.
+    # A table gives eight tokens at a time, without a branch that a mixed mask would slow down.
     apart = out is not None and out.flags.c_contiguous and not np.may_share_memory(out, logits)
     if out is not None and apart and logits.size % 8 == 0:
         bias = out
@@ -62,6 +62,6 @@ def _packed(size: int, mask: Any) -> NDArray[np.intp]:
 
 @lru_cache(maxsize=1)
 def _octets() -> NDArray[np.void]:
-    """Entry b is eight floats, 0 where b has a bit."""
+    """Return a table whose entry b is eight floats: 0 for each bit set in b, -inf for the others."""
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
     return np.where(bits, np.float32(0.0), np.float32(-np.inf)).astype(np.float32).view(_EIGHT_FLOATS)[:, 0]

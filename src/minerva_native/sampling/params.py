@@ -49,7 +49,7 @@ class SamplingParams:
     range `ValueError`; both name the parameter.
 
     Attributes:
-        temperature: divides the logits; 0 takes the most likely survivor (greedy).
+        temperature: divides the logits; 0 takes the most likely remaining token (greedy).
         dynatemp_range: half-width of the dynamic temperature interval around `temperature`; 0 is off.
         dynatemp_exponent: how the normalised entropy maps to that interval.
         top_k: keep the k most likely tokens; 0 or less keeps all.
@@ -57,27 +57,27 @@ class SamplingParams:
         min_p: keep tokens at least this fraction as likely as the most likely one; 0 is off.
         typical_p: keep the most locally typical tokens with more than this mass; 1 is off.
         top_n_sigma: keep logits within n standard deviations of the largest; 0 or less is off.
-        xtc_probability: chance that the tokens above `xtc_threshold`, all but the least likely of them, are removed.
+        xtc_probability: chance of removing all tokens above `xtc_threshold` except the least likely of them; 0 is off.
         xtc_threshold: probability from which XTC removes; above 0.5 is off.
         repeat_last_n: how many tokens of the history the three penalties look at; 0 is off.
-        repeat_penalty: divides positive and multiplies negative logits of tokens in that window; 1 is off.
-        frequency_penalty: subtracted once for every occurrence in the window.
-        presence_penalty: subtracted once for a token that occurs in the window.
+        repeat_penalty: divides the positive and multiplies the negative logits of tokens in that window; 1 is off.
+        frequency_penalty: subtracted from a token's logit for every occurrence in the window; 0 is off.
+        presence_penalty: subtracted once if the token occurs in the window; 0 is off.
         dry_multiplier: strength of DRY; 0 is off.
         dry_base: base of DRY's exponential; below 1 is off.
-        dry_allowed_length: repeats shorter than this are free.
+        dry_allowed_length: repetitions shorter than this are not penalised.
         dry_penalty_last_n: how many tokens of the history DRY scans; 0 is off.
-        dry_sequence_breakers: what a repeat may not cross: strings (resolved with the sampler's tokenizer), token
-            ids, or sequences of token ids.
-        mirostat: 1 or 2 replaces the chain by temperature and Mirostat; 0 is off.
-        mirostat_tau: target surprise, in bits.
-        mirostat_eta: learning rate.
-        adaptive_target: adaptive-p draws tokens near this probability; negative is off.
+        dry_sequence_breakers: what a repetition does not extend across: strings (resolved with the sampler's
+            tokenizer), token ids, or sequences of token ids.
+        mirostat: 1 or 2 replaces the chain with temperature and that version of Mirostat; 0 is off.
+        mirostat_tau: Mirostat's target surprise, in bits.
+        mirostat_eta: Mirostat's learning rate.
+        adaptive_target: adaptive-p prefers tokens near this probability; negative is off.
         adaptive_decay: decay of adaptive-p's moving average, 0 to 0.99.
         min_keep: top-p, min-p, typical-p and XTC keep at least this many tokens.
-        logit_bias: added to the logits of token ids before everything else; `-inf` bans. A mapping or (id, bias) pairs.
-        seed: of the random stream, 0 to 2**64 - 1; `None` takes fresh entropy.
-        order: names of the steps, in the order in which they run; steps left out do not run.
+        logit_bias: added to the logits of token ids before anything else; `-inf` bans. A mapping, or (id, bias) pairs.
+        seed: seed of the random stream, 0 to 2**64 - 1; `None` takes a random one.
+        order: names of the steps, in the order in which they run; steps that are not named do not run.
     """
 
     temperature: float = 0.8
@@ -124,15 +124,15 @@ class SamplingParams:
 
     @classmethod
     def greedy(cls) -> SamplingParams:
-        """The most likely token, every time: temperature 0 and no filter."""
+        """Return parameters that always choose the most likely token: temperature 0 and no filter."""
         return cls(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
 
     @classmethod
     def from_model(cls, model: HasMetadata, **overrides: Any) -> SamplingParams:
-        """What the model's own GGUF metadata recommends, libllama's defaults elsewhere.
+        """Return what the model's GGUF metadata recommends, and libllama's defaults for the rest.
 
-        Reads the `general.sampling.*` keys that llama.cpp reads (`common_init_sampler_from_model`). An explicit
-        keyword wins over the metadata. Metadata of the wrong type or out of range raises `ValueError` with the key.
+        Reads the `general.sampling.*` keys that llama.cpp reads (`common_init_sampler_from_model`). A keyword takes
+        precedence over the metadata. Metadata of the wrong type or out of range raises `ValueError` with the key.
         """
         metadata = model.metadata
         values: dict[str, Any] = {}
@@ -152,7 +152,7 @@ class SamplingParams:
         return cls(**values, **overrides)
 
     def replace(self, **changes: Any) -> SamplingParams:
-        """A copy with some fields changed, validated again."""
+        """Return a copy with some fields changed, validated again."""
         return replace_fields(self, **changes)
 
 
@@ -204,7 +204,7 @@ _METADATA_FIELDS = {
 
 
 def parse_order(names: Sequence[str]) -> tuple[str, ...]:
-    """The steps that `names` stand for; llama.cpp's other spellings (`top-p`, `nucleus`, `typ_p`) are understood."""
+    """Return the steps that `names` stand for; llama.cpp's other spellings (`top-p`, `nucleus`, `typ_p`) count too."""
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise TypeError(f"order must be a sequence of step names, not {type(names).__name__}")
     known = {name.replace("_", ""): name for name in (*DEFAULT_ORDER, "adaptive_p")}
@@ -216,9 +216,9 @@ def parse_order(names: Sequence[str]) -> tuple[str, ...]:
         spelled = _STEP_ALIASES.get(spelled, spelled)
         step = known.get(spelled.replace("_", ""))
         if step is None:
-            raise ValueError(f"order: no step is called {name!r}; the steps are {', '.join(known.values())}")
+            raise ValueError(f"order: there is no step {name!r}; the steps are {', '.join(known.values())}")
         if step in steps:
-            raise ValueError(f"order: {step} is there twice")
+            raise ValueError(f"order names {step} twice")
         steps.append(step)
     return tuple(steps)
 
@@ -254,7 +254,7 @@ def _range_text(low: float, high: float) -> str:
 
 
 def _shortest_float32(value: float) -> float:
-    """GGUF stores 32-bit floats: read 0.949999988079071 as the 0.95 that was written."""
+    """Return the shortest decimal for a float32 of a GGUF file: 0.95 for 0.949999988079071."""
     import struct
 
     packed = struct.pack("f", value)

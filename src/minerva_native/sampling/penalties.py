@@ -1,4 +1,4 @@
-"""Steps that change logits by what was said before: bias, repetition penalties, DRY."""
+"""Steps that change logits by the tokens that came before: bias, repetition penalties, DRY."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LONGEST_BREAKER_BYTES = 40
 _LONGEST_TAIL = 20
 
 BreakerTails = dict[int, list[tuple[int, ...]]]
-"""For each token that can begin a sequence breaker, the tokens that must follow."""
+"""For each token that can start a sequence breaker, the tokens that have to follow it."""
 
 
 def penalties(
@@ -26,10 +26,10 @@ def penalties(
     presence: float = 0.0,
     scratch: Scratch | None = None,
 ) -> Candidates:
-    """Makes the tokens of `history` less likely (Keskar et al. 2019; `llama_sampler_init_penalties`).
+    """Make the tokens of `history` less likely (Keskar et al. 2019; `llama_sampler_init_penalties`).
 
-    A positive logit is divided by `repeat` and a negative one multiplied; then the number of occurrences times
-    `frequency` is subtracted, and `presence` once. `history` is the window to look at, not the whole of it.
+    A positive logit is divided by `repeat`, a negative one is multiplied by it. Then `frequency` is subtracted once for
+    each occurrence, and `presence` once for each token. `history` is only the window to look at.
     """
     counts = Counter(history.tolist() if isinstance(history, np.ndarray) else history)
     if not counts:
@@ -40,7 +40,8 @@ def penalties(
     def penalised(logits: Floats, times: Floats) -> Floats:
         factor = np.float32(repeat)
         scaled = np.where(logits <= 0, logits * factor, logits / factor)
-        return scaled - (times * np.float32(frequency) + np.float32(presence))
+        changed: Floats = scaled - (times * np.float32(frequency) + np.float32(presence))
+        return changed
 
     position, chosen = _positions(candidates, ids)
     logits = writable(candidates, scratch)
@@ -57,10 +58,10 @@ def dry(
     breakers: BreakerTails | None = None,
     scratch: Scratch | None = None,
 ) -> Candidates:
-    """Makes tokens that would prolong a verbatim repetition less likely (DRY; `llama_sampler_init_dry`).
+    """Make tokens that would extend a verbatim repetition less likely (DRY; `llama_sampler_init_dry`).
 
-    A token that would continue a repeat of length n of the last tokens of `history` loses
-    multiplier * base ** (n - allowed_length). A repeat does not reach over a sequence breaker.
+    If the last n tokens of `history` occur earlier, the token that followed them there is penalised by
+    multiplier * base ** (n - allowed_length). A repetition does not extend across a sequence breaker.
     """
     breakers = breakers or {}
     repeats = _repeat_lengths(history, allowed_length, base, breakers)
@@ -81,7 +82,7 @@ def dry(
 
 
 def _repeat_lengths(history: Sequence[int], allowed_length: int, base: float, breakers: BreakerTails) -> dict[int, int]:
-    """For each token that would continue a repeat: the longest repeat that it would continue."""
+    """Return, for each token that would extend a repetition, the length of the longest one that it would extend."""
     backwards = np.array(history, np.int64)[::-1]
     size = backwards.size
     if size <= allowed_length:
@@ -90,7 +91,7 @@ def _repeat_lengths(history: Sequence[int], allowed_length: int, base: float, br
     if limit < allowed_length:
         return {}
     largest_exponent = _largest_exponent(base)
-    if largest_exponent > 0:  # longer repeats are not penalised more
+    if largest_exponent > 0:  # longer repetitions are not penalised any more
         limit = min(limit, allowed_length + largest_exponent)
     lengths = np.zeros(size, np.int64)
     starts = np.arange(1, size)
@@ -111,7 +112,7 @@ def _repeat_lengths(history: Sequence[int], allowed_length: int, base: float, br
 
 
 def _distance_to_breaker(backwards: list[int], breakers: BreakerTails) -> int:
-    """How many tokens follow the last sequence breaker; all of them when there is none."""
+    """Return how many tokens follow the last sequence breaker; all of them if there is none."""
     for place, token in enumerate(backwards):
         tails = breakers.get(token)
         if not tails:
@@ -127,7 +128,7 @@ def _distance_to_breaker(backwards: list[int], breakers: BreakerTails) -> int:
 
 
 def _largest_exponent(base: float) -> int:
-    """Above this, base ** exponent leaves float32; 0 when it never does."""
+    """Return the largest exponent for which base ** exponent fits into float32; 0 if all do."""
     base32 = np.float32(base)
     if base32 <= np.float32(1.000001):
         return 0
@@ -135,41 +136,46 @@ def _largest_exponent(base: float) -> int:
 
 
 class LogitBias(NamedTuple):
-    """Token ids and what is added to their logits, one entry an id."""
+    """What is added to the logits of some tokens.
+
+    Attributes:
+        ids: intp (n,), distinct token ids.
+        values: float32 (n,), what is added to the logit of each.
+    """
 
     ids: Ids
     values: Floats
 
     @classmethod
     def of(cls, pairs: Iterable[tuple[int, float]]) -> LogitBias:
-        """From (id, bias) pairs; the biases of an id that is there twice add up."""
+        """Make one from (id, bias) pairs; several biases of one id add up."""
         total: dict[int, float] = {}
         for token, value in pairs:
             total[token] = total.get(token, 0.0) + value
         return cls(np.fromiter(total, np.intp, len(total)), np.fromiter(total.values(), np.float32, len(total)))
 
     def add_to(self, logits: Floats) -> None:
-        """Adds in place; `ValueError` for an id outside the vocabulary."""
+        """Add to logits in place; raise `ValueError` for an id outside the vocabulary."""
         if int(self.ids.max()) >= logits.size:
             raise ValueError(f"logit_bias: token id {int(self.ids.max())} is outside a vocabulary of {logits.size}")
         logits[self.ids] += self.values
 
 
 def writable(candidates: Candidates, scratch: Scratch | None) -> Floats:
-    """Logits that may be changed: a copy in the sampler's work array, or that array itself."""
+    """Return logits that may be changed: a copy in the sampler's work array, or that array itself."""
     logits = candidates.logits
     if scratch is None:
         copy: Floats = logits.copy()
         return copy
     work: Floats = scratch.floats("work", logits.size)
-    # An addition is a faster copy than a copy: numpy's is not vectorised for every build.
+    # Adding 0 copies faster than a copy, which not every build of numpy vectorises.
     if logits is not work:
         np.add(logits, np.float32(0.0), out=work)
     return work
 
 
 def _positions(candidates: Candidates, ids: Ids) -> tuple[Ids, Ids]:
-    """Where these distinct tokens are among the candidates, and which of `ids` that are."""
+    """Find distinct ids among the candidates: return their positions there, and their places in `ids`."""
     if candidates.ids is None:
         inside = np.flatnonzero((ids >= 0) & (ids < candidates.logits.size))
         return (ids, inside) if inside.size == ids.size else (ids[inside], inside)
@@ -180,24 +186,24 @@ def _positions(candidates: Candidates, ids: Ids) -> tuple[Ids, Ids]:
 
 
 class BreakerTokenizer(Protocol):
-    """What resolving strings needs of a tokenizer."""
+    """What a tokenizer needs to have for strings to be resolved."""
 
     @property
     def n_vocab(self) -> int:
-        """How many tokens there are."""
+        """How many token ids there are."""
         ...
 
     def piece(self, token: int, special: bool = ...) -> bytes:
-        """The bytes of these tokens."""
+        """Return the bytes of a token."""
         ...
 
     def encode(self, text: str, add_special: bool = ..., parse_special: bool = ...) -> list[int]:
-        """The tokens of a text."""
+        """Return the tokens of a text."""
         ...
 
 
 def token_breakers(breakers: Iterable[tuple[int, ...]]) -> BreakerTails:
-    """Sequence breakers that are given as tokens."""
+    """Return the sequence breakers that are given as tokens."""
     tails: BreakerTails = {}
     for head, *tail in breakers:
         known = tails.setdefault(head, [])
@@ -207,10 +213,10 @@ def token_breakers(breakers: Iterable[tuple[int, ...]]) -> BreakerTails:
 
 
 def string_breakers(tokenizer: BreakerTokenizer, strings: Sequence[str]) -> dict[str, BreakerTails]:
-    """Every way in which the tokens of a vocabulary can spell each string: whole inside one, or begun at its end.
+    """Return every way in which tokens can spell each string: inside one token, or from the end of one into the next.
 
-    Looks at each token of the vocabulary, which takes a second for a large one. A string counts up to its 40th byte,
-    a tail up to its 20th token, as in libllama.
+    Looks at every token, which takes a second for a large vocabulary. As in libllama, only the first 40 bytes of a
+    string count, and only the first 20 tokens after the one it starts in.
     """
     pieces = [tokenizer.piece(token, special=True) for token in range(tokenizer.n_vocab)]
     return {string: _spellings(tokenizer, pieces, string) for string in strings}
@@ -229,7 +235,7 @@ def _spellings(tokenizer: BreakerTokenizer, pieces: list[bytes], string: str) ->
 
 
 def merge_breakers(parts: Iterable[BreakerTails]) -> BreakerTails:
-    """All the breakers of several collections."""
+    """Return the breakers of several collections as one."""
     merged: BreakerTails = {}
     for part in parts:
         for token, tails in part.items():
@@ -239,7 +245,7 @@ def merge_breakers(parts: Iterable[BreakerTails]) -> BreakerTails:
 
 
 def last(tokens: Sequence[int], count: int) -> Sequence[int]:
-    """The last `count` tokens of a history, in time that does not grow with the history."""
+    """Return the last `count` tokens of a history, in time that does not grow with the history."""
     if count <= 0:
         return ()
     size = len(tokens)

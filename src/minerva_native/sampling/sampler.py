@@ -43,11 +43,11 @@ from .penalties import (
 from .stream import Stream, fresh_seed
 
 Processor = Callable[[Sequence[int], Floats], None]
-"""Edits logits in place before the chain: `processor(tokens, logits)`."""
+"""A function that edits logits in place before the chain: `processor(tokens, logits)`."""
 
 _Step = Callable[[Candidates, Sequence[int]], Candidates]
 
-# How each tokenizer spells each breaker: finding it out looks at the whole vocabulary.
+# How each tokenizer can spell each breaker. Cached because it takes a look at the whole vocabulary.
 _SPELLED: WeakKeyDictionary[BreakerTokenizer, dict[str, BreakerTails]] = WeakKeyDictionary()
 
 _KEEPS_THE_BEST = frozenset({"top_n_sigma", "top_k", "top_p", "min_p"})
@@ -56,16 +56,16 @@ _KEEPS_THE_BEST = frozenset({"top_n_sigma", "top_k", "top_p", "min_p"})
 class Sampler:
     """Chooses tokens: logit bias, mask, processors, the chain of `params.order`, then a draw.
 
-    The history is what the caller passes; a sampler remembers only its random stream, Mirostat's mu and adaptive-p's
-    average. It may be used with any vocabulary, by one thread at a time.
+    The caller passes the history. A sampler keeps no state but its random stream, Mirostat's mu and adaptive-p's
+    average. It works with any vocabulary, for one thread at a time.
 
-    Arguments:
-        params: what to do; libllama's defaults if absent.
+    Args:
+        params: libllama's defaults if None.
         processors: called in order with `(tokens, logits)` to edit a copy of the logits in place.
-        tokenizer: resolves the strings among `params.dry_sequence_breakers`; needed only when DRY is on.
+        tokenizer: resolves the strings among `params.dry_sequence_breakers`; needed only if DRY is on.
 
     Raises:
-        ValueError: DRY is on with string breakers, and there is no tokenizer.
+        ValueError: DRY is on with string breakers, but there is no tokenizer.
 
     >>> import numpy as np
     >>> sampler = Sampler(SamplingParams(top_k=2, seed=1))
@@ -88,7 +88,7 @@ class Sampler:
         self._bias = LogitBias.of(params.logit_bias) if params.logit_bias else None  # type: ignore[arg-type]
         self._breakers = _resolve_breakers(params, tokenizer)
         self._steps = self._build_steps()
-        self._may_strike = any(name == "xtc" for name, _ in self._steps)
+        self._has_xtc = any(name == "xtc" for name, _ in self._steps)
         self._adapts = params.adaptive_target >= 0.0 and not params.mirostat
         self._is_argmax = [name for name, _ in self._steps] == ["greedy"] and not (params.mirostat or self._adapts)
         self._stream = Stream(fresh_seed() if params.seed is None else params.seed)
@@ -96,27 +96,27 @@ class Sampler:
 
     @property
     def seed(self) -> int:
-        """The seed of the random stream, also when it was chosen freshly."""
+        """The seed of the random stream, also if it was chosen at random."""
         return self._stream.seed
 
     def __call__(self, logits: Floats, tokens: Sequence[int] = (), *, mask: Mask | None = None) -> int:
-        """Draws one token.
+        """Draw a token.
 
-        Arguments:
+        Args:
             logits: float32 (n_vocab,); not modified.
-            tokens: the history, of which only the last few tokens are looked at.
-            mask: tokens that may be drawn, see `apply_mask`.
+            tokens: the history; the chain reads only the windows of the penalties and of DRY.
+            mask: which tokens may be drawn; see `apply_mask`.
 
         Raises:
-            SamplingError: NaN or +inf among the logits, or nothing left to draw.
+            SamplingError: the logits contain NaN or +inf, or no token can be drawn.
         """
         candidates = self._prepared(logits, tokens, mask)
         if self._is_argmax:
             best = int(candidates.logits.argmax())
             check_largest(float(candidates.logits[best]))
             return best
-        strikes = self._may_strike and self._stream.uniform() <= self.params.xtc_probability
-        survivors = self._survivors(candidates, tokens, strikes)
+        xtc = self._has_xtc and self._stream.uniform() <= self.params.xtc_probability
+        survivors = self._survivors(candidates, tokens, xtc)
         if self.params.mirostat:
             return self._draw_mirostat(survivors)
         if self._adapts:
@@ -127,21 +127,20 @@ class Sampler:
     def distribution(
         self, logits: Floats, tokens: Sequence[int] = (), *, mask: Mask | None = None
     ) -> tuple[Ids, Doubles]:
-        """The law of the next draw: the surviving ids and their probabilities; no state changes.
+        """Return the distribution of the next draw, without changing any state.
 
-        XTC strikes by chance, so with it this is the mixture of both cases.
+        XTC applies by chance, so with XTC this is the mixture of both cases.
 
         Returns:
-            ids, intp (n,), and probabilities, float64 (n,), greater than 0 and of sum 1; descending, ties by id.
+            ids, intp (n,), and probabilities, float64 (n,), positive and with sum 1; in descending order, ties by id.
         """
         candidates = self._prepared(logits, tokens, mask)
-        chance = self.params.xtc_probability if self._may_strike else 0.0
-        # Steps may work in place: the second case needs logits of its own.
-        spared = Candidates(candidates.logits.copy()) if 0.0 < chance < 1.0 else candidates
-        law = self._law(candidates, tokens, True) if chance > 0.0 else self._law(candidates, tokens, False)
+        chance = self.params.xtc_probability if self._has_xtc else 0.0
+        # Steps may work in place, so the second case needs its own logits.
+        without_xtc = Candidates(candidates.logits.copy()) if 0.0 < chance < 1.0 else candidates
+        ids, probs = self._outcome(candidates, tokens, xtc=chance > 0.0)
         if 0.0 < chance < 1.0:
-            law = _mixed(law, chance, self._law(spared, tokens, False))
-        ids, probs = law
+            ids, probs = _mixed((ids, probs), chance, self._outcome(without_xtc, tokens, xtc=False))
         possible = np.flatnonzero(probs > 0.0)
         order = possible[np.lexsort((ids[possible], -probs[possible]))]
         return ids[order], probs[order]
@@ -152,7 +151,7 @@ class Sampler:
         token: int,
         n: int = 0,
     ) -> TokenLogprobs:
-        """Log-probabilities of a token and of the n most likely ones under the model, before any step of the chain."""
+        """Return the log-probabilities of a token and of the n most likely ones under the model, without the chain."""
         logits = _checked(logits)
         ids, values = top_logprobs(logits, n, self._scratch)
         return TokenLogprobs(token, logprob(logits, token, self._scratch), ids, values)
@@ -160,14 +159,14 @@ class Sampler:
     def sampled_logprobs(
         self, logits: Floats, token: int, n: int = 0, tokens: Sequence[int] = (), *, mask: Mask | None = None
     ) -> TokenLogprobs:
-        """The same under the distribution that is drawn from, after the chain; to be asked before the draw."""
+        """Return the same under the distribution that is drawn from, after the chain; call it before the draw."""
         ids, probs = self.distribution(logits, tokens, mask=mask)
         values = np.log(probs)
         place = np.flatnonzero(ids == token)
         return TokenLogprobs(token, float(values[place[0]]) if place.size else -np.inf, ids[:n], values[:n])
 
     def state_dict(self) -> dict[str, Any]:
-        """What a sampler with the same parameters needs to continue exactly from here; plain numbers, fit for JSON."""
+        """Return what a sampler with the same parameters needs to continue from here: plain numbers, fit for JSON."""
         return {
             "version": 1,
             "seed": self._stream.seed,
@@ -178,21 +177,21 @@ class Sampler:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from a `state_dict`; `ValueError` when it is none."""
+        """Continue from a `state_dict`; raise `ValueError` for anything else."""
         try:
             version, seed, drawn = (int(state[name]) for name in ("version", "seed", "drawn"))
             values = [float(state[name]) for name in ("mu", "weighted_sum", "total_weight")]
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"state: {error!r}: not what state_dict() returns") from None
+            raise ValueError(f"state is not what state_dict() returns ({error!r})") from None
         if version != 1:
-            raise ValueError(f"state: version 1 is expected, not {version}")
+            raise ValueError(f"state has version {version}; only version 1 is known")
         if seed < 0 or drawn < 0 or not np.isfinite(values).all():
             raise ValueError("state: a number is out of range")
         self._stream = Stream(seed, drawn)
         self._mu, self._weighted_sum, self._total_weight = values
 
     def fork(self, seed: int | None = None) -> Sampler:
-        """A sampler that continues from here on its own: the same draws, or those of another `seed`."""
+        """Return an independent sampler that continues from here: with the same draws, or with another seed's."""
         branch = Sampler.__new__(Sampler)
         branch.__dict__.update(self.__dict__)
         branch._scratch = Scratch()
@@ -204,7 +203,7 @@ class Sampler:
         return branch
 
     def reset(self) -> None:
-        """Back to the first draw: the same seed, Mirostat and adaptive-p as new."""
+        """Go back to the first draw: restart the random stream, Mirostat and adaptive-p."""
         params = self.params
         self._stream = Stream(self._stream.seed)
         self._mu = 2.0 * params.mirostat_tau
@@ -212,7 +211,7 @@ class Sampler:
         self._weighted_sum = params.adaptive_target * self._total_weight
 
     def _prepared(self, logits: Floats, tokens: Sequence[int], mask: Mask | None) -> Candidates:
-        """Bias, mask and processors, on a copy if there are any."""
+        """Apply bias, mask and processors, if there are any, to a copy."""
         candidates = Candidates(_checked(logits))
         if self._bias is None and mask is None and not self.processors:
             return candidates
@@ -226,18 +225,19 @@ class Sampler:
             processor(tokens, work)
         return Candidates(work)
 
-    def _survivors(self, candidates: Candidates, tokens: Sequence[int], strikes: bool) -> Candidates:
+    def _survivors(self, candidates: Candidates, tokens: Sequence[int], xtc: bool) -> Candidates:
         for name, step in self._steps:
-            if strikes or name != "xtc":
+            if xtc or name != "xtc":
                 candidates = step(candidates, tokens)
         return candidates
 
-    def _law(self, candidates: Candidates, tokens: Sequence[int], strikes: bool) -> tuple[Ids, Doubles]:
-        survivors = self._final(self._survivors(candidates, tokens, strikes))
+    def _outcome(self, candidates: Candidates, tokens: Sequence[int], *, xtc: bool) -> tuple[Ids, Doubles]:
+        """Return the ids and probabilities if XTC applies, or if it does not."""
+        survivors = self._final(self._survivors(candidates, tokens, xtc))
         return survivors.token_ids(), probabilities(survivors)
 
     def _final(self, candidates: Candidates) -> Candidates:
-        """What Mirostat and adaptive-p make of the survivors."""
+        """Apply Mirostat or adaptive-p to what the chain has left."""
         if self.params.mirostat == 1:
             return mirostat(candidates, self._mu, candidates.logits.size, self._scratch)
         if self.params.mirostat == 2:
@@ -247,7 +247,7 @@ class Sampler:
         return candidates
 
     def _draw(self, candidates: Candidates) -> int:
-        """The position of the token that the next uniform number picks."""
+        """Return the position of the token that the next uniform number picks."""
         logits = candidates.logits
         if logits.size >= COLUMNS_FROM:
             return self._draw_long(candidates)
@@ -255,7 +255,7 @@ class Sampler:
         return _pick(weights, self._stream.uniform())
 
     def _draw_long(self, candidates: Candidates) -> int:
-        """Picks a column of the matrix view, then an entry of it."""
+        """Pick a column of the matrix view, then an entry in it."""
         logits = candidates.logits
         weights = weigh(logits, largest_logit(candidates), self._scratch)
         rows, columns = column_shape(logits.size)
@@ -283,7 +283,7 @@ class Sampler:
         return index if candidates.ids is None else int(candidates.ids[index])
 
     def _build_steps(self) -> tuple[tuple[str, _Step], ...]:
-        """The steps that are not neutral, in order; greedy decoding needs no filter that keeps the best token."""
+        """Return the steps that are not neutral, in order; greedy decoding skips filters that keep the best token."""
         order = ("temperature",) if self.params.mirostat else tuple(self.params.order)
         steps = [(name, step) for name in order if (step := self._step(name)) is not None]
         names = [name for name, _ in steps]
@@ -295,7 +295,7 @@ class Sampler:
         return tuple(steps)
 
     def _step(self, name: str) -> _Step | None:
-        """One step of the chain with its parameters; `None` when they are neutral."""
+        """Return one step of the chain with its parameters, or None if they are neutral."""
         p, scratch, keep = self.params, self._scratch, self.params.min_keep
         if name == "penalties":
             repeat, frequency, presence, n = p.repeat_penalty, p.frequency_penalty, p.presence_penalty, p.repeat_last_n
@@ -329,7 +329,7 @@ class Sampler:
                     c, p.temperature, p.dynatemp_range, p.dynatemp_exponent
                 )
             return (lambda c, tokens: filters.temperature(c, p.temperature)) if p.temperature != 1.0 else None
-        return None  # adaptive_p, which is always last and on when it has a target
+        return None  # adaptive_p: always last, and on if it has a target
 
 
 def _checked(logits: Floats) -> Floats:
@@ -340,26 +340,27 @@ def _checked(logits: Floats) -> Floats:
     if logits.ndim != 1:
         raise ValueError(f"logits must have one dimension, not {logits.ndim}")
     if not logits.size:
-        raise SamplingError("there are no logits: nothing can be drawn")
+        raise SamplingError("there are no logits, so no token can be drawn")
     return logits if logits.flags.c_contiguous else np.ascontiguousarray(logits)
 
 
 def _pick(weights: Doubles, uniform: float) -> int:
-    """The first index at which the running sum exceeds the uniform part of the whole."""
+    """Return the first index at which the running sum exceeds the fraction `uniform` of the total."""
     running = np.add.accumulate(weights)
     index = int(running.searchsorted(uniform * running[-1], side="right"))
     return index if index < running.size else _last_step(running)
 
 
 def _last_step(running: Doubles) -> int:
-    """The last index with a weight above 0."""
+    """Return the last index with a weight above 0."""
     return int(running.searchsorted(running[-1]))
 
 
-def _mixed(law: tuple[Ids, Doubles], chance: float, other: tuple[Ids, Doubles]) -> tuple[Ids, Doubles]:
-    """One law with this chance, and the other one otherwise."""
-    union, place = np.unique(np.concatenate((law[0], other[0])), return_inverse=True)
-    probs: Doubles = np.bincount(place, np.concatenate((law[1] * chance, other[1] * (1.0 - chance)))).astype(np.float64)
+def _mixed(first: tuple[Ids, Doubles], chance: float, other: tuple[Ids, Doubles]) -> tuple[Ids, Doubles]:
+    """Return the mixture of two distributions: the first with this chance, else the other."""
+    union, place = np.unique(np.concatenate((first[0], other[0])), return_inverse=True)
+    weights = np.concatenate((first[1] * chance, other[1] * (1.0 - chance)))
+    probs: Doubles = np.bincount(place, weights).astype(np.float64)
     return union, probs
 
 
@@ -380,8 +381,8 @@ def _resolve_breakers(params: SamplingParams, tokenizer: BreakerTokenizer | None
     tuples = [breaker for breaker in params.dry_sequence_breakers if isinstance(breaker, tuple)]
     if strings and tokenizer is None:
         raise ValueError(
-            f"dry_sequence_breakers holds strings ({strings[0]!r}, ...): give the Sampler a tokenizer=, "
-            "or token ids instead of strings"
+            f"dry_sequence_breakers contains strings ({strings[0]!r}, ...): pass tokenizer= to the Sampler, or use "
+            "token ids instead of strings"
         )
     known = _SPELLED.setdefault(tokenizer, {}) if tokenizer is not None else {}
     unknown = [string for string in strings if string not in known]

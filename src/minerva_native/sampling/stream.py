@@ -1,4 +1,4 @@
-"""The random stream: a counter, mixed, so that its state is two integers and the same on every platform."""
+"""The random stream: a hashed counter. Its state is two integers, and it is the same on every platform."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def _mix(value: int) -> int:
-    """SplitMix64's finaliser (Steele, Lea and Flood 2014)."""
+    """Apply SplitMix64's finaliser (Steele, Lea and Flood 2014)."""
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
     return value ^ (value >> 31)
 
 
 class Stream:
-    """Uniform numbers in [0, 1) with 53 bits, SplitMix64 of a seed.
+    """Uniform numbers in [0, 1) with 53 bits: SplitMix64, from a seed.
 
     Attributes:
         seed: 0 to 2**64 - 1.
-        drawn: how many numbers were taken.
+        drawn: how many numbers were drawn so far.
     """
 
     __slots__ = ("drawn", "seed")
@@ -28,13 +28,13 @@ class Stream:
         self.drawn = drawn
 
     def uniform(self) -> float:
-        """The next number."""
+        """Return the next number."""
         self.drawn += 1
         return (_mix((self.seed + self.drawn * _GOLDEN) & _MASK) >> 11) * 2.0**-53
 
 
 def fresh_seed() -> int:
-    """64 bits from the operating system."""
+    """Return 64 random bits from the operating system."""
     from os import urandom
 
     return int.from_bytes(urandom(8), "little")
