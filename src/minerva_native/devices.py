@@ -1,4 +1,4 @@
-"""What can compute here: the backends and devices that this build of libllama finds on this machine."""
+"""The devices that this build of libllama can compute on, and the machine's CPUs and memory."""
 
 import math
 import os
@@ -24,11 +24,20 @@ _COPY_TIMES, _COPY_ROUNDS = 16, 5  # to measure a device's memory
 
 @dataclass(frozen=True)
 class Device:
-    """One device, as libllama names it."""
+    """A device that libllama can compute on.
 
-    name: str  # what `Model.load(devices=[...])` takes, such as "CUDA0"
+    Attributes:
+        name: libllama's name, such as "CUDA0", which `Model.load(devices=[...])` takes.
+        description: the name of the hardware.
+        type: "cpu", "gpu", "igpu" (shares the machine's memory), "accel" (works beside the CPU, such as BLAS) or
+            "other".
+        memory_total_bytes: the size of its memory.
+        memory_free_bytes: how much of it was free when the device was listed.
+    """
+
+    name: str
     description: str
-    type: str  # "cpu", "gpu", "igpu" (shares the machine's memory) or "accel" (works beside the CPU, such as BLAS)
+    type: str
     memory_total_bytes: int
     memory_free_bytes: int
 
@@ -55,12 +64,12 @@ class Device:
 
 
 def initialise() -> None:
-    """Start libllama's backends, once per process. Idempotent and thread-safe."""
+    """Start libllama's backends, once per process. Thread-safe."""
     ffi.init_once(lib.llama_backend_init, "llama_backend_init")
 
 
 def devices() -> list[Device]:
-    """Return every device of this build on this machine; the CPU is one of them."""
+    """Return every device of this machine that this build can use, including the CPU."""
     return [_describe(pointer) for pointer in _pointers()]
 
 
@@ -76,30 +85,30 @@ def build_info() -> dict[str, Any]:
 
 
 def has_gpu() -> bool:
-    """Say whether any device can take layers of a model off the CPU."""
+    """Return whether there is a device other than the CPU that layers can go to."""
     initialise()
     return bool(lib.llama_supports_gpu_offload())
 
 
 def select(names: list[str]) -> Any:
-    """Return libllama's NULL-terminated array of the named devices; raise `DeviceError` for one that is not there."""
+    """Return libllama's NULL-terminated array of the named devices; raise `DeviceError` if there is no such device."""
     known = {_describe(pointer).name: pointer for pointer in _pointers()}
     for name in names:
         if name not in known:
             raise DeviceError(f"there is no device {name!r} here; this build has {', '.join(known)}")
-    # libllama computes on the CPU unasked, and takes none but offload devices in this list.
+    # libllama uses the CPU anyway, and accepts only offload devices in this list.
     chosen = [known[name] for name in names if _describe(known[name]).type != "cpu"]
     return ffi.new("ggml_backend_dev_t[]", [*chosen, ffi.NULL])
 
 
 def available_cpus() -> int:
-    """Return how many CPUs this process may use: its affinity, and its cgroup's quota rounded up."""
+    """Return how many CPUs this process may use, by its affinity and its cgroup's quota, rounded up."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min(affinity, cpu_quota())))
 
 
 def physical_memory_bytes() -> int:
-    """Return the machine's memory in bytes, swap apart."""
+    """Return the machine's memory in bytes, without swap."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -141,7 +150,7 @@ def _two_tensors(device: Any, size: int) -> Iterator[tuple[Any, Any, Any]]:
 
 
 def cpu_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float:
-    """Return the CPUs that the tightest enclosing cgroup grants (v2 `cpu.max`, v1 `cfs_quota_us`), or infinity."""
+    """Return the smallest CPU quota of all enclosing cgroups (v2 `cpu.max`, v1 `cfs_quota_us`), or infinity."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:
@@ -153,7 +162,7 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/pro
             continue
         base = root if not controllers else root / controllers
         folder = base / path.lstrip("/")
-        # Inside a container the path is the host's and may be absent below the mount: the mount itself then counts.
+        # In a container the path is the host's and may not exist below the mount; then the mount itself counts.
         for place in [folder, *folder.parents]:
             if not place.is_relative_to(base):
                 break
