@@ -48,8 +48,8 @@ class Ratio(NamedTuple):
         """Compare speeds pair by pair; what the longer sequence has more is ignored."""
         ratios = sorted(own / other for own, other in zip(ours, theirs, strict=False))
         n = len(ratios)
-        # outside[k] is the chance that the true median is not from ratios[k] to ratios[n - 1 - k]: the chance of at most
-        # k heads, or at most k tails, in n throws.
+        # outside[k]: the chance that the true median is outside ratios[k] to ratios[n - 1 - k]. It is that of at most k
+        # heads, or at most k tails, in n throws.
         outside = [2 * sum(math.comb(n, heads) for heads in range(k + 1)) / 2**n for k in range((n + 1) // 2)]
         k = max((k for k, chance in enumerate(outside) if chance <= 1 - CONFIDENCE), default=0)
         return cls(statistics.median(ratios), ratios[k], ratios[n - 1 - k], max(0.0, 1 - outside[k]))
