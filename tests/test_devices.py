@@ -1,4 +1,4 @@
-"""What can compute here, and how many threads it is given."""
+"""Devices, and the number of CPUs and threads."""
 
 import math
 import os
@@ -39,7 +39,7 @@ def test_a_device_without_room_cannot_be_measured() -> None:
         cpu.copy_bandwidth(1 << 60)
 
 
-def test_the_cpu_may_be_named_although_libllama_takes_no_cpu_in_its_list() -> None:
+def test_the_cpu_can_be_named_although_libllama_accepts_only_offload_devices() -> None:
     cpu = next(device.name for device in mn.devices() if device.type == "cpu")
     assert len(select([cpu])) == 1
 
@@ -50,7 +50,7 @@ def test_a_context_uses_the_cpus_of_this_process(demo: mn.Model, monkeypatch: py
         assert context.n_threads == available_cpus()
 
 
-def test_a_tiny_model_is_computed_by_one_thread(demo: mn.Model) -> None:
+def test_a_tiny_model_uses_one_thread(demo: mn.Model) -> None:
     with demo.context(n_ctx=64) as context:
         assert context.n_threads == 1
     with demo.context(n_ctx=64, n_threads=2) as context:

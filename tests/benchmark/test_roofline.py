@@ -1,4 +1,4 @@
-"""The bytes that a token needs, against sums over the weights that the test wrote itself."""
+"""The bytes that a token needs, against sums over weights that the test wrote."""
 
 import re
 import threading
@@ -14,7 +14,7 @@ Load = Callable[[TinyModel], mn.Model]
 
 
 def touched(shape: TinyModel, share: Callable[[str], float]) -> float:
-    """Bytes of float32 weights, each tensor by the share of it that a token reads."""
+    """Return the bytes that a token reads of float32 weights, given the share it reads of each tensor."""
     return sum(share(name) * weights.nbytes for name, weights in shape.weights.items())
 
 
@@ -24,14 +24,14 @@ def test_all_weights_are_read_but_one_row_of_the_embeddings(load_tiny: Load) -> 
     assert roofline.weights_touched(load_tiny(shape)).total == pytest.approx(expected)
 
 
-def test_embeddings_that_are_the_output_matrix_too_are_read_whole(load_tiny: Load) -> None:
+def test_tied_embeddings_are_read_whole(load_tiny: Load) -> None:
     shape = TinyModel("gemma2", tied=True)
     model = load_tiny(shape)
     assert roofline.weights_touched(model).total == pytest.approx(touched(shape, lambda name: 1))
     assert roofline.weights_touched(model).total == model.size_bytes
 
 
-def test_of_experts_only_those_in_use_are_read(load_tiny: Load) -> None:
+def test_only_the_experts_in_use_are_read(load_tiny: Load) -> None:
     shape = TinyModel("qwen3moe", n_expert=6, n_expert_used=2)
 
     def share(name: str) -> float:
@@ -53,13 +53,13 @@ def test_an_encoder_is_not_read_again(load_tiny: Load) -> None:
     assert roofline.weights_touched(load_tiny(shape)).total == pytest.approx(touched(shape, share))
 
 
-def test_weights_lie_where_their_layers_do(load_tiny: Load) -> None:
+def test_weights_are_on_the_device_of_their_layer(load_tiny: Load) -> None:
     shape = TinyModel(n_layer=3)
     model = load_tiny(shape)
     whole = roofline.weights_touched(model)
     assert whole.gpu == 0
     try:
-        model.gpu_layers = 2  # the output, and the last layer
+        model.gpu_layers = 2  # the output and the last layer
         on_gpu = touched(shape, lambda name: name.startswith(("output", "blk.2.")))
         assert tuple(roofline.weights_touched(model)) == pytest.approx((whole.total - on_gpu, on_gpu))
         model.gpu_layers = 4
@@ -78,7 +78,7 @@ def test_memory_can_be_read(monkeypatch: pytest.MonkeyPatch, n_threads: int) -> 
     assert roofline.Reader(n_threads).bandwidth() > 0
 
 
-def test_readers_that_are_too_few_do_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_that_cannot_start_does_not_leave_others_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[threading.Thread] = []
     start = threading.Thread.start
 
@@ -103,7 +103,7 @@ def test_the_limit_is_the_time_to_read_all(monkeypatch: pytest.MonkeyPatch) -> N
     assert limit.seconds(4e8, 2e9) == pytest.approx(0.5)
 
 
-def test_what_lies_on_a_gpu_is_read_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_on_a_gpu_are_read_at_its_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = mn.Device("CUDA0", "a card", "gpu", 1 << 40, 1 << 40)
     monkeypatch.setattr(mn, "devices", lambda: [gpu])
     monkeypatch.setattr(roofline.Reader, "bandwidth", lambda reader: 1e9)

@@ -1,4 +1,4 @@
-"""Encoder-decoder models, whose sequences answer a text that was read as a whole, against libllama's calls by hand."""
+"""Encoder-decoder models, whose sequences answer an encoded text, against direct calls of libllama."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,7 +30,7 @@ def context(model: mn.Model) -> Iterator[mn.Context]:
 
 
 def by_hand(model: mn.Model, question: list[int], answer: list[int]) -> Logits:
-    """The logits after an answer, by one `llama_encode` and one `llama_decode`."""
+    """Return the logits after an answer, from one `llama_encode` and one `llama_decode`."""
     with model.context(n_ctx=128, n_threads=1, kv_type="f32") as context, context.raw() as pointer:
         for function, tokens in ((lib.llama_encode, question), (lib.llama_decode, answer)):
             ids = ffi.new("llama_token[]", tokens)
@@ -66,7 +66,7 @@ def test_several_sequences_answer_the_same_question(model: mn.Model, context: mn
     assert_same(fork.logits, by_hand(model, QUESTION, [*ANSWER[:3], 1, 2]))
 
 
-def test_another_question_makes_all_answers_be_evaluated_anew(model: mn.Model, context: mn.Context) -> None:
+def test_another_question_makes_all_answers_be_reevaluated(model: mn.Model, context: mn.Context) -> None:
     context.encode(QUESTION)
     with context.sequence() as closed:
         closed.extend(ANSWER)
@@ -91,12 +91,12 @@ def test_a_saved_answer_belongs_to_its_question(context: mn.Context, tmp_path: P
         context.restore(tmp_path / "saved")
 
 
-def test_a_model_with_an_encoder_wants_a_question_first(context: mn.Context) -> None:
+def test_a_model_with_an_encoder_needs_a_question_first(context: mn.Context) -> None:
     with pytest.raises(mn.ContextError, match="give it the text to answer with encode first"):
         context.sequence()
 
 
-def test_without_a_question_no_answer_goes_on(model: mn.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_answer_continues_without_a_question(model: mn.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     context, cache = open_up(model, n_ctx=128, n_seq=3, n_threads=1, kv_type="f32")
     context.encode(QUESTION)
     sequence = context.sequence()
@@ -115,7 +115,7 @@ def test_without_a_question_no_answer_goes_on(model: mn.Model, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("wrong", "error"), [([], ValueError), ([5] * 129, ValueError), ([-1], ValueError), (["a"], TypeError)]
 )
-def test_questions_that_cannot_be(context: mn.Context, wrong: list[int], error: type[Exception]) -> None:
+def test_invalid_questions(context: mn.Context, wrong: list[int], error: type[Exception]) -> None:
     with pytest.raises(error):
         context.encode(wrong)
 

@@ -2,12 +2,11 @@
 
 What is compared, and how closely:
 
-- The ids of the survivors, exactly. Two things may differ, and are checked when they do. *Ties*: at a cut through equal
-  logits this sampler keeps the lowest ids, libllama any; the logits are still the same. *Rounding*: above 1,024
-  candidates libllama's float32 running sums drift; how far is recomputed for each case, and only tokens that are
-  closer than that to a cut may be on either side of it.
+- The ids of the survivors, exactly, with two exceptions. *Ties*: at a cut through equal logits this sampler keeps the
+  lowest ids, and libllama any; the logits are still the same. *Rounding*: above 1,024 candidates libllama's float32
+  running sums drift. The drift is recomputed for each case, and only tokens closer than that to a cut may differ.
 - Probabilities, within 1e-5.
-- Where libllama draws: frequencies, by a chi-squared test at a fixed seed.
+- Random draws: their frequencies, by a chi-squared test at a fixed seed.
 """
 
 from __future__ import annotations
@@ -42,14 +41,14 @@ exhaustive = settings(
     max_examples=CASES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
 )
 
-# Small vocabularies are cheap and hit more corners, so they are most of the cases.
+# Most cases have a small vocabulary: they are cheap and hit more corner cases.
 SIZES = (1, 2, 50, 50, 50, 1000, 1, 2, 50, 50, 9000, 32_000, 32_000, 128_256)
 KINDS = ("gaussian", "peaked", "flat", "nearly flat", "ties", "with -inf", "huge", "sharp")
 
 
 @dataclass
 class Case:
-    """Logits, and what they were made of for a failing example to say."""
+    """Logits, as the parameters that they are made from, which a failing example prints."""
 
     size: int
     kind: str
@@ -83,7 +82,7 @@ def cases(kinds: Sequence[str] = KINDS, sizes: Sequence[int] = SIZES) -> st.Sear
 
 
 def floats32(low: float, high: float) -> st.SearchStrategy[float]:
-    """What C's float can hold, so that both sides get the same number."""
+    """Draw numbers that are exact in a C float, so that both sides get the same number."""
     return st.floats(low, high).map(lambda value: float(np.float32(value)))
 
 
@@ -142,7 +141,7 @@ def possible(candidates: Candidates) -> NDArray[np.int64]:
 
 
 def lowest_ids(logits: Floats, ids: NDArray[np.int64], highest: bool = False) -> NDArray[np.int64]:
-    """As many tokens of every logit value as among `ids`, but those with the lowest ids (or the highest)."""
+    """Return as many tokens of every logit value as are in `ids`, but those with the lowest (or highest) ids."""
     values, level = np.unique(logits, return_inverse=True)
     kept = np.bincount(level[ids], minlength=values.size)
     sizes = np.bincount(level, minlength=values.size)
@@ -160,7 +159,7 @@ def assert_same_survivors(
     undecided: NDArray[np.bool_] | None = None,
     highest: bool = False,
 ) -> None:
-    """Equal ids, but for ties and for the tokens that libllama's rounding decides (`undecided`, by id)."""
+    """Assert equal ids, except for ties and for tokens that libllama decides by rounding (`undecided`, by id)."""
     mine, yours = possible(ours), theirs.possible
     if np.array_equal(mine, yours):
         return
@@ -177,14 +176,14 @@ def assert_same_survivors(
 
 @dataclass
 class Drift:
-    """How far float32 running sums over these logits, as libllama takes them, are from the exact ones."""
+    """How far libllama's float32 running sums over some logits are from the exact ones."""
 
     mass: float
     entropy: float
 
 
 def drift_of(logits: Floats) -> Drift:
-    """Recomputes the sums in float32; the exponentials are the same but for an ulp here and there."""
+    """Recompute the sums in float32; the exponentials are the same to within an ulp."""
     if logits.size <= filters.EXACT_UP_TO:
         return Drift(0.0, 0.0)
     weights = np.exp((logits - logits.max()).astype(np.float64)).astype(np.float32)
@@ -250,7 +249,7 @@ def test_typical_p_keeps_what_libllama_keeps(case: Case, p: float, keep: int) ->
     mass = np.empty(logits.size)
     mass[order] = np.add.accumulate(shares[order])
     drift = drift_of(logits)
-    # A drifting entropy shifts all distances; the ones at the cut then enter or leave.
+    # A drifting entropy shifts all distances, so tokens at the cut may enter or leave.
     band = np.abs(mass - np.float32(p)) <= drift.mass + shares
     cuts = distance[band] if band.any() else distance[order][-1:]
     blur = 2 * drift.entropy + 2e-6 * (1 + np.abs(surprise))
@@ -275,7 +274,7 @@ def test_top_n_sigma_keeps_what_libllama_keeps(case: Case, n: float) -> None:
 
 @exhaustive
 @given(cases(), st.one_of(st.sampled_from([0.1, 0.05, 0.5, 0.6]), floats32(0.001, 0.7)), keeps)
-def test_xtc_drops_what_libllama_drops_when_it_strikes(case: Case, threshold: float, keep: int) -> None:
+def test_xtc_drops_what_libllama_drops(case: Case, threshold: float, keep: int) -> None:
     logits = case.logits
     undecided = np.abs(exact_shares(logits) - np.float32(threshold)) <= (drift_of(logits).mass + 1e-6) * threshold
     ours = filters.xtc(Candidates(logits), threshold, keep)
@@ -311,7 +310,7 @@ def test_dynamic_temperature_gives_libllamas_probabilities(case: Case, t: float,
 
 
 def histories(size: int, seed: int, length: int) -> list[int]:
-    """Tokens from a few words, so that much repeats."""
+    """Return random tokens from a small set, so that they repeat often."""
     rng = np.random.default_rng(seed)
     words = rng.integers(0, size, int(rng.integers(1, 9)))
     return [int(token) for token in rng.choice(words, length)]
@@ -445,7 +444,7 @@ def test_mirostat_1_keeps_what_libllama_keeps_and_learns_what_it_learns(
         for _ in range(3):
             theirs = llama_apply(chain, logits)
             ours = mirostat(Candidates(logits), mu, case.size)
-            # k is the integer part of a float32 power, which rounding moves by a few of a million.
+            # k is the integer part of a float32 power, which rounding changes by a few parts per million.
             if abs(ours.logits.size - theirs.ids.size) <= 1 + 1e-4 * theirs.ids.size:
                 short = min(ours.logits.size, theirs.ids.size)
                 np.testing.assert_array_equal(ours.logits[:short], theirs.logits[:short])
@@ -536,11 +535,11 @@ def assert_same_chain(params: SamplingParams, case: Case, length: int) -> None:
     common = mine.keys() & yours.keys()
     for token in common:
         assert abs(mine[token] - yours[token]) <= TOLERANCE
-    # What only one side has is a tie that was cut elsewhere, or too small for float32.
+    # A token that only one side has is tied with another at the cut, or its probability is too small for float32.
     rest_mine = sorted((p for t, p in mine.items() if t not in common and p > 1e-37), reverse=True)
     rest_yours = sorted((p for t, p in yours.items() if t not in common and p > 1e-37), reverse=True)
     assert len(rest_mine) == len(rest_yours)
-    # However unlikely they are: tied tokens are equally likely, others are not.
+    # Relative, because tied tokens are equally likely however unlikely they are.
     np.testing.assert_allclose(rest_mine, rest_yours, rtol=1e-3, atol=0.0)
     if rest_mine:
         event("ties differ")
@@ -552,7 +551,7 @@ CHAIN_KINDS = ("gaussian", "peaked", "nearly flat", "with -inf", "sharp")
 @exhaustive
 @given(chain_params(), cases(CHAIN_KINDS), st.integers(0, 200))
 def test_the_default_chain_gives_libllamas_distribution(params: SamplingParams, case: Case, length: int) -> None:
-    # libllama's typical-p computes NaN when a probability is 0; the difference has its own test.
+    # libllama's typical-p computes NaN if a probability is 0; that difference has its own test.
     assume(params.typical_p == 1.0 or case.kind in ("gaussian", "peaked", "nearly flat"))
     assume(params.typical_p == 1.0 or params.top_n_sigma <= 0)
     assert_same_chain(params, case, length)
@@ -567,13 +566,13 @@ def test_any_order_of_the_chain_gives_libllamas_distribution(
 ) -> None:
     assume(params.typical_p == 1.0 or case.kind in ("gaussian", "peaked", "nearly flat"))
     assume(params.typical_p == 1.0 or params.top_n_sigma <= 0)
-    # A low temperature before typical-p makes probabilities of 0, of which libllama computes NaN.
+    # A low temperature before typical-p makes some probabilities 0, for which libllama computes NaN.
     assume(params.typical_p == 1.0 or order.index("typical_p") < order.index("temperature"))
     assert_same_chain(params.replace(order=order), case, length)
 
 
 def chi_squared(counts: NDArray[np.int64], probs: NDArray[np.float64]) -> tuple[float, int]:
-    """The statistic and its degrees of freedom; tokens expected fewer than 8 times are put together."""
+    """Return the statistic and its degrees of freedom; tokens expected fewer than 8 times are pooled."""
     expected = probs * counts.sum()
     rare = expected < 8
     observed = np.append(counts[~rare], counts[rare].sum())
@@ -585,7 +584,7 @@ def chi_squared(counts: NDArray[np.int64], probs: NDArray[np.float64]) -> tuple[
 
 
 def assert_drawn_from(counts: NDArray[np.int64], probs: NDArray[np.float64]) -> None:
-    """The chi-squared test, at a quantile of 1 - 1e-6 (Wilson and Hilferty's approximation)."""
+    """Apply the chi-squared test at a quantile of 1 - 1e-6 (Wilson and Hilferty's approximation)."""
     statistic, freedom = chi_squared(counts, probs)
     if freedom == 0:
         return
@@ -603,41 +602,41 @@ N_DRAWS = 20_000
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_both_draw_from_the_distribution_that_is_announced(name: str) -> None:
+def test_both_draw_from_the_stated_distribution(name: str) -> None:
     params = DRAWN[name]
     logits = np.random.default_rng(0).normal(0, 2, 50).astype(np.float32)
     sampler = Sampler(params)
     ids, probs = sampler.distribution(logits)
-    announced = np.zeros(50)
-    announced[ids] = probs
-    assert_drawn_from(np.bincount([sampler(logits) for _ in range(N_DRAWS)], minlength=50), announced)
+    stated = np.zeros(50)
+    stated[ids] = probs
+    assert_drawn_from(np.bincount([sampler(logits) for _ in range(N_DRAWS)], minlength=50), stated)
     makers = makers_of(params, 50)
     with llama_chain([*(makers[step] for step in params.order), dist(5)]) as chain:
         outcomes = (llama_apply(chain, logits) for _ in range(N_DRAWS))
         drawn = [int(outcome.ids[outcome.selected]) for outcome in outcomes]
-    assert_drawn_from(np.bincount(drawn, minlength=50), announced)
+    assert_drawn_from(np.bincount(drawn, minlength=50), stated)
 
 
 def test_an_unfiltered_vocabulary_is_drawn_from_in_proportion() -> None:
     logits = np.random.default_rng(0).normal(0, 3, 128_256).astype(np.float32)
     sampler = Sampler(DRAWN["plain"])
     drawn = np.array([sampler(logits) for _ in range(5000)])
-    # Too many tokens to count each: bands of 1,000 by probability.
+    # There are too many tokens to count each, so count bands of 1,000 by probability.
     band = np.empty(logits.size, np.int64)
     band[np.argsort(-logits)] = np.arange(logits.size) // 1000
     shares: NDArray[np.float64] = np.bincount(band, weights=exact_shares(logits)).astype(np.float64)
     assert_drawn_from(np.bincount(band[drawn], minlength=shares.size), shares)
 
 
-class TestWhatDiffersOnPurpose:
-    """Each difference from libllama, and what libllama does."""
+class TestIntendedDifferences:
+    """The intended differences from libllama, with what libllama does."""
 
     def test_top_k_breaks_ties_by_id(self) -> None:
         logits = np.zeros(1000, np.float32)
         assert filters.top_k(Candidates(logits), 5).token_ids().tolist() == [0, 1, 2, 3, 4]
         assert llama(logits, lambda: lib.llama_sampler_init_top_k(5)).ids.size == 5
 
-    def test_typical_p_takes_an_impossible_token_as_one_of_probability_0(self) -> None:
+    def test_typical_p_treats_a_logit_of_minus_infinity_as_probability_0(self) -> None:
         logits = np.array([2.0, 1.0, 0.0, -np.inf, -np.inf], np.float32)
         without = filters.typical_p(Candidates(logits[:3]), 0.5)
         assert np.array_equal(possible(filters.typical_p(Candidates(logits), 0.5)), possible(without))
@@ -664,7 +663,7 @@ class TestWhatDiffersOnPurpose:
         assert np.isnan(theirs.p).any()
 
     def test_a_long_sum_does_not_drift(self) -> None:
-        # 40 likely tokens of 0.02 each, then half a million whose float32 sum stops growing.
+        # 40 likely tokens of 0.02 each, then many unlikely ones whose float32 sum stops growing.
         logits = np.full(128_256, -9.0, np.float32)
         logits[:40] = 0.0
         exact = exact_shares(logits)

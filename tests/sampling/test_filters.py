@@ -1,4 +1,4 @@
-"""Each filter against a few lines of float64 that say what it means."""
+"""Each filter against its definition in a few lines of float64."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SIZES = (1, 2, 50, 50, 50, 50, 1, 2, 50, 1500, 8192, 32_000, 128_256)
 
 @st.composite
 def logit_arrays(draw: st.DrawFn) -> Floats:
-    """Gaussian logits, some with many ties, some with many that are -inf."""
+    """Draw Gaussian logits, some with many ties, some with many -inf."""
     size = draw(st.sampled_from(SIZES))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     values = rng.normal(0, 3, size)
@@ -58,7 +58,7 @@ def test_top_k_keeps_the_first_k_of_the_sorted_vocabulary(logits: Floats, k: int
 
 @exhaustive
 @given(logit_arrays(), st.floats(0.01, 0.99), st.integers(0, 5))
-def test_top_p_keeps_the_shortest_head_that_has_the_mass(logits: Floats, p: float, keep: int) -> None:
+def test_top_p_keeps_the_shortest_head_with_the_mass(logits: Floats, p: float, keep: int) -> None:
     kept = np.sort(filters.top_p(Candidates(logits), p, keep).token_ids())
     order = by_rank(logits)
     np.testing.assert_array_equal(kept, np.sort(order[: kept.size]))
@@ -82,7 +82,7 @@ def test_min_p_keeps_what_is_likely_enough(logits: Floats, p: float, keep: int) 
 
 @exhaustive
 @given(logit_arrays(), st.floats(0.01, 0.99))
-def test_typical_p_keeps_a_band_around_the_entropy_that_has_the_mass(logits: Floats, p: float) -> None:
+def test_typical_p_keeps_a_band_around_the_entropy_with_the_mass(logits: Floats, p: float) -> None:
     kept = filters.typical_p(Candidates(logits), p).token_ids()
     share = shares(logits)
     surprise = -np.log(np.maximum(share, 1e-300))
@@ -173,7 +173,7 @@ def test_unusable_logits_are_refused(
 
 @pytest.mark.parametrize("apply", ALL, ids=NAMES)
 @pytest.mark.parametrize("size", [2, 50, 2000, 10_000])
-def test_logits_of_which_none_can_be_drawn_are_refused(apply: Callable[[Candidates], Candidates], size: int) -> None:
+def test_logits_that_are_all_minus_infinity_are_refused(apply: Callable[[Candidates], Candidates], size: int) -> None:
     with pytest.raises(SamplingError, match="every logit is -inf"):
         apply(Candidates(np.full(size, -np.inf, np.float32)))
 
@@ -189,16 +189,14 @@ def test_a_filter_does_not_modify_its_input(apply: Callable[[Candidates], Candid
 
 @pytest.mark.parametrize("apply", ALL, ids=NAMES)
 @pytest.mark.parametrize("size", [1, 2, 50, 2000, 10_000, 128_256])
-def test_a_filter_leaves_the_best_of_a_flat_vocabulary_something(
-    apply: Callable[[Candidates], Candidates], size: int
-) -> None:
+def test_a_filter_keeps_a_token_of_a_flat_vocabulary(apply: Callable[[Candidates], Candidates], size: int) -> None:
     left = apply(Candidates(np.zeros(size, np.float32)))
     assert left.logits.size >= 1
     assert left.logits.max() > -np.inf
 
 
 @pytest.mark.parametrize("p", [0.9999999999, 1.0])
-def test_a_mass_that_float32_takes_for_1_keeps_all(p: float) -> None:
+def test_a_mass_that_rounds_to_1_in_float32_keeps_all(p: float) -> None:
     logits = np.arange(10, dtype=np.float32)
     assert filters.top_p(Candidates(logits), p).logits.size == 10
     assert filters.typical_p(Candidates(logits), p).logits.size == 10

@@ -40,14 +40,14 @@ def test_the_top_logprobs_are_the_largest_in_order() -> None:
     assert np.exp(values).sum() == pytest.approx(1 - math.exp(logprob(np.array([1, 3, 2, 3], np.float32), 0)))
 
 
-def test_a_sampler_tells_the_models_logprobs() -> None:
+def test_a_sampler_returns_the_models_logprobs() -> None:
     logits = np.array([1.0, 3.0, 2.0], np.float32)
     told = Sampler(SamplingParams.greedy()).logprobs(logits, 0, n=2)
     assert told.logprob == pytest.approx(logprob(logits, 0))
     assert told.ids.tolist() == [1, 2]
 
 
-def test_a_sampler_tells_the_logprobs_that_it_samples_from() -> None:
+def test_a_sampler_returns_the_logprobs_it_samples_from() -> None:
     logits = np.array([1.0, 3.0, 2.0], np.float32)
     sampler = Sampler(SamplingParams(top_k=2, top_p=1.0, min_p=0.0, temperature=1.0, seed=1))
     told = sampler.sampled_logprobs(logits, 1, n=5)

@@ -60,7 +60,7 @@ def test_a_mask_with_too_few_bits_is_refused() -> None:
 
 
 @pytest.mark.parametrize("mask", [[True], np.ones(1, np.float32), np.ones(1, np.int64)])
-def test_what_is_no_mask_is_refused(mask: Any) -> None:
+def test_anything_but_a_mask_is_refused(mask: Any) -> None:
     with pytest.raises(TypeError, match="mask"):
         apply_mask(np.zeros(1, np.float32), mask)
 

@@ -36,7 +36,7 @@ def test_a_copy_with_changes_is_validated() -> None:
         params.replace(temperature=-1.0)
 
 
-def test_equal_parameters_are_equal_and_hash_alike() -> None:
+def test_equal_parameters_have_equal_hashes() -> None:
     assert len({SamplingParams(logit_bias={1: 2.0}), SamplingParams(logit_bias=[(1, 2)])}) == 1
 
 
@@ -135,7 +135,7 @@ def test_a_single_token_is_a_breaker() -> None:
 
 
 class TestFromModel:
-    """What a model's metadata recommends."""
+    """Parameters from a model's metadata."""
 
     def test_every_key_that_llama_cpp_reads_is_read(self) -> None:
         keys = {
@@ -168,15 +168,15 @@ class TestFromModel:
             mirostat_eta=0.2,
         )
 
-    def test_a_model_without_advice_gets_the_defaults(self) -> None:
+    def test_a_model_without_recommendations_gets_the_defaults(self) -> None:
         assert SamplingParams.from_model(SimpleNamespace(metadata={})) == SamplingParams()
 
-    def test_the_caller_wins(self) -> None:
+    def test_keywords_take_precedence(self) -> None:
         model = SimpleNamespace(metadata={"general.sampling.temp": 0.6, "general.sampling.top_k": 20})
         params = SamplingParams.from_model(model, temperature=1.0, seed=3)
         assert (params.temperature, params.top_k, params.seed) == (1.0, 20, 3)
 
-    def test_bad_advice_is_refused_with_its_key(self) -> None:
+    def test_a_bad_recommendation_is_refused_with_its_key(self) -> None:
         with pytest.raises(ValueError, match=r"general\.sampling\.temp"):
             SamplingParams.from_model(SimpleNamespace(metadata={"general.sampling.temp": -2.0}))
         with pytest.raises(ValueError, match=r"general\.sampling\.top_k"):

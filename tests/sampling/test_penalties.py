@@ -52,7 +52,7 @@ def test_dry_takes_the_longest_repeat_of_a_token() -> None:
     assert dried([4, 1, 3, 5, 0, 4, 1, 3, 5, 2, 0, 4, 1]) == [0, 0, 0, 2.0, 0, 0]
 
 
-def test_dry_lets_short_repeats_be() -> None:
+def test_dry_ignores_short_repeats() -> None:
     assert dried([0, 1, 2, 5, 0, 1], allowed=3) == [0] * 6
 
 
@@ -61,13 +61,13 @@ def test_dry_does_not_look_beyond_a_breaker() -> None:
     assert dried([5, 0, 1, 2, 5, 0, 1], breakers=[(5,)]) == [0, 0, 1.0, 0, 0, 0]
 
 
-def test_a_breaker_of_several_tokens_must_be_there_whole() -> None:
+def test_a_breaker_of_several_tokens_must_be_complete() -> None:
     history = [3, 4, 0, 1, 2, 3, 4, 0, 1]
     assert dried(history, breakers=[(3, 4)]) == [0, 0, 1.0, 0, 0, 0]
     assert dried(history, breakers=[(3, 5)]) == [0, 0, 4.0, 0, 0, 0]
 
 
-def test_of_several_breakers_that_begin_alike_the_longest_counts() -> None:
+def test_the_longest_of_several_breakers_with_the_same_start_counts() -> None:
     assert dried([3, 4, 0, 1, 2, 3, 4, 0, 1], breakers=[(3,), (3, 4)]) == [0, 0, 1.0, 0, 0, 0]
 
 
@@ -108,7 +108,7 @@ def test_a_string_may_begin_at_the_end_of_a_token() -> None:
     assert string_breakers(Words(), ["end"]) == {"end": {6: [()], 7: [(8,)]}}
 
 
-def test_breakers_of_both_kinds_are_put_together() -> None:
+def test_breakers_of_both_kinds_are_merged() -> None:
     assert merge_breakers([{1: [()]}, {1: [(), (2,)], 3: [()]}]) == {1: [(), (2,)], 3: [()]}
 
 

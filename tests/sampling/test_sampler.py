@@ -56,7 +56,7 @@ every_configuration = pytest.mark.parametrize("params", CONFIGURATIONS.values(),
 
 
 def generate(sampler: Sampler, count: int, tokens: list[int], size: int = 1000) -> list[int]:
-    """Tokens from logits that depend on the place, like a model's."""
+    """Generate tokens from logits that depend on the position, like a model's."""
     for _ in range(count):
         tokens.append(sampler(make_logits(size, len(tokens)), tokens))
     return tokens
@@ -64,7 +64,7 @@ def generate(sampler: Sampler, count: int, tokens: list[int], size: int = 1000) 
 
 @every_configuration
 @pytest.mark.parametrize("size", [1, 2, 50, 1000, 9001, 32_000, 128_256])
-def test_a_token_comes_from_the_announced_distribution(params: SamplingParams, size: int) -> None:
+def test_a_token_comes_from_the_stated_distribution(params: SamplingParams, size: int) -> None:
     sampler, logits, history = Sampler(params), make_logits(size), [0, 0, size - 1]
     ids, probs = sampler.distribution(logits, history)
     assert probs.sum() == pytest.approx(1.0)
@@ -86,7 +86,7 @@ def test_the_logits_are_not_modified(params: SamplingParams, size: int) -> None:
 
 
 @every_configuration
-def test_one_seed_is_one_stream_of_tokens(params: SamplingParams) -> None:
+def test_the_same_seed_gives_the_same_tokens(params: SamplingParams) -> None:
     assert generate(Sampler(params), 20, []) == generate(Sampler(params), 20, [])
 
 
@@ -100,7 +100,7 @@ def test_a_restored_sampler_continues_exactly(params: SamplingParams) -> None:
 
 
 @every_configuration
-def test_a_fork_continues_on_its_own(params: SamplingParams) -> None:
+def test_a_fork_continues_independently(params: SamplingParams) -> None:
     sampler = Sampler(params)
     tokens = generate(sampler, 10, [])
     branch = sampler.fork()
@@ -109,7 +109,7 @@ def test_a_fork_continues_on_its_own(params: SamplingParams) -> None:
 
 
 @every_configuration
-def test_a_reset_sampler_begins_again(params: SamplingParams) -> None:
+def test_a_reset_sampler_starts_over(params: SamplingParams) -> None:
     sampler = Sampler(params)
     first = generate(sampler, 10, [])
     sampler.reset()
@@ -117,7 +117,7 @@ def test_a_reset_sampler_begins_again(params: SamplingParams) -> None:
 
 
 @every_configuration
-def test_announcing_the_distribution_changes_nothing(params: SamplingParams) -> None:
+def test_asking_for_the_distribution_changes_nothing(params: SamplingParams) -> None:
     asked, other = Sampler(params), Sampler(params)
     for place in range(10):
         asked.distribution(make_logits(seed=place), [1, 2])
@@ -148,7 +148,7 @@ def test_unusable_logits_are_an_error_and_never_a_token(
         (np.zeros(0, np.float32), SamplingError),
     ],
 )
-def test_what_is_no_row_of_float32_logits_is_refused(logits: Any, error: type[Exception]) -> None:
+def test_anything_but_a_row_of_float32_logits_is_refused(logits: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="logits"):
         Sampler()(logits)
 
@@ -158,7 +158,7 @@ def test_a_strided_row_is_read_correctly() -> None:
     assert Sampler(SamplingParams.greedy())(matrix[:, 1]) == int(matrix[:, 1].argmax())
 
 
-def test_greedy_takes_the_lowest_id_of_equals() -> None:
+def test_greedy_takes_the_lowest_id_of_a_tie() -> None:
     logits = np.zeros(128_256, np.float32)
     logits[[70, 900]] = 5
     assert Sampler(SamplingParams.greedy())(logits) == 70
@@ -178,7 +178,7 @@ def test_temperature_0_after_xtc_takes_the_best_that_is_left() -> None:
 
 
 class CountedHistory(Sequence[int]):
-    """A history of any length that knows how many tokens were read."""
+    """A history of any length that counts how many tokens are read."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -256,7 +256,7 @@ def test_mirostat_replaces_the_chain() -> None:
     assert ids.size == 10
 
 
-def test_mirostat_reaches_its_surprise() -> None:
+def test_mirostat_reaches_its_target_surprise() -> None:
     sampler = Sampler(SamplingParams(mirostat=2, mirostat_tau=3.0, temperature=1.0, seed=1))
     logits = make_logits(5000)
     surprises = []
@@ -267,7 +267,7 @@ def test_mirostat_reaches_its_surprise() -> None:
     assert np.mean(surprises[100:]) == pytest.approx(3.0, abs=0.3)
 
 
-def test_adaptive_p_reaches_its_probability() -> None:
+def test_adaptive_p_reaches_its_target_probability() -> None:
     sampler = Sampler(SamplingParams(adaptive_target=0.2, temperature=1.0, top_k=20, seed=1))
     plain = Sampler(SamplingParams(temperature=1.0, top_k=20, seed=1))
     drawn = []
@@ -278,7 +278,7 @@ def test_adaptive_p_reaches_its_probability() -> None:
     assert np.mean(drawn[100:]) == pytest.approx(0.2, abs=0.05)
 
 
-def test_a_fork_with_a_seed_draws_otherwise() -> None:
+def test_a_fork_with_another_seed_draws_other_tokens() -> None:
     sampler = Sampler(SamplingParams(seed=1))
     branch = sampler.fork(seed=2)
     assert branch.seed == 2
@@ -298,7 +298,7 @@ def test_a_known_seed_gives_known_tokens_on_every_platform() -> None:
 
 
 @pytest.mark.parametrize("state", [{}, {"version": 2}, {"version": 1, "seed": 1}])
-def test_what_is_no_state_is_refused(state: dict[str, Any]) -> None:
+def test_anything_but_a_state_is_refused(state: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="state"):
         Sampler().load_state_dict(state)
 
@@ -324,7 +324,7 @@ def test_importing_the_sampler_does_not_import_numpys_random_numbers() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_the_mixture_of_xtc_penalises_each_case_once() -> None:
+def test_penalties_apply_once_in_each_case_of_xtc() -> None:
     logits = np.array([3.0, 2.9, 0.5, 0.0], np.float32)
     params = SamplingParams(
         xtc_probability=0.25, presence_penalty=0.5, top_k=0, top_p=1.0, min_p=0.0, temperature=1.0, logit_bias={3: 0.0}
@@ -340,7 +340,7 @@ def test_the_mixture_of_xtc_penalises_each_case_once() -> None:
 
 
 @pytest.mark.parametrize("change", [{"version": 2}, {"seed": None}, {"drawn": -1}, {"mu": float("nan")}, {"seed": "x"}])
-def test_a_state_that_was_tampered_with_is_refused(change: dict[str, object]) -> None:
+def test_an_invalid_state_is_refused(change: dict[str, object]) -> None:
     sampler = Sampler(SamplingParams(seed=1))
     with pytest.raises(ValueError, match="state"):
         sampler.load_state_dict({**sampler.state_dict(), **change})

@@ -21,7 +21,7 @@ def test_numbers_are_uniform() -> None:
     assert ((counts - 1000) ** 2 / 1000).sum() < 160  # chi-squared, 99 degrees of freedom, 1e-4
 
 
-def test_seeds_next_to_each_other_are_unrelated() -> None:
+def test_adjacent_seeds_give_unrelated_numbers() -> None:
     first = np.array([Stream(seed).uniform() for seed in range(20_000)])
     assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 0.03
     assert abs(first.mean() - 0.5) < 0.01
