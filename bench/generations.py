@@ -1,9 +1,9 @@
-"""One run of a decode loop with its sampler, here or in llama-cpp-python, each in a process of its own.
+"""Run a decode loop with its sampler, of this package or of llama-cpp-python, in a separate process.
 
     python bench/generations.py {minerva,llama-cpp-python} MODEL THREADS TOKENS CHAIN
 
-generates tokens after a warm-up, and prints how many came in a second. Both loops copy no more than they do by
-themselves, flash attention is off in both, and neither stops at an end token.
+generates TOKENS tokens after a warm-up and prints how many tokens it made per second. Both loops run as they come, with
+no copies added; flash attention is off in both, and neither stops at an end token.
 """
 
 import os
@@ -57,12 +57,12 @@ def llama_cpp_python(path: str, n_threads: int, chain: dict[str, Any]) -> Iterat
 
 
 def peer() -> str:
-    """Return the Python of an environment with llama-cpp-python, which `LLAMA_CPP_PYTHON` names; skip without."""
+    """Return the Python with llama-cpp-python that `LLAMA_CPP_PYTHON` names; skip the test if it names none."""
     import pytest
 
     python = os.environ.get("LLAMA_CPP_PYTHON")
     if python is None:
-        pytest.skip("LLAMA_CPP_PYTHON names no Python that has llama-cpp-python: see CONTRIBUTING.md")
+        pytest.skip("LLAMA_CPP_PYTHON does not name a Python with llama-cpp-python: see CONTRIBUTING.md")
     return python
 
 

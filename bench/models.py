@@ -1,9 +1,9 @@
-"""Models with the exact shapes of real ones and random quantised weights: their values do not change the speed.
+"""Models with the exact shapes of real ones and random quantised weights, whose values do not affect the speed.
 
     python bench/models.py llama-3.2-1b q4_0
 
-makes a file once, in the user's cache folder (`MINERVA_BENCH_MODELS` names another), and prints where it lies. The
-tokenizers are real: they come from the vocabulary files of the pinned source.
+makes a file in the user's cache folder, or in that which `MINERVA_BENCH_MODELS` names, unless it is already there, and
+prints its path. The tokenizers are real: they come from the vocabulary files of the pinned source.
 """
 
 import argparse
@@ -22,15 +22,21 @@ import minerva_native as mn
 
 ROOT = Path(__file__).parents[1]
 VOCABULARIES = ROOT / "vendor" / "llama.cpp" / "source" / "models"
-VERSION = 3  # of what this file writes: a file of another is not used
+VERSION = 3  # of the files written here; files of other versions are not used
 
 
 class Type(NamedTuple):
-    """A type of weights."""
+    """A type of weights.
+
+    Attributes:
+        of_tensors: the type of the tensors.
+        of_file: the type of the file.
+        spread: the standard deviation of the numbers in a random block of scale 1.
+    """
 
     of_tensors: gguf.GGMLQuantizationType
     of_file: gguf.LlamaFileType
-    spread: float  # the standard deviation of the numbers in a random block whose scale is 1
+    spread: float
 
 
 TYPES = {
@@ -39,19 +45,24 @@ TYPES = {
     "q4_k": Type(gguf.GGMLQuantizationType.Q4_K, gguf.LlamaFileType.MOSTLY_Q4_K_S, 258.0),
     "f16": Type(gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16, 1.0),
 }
-MINIMUM = 7.5  # of q4_k: how many scales one step of a block's minimum is, so that the numbers' mean is 0
+MINIMUM = 7.5  # of q4_k: a block's scale of minimums over its scale of numbers, for a mean of 0
 
-# Logits as peaked as real models' are: 95% of the probability on some 100 tokens of 128,256. Samplers depend on that.
+# Makes logits as peaked as real ones: 95% of the probability on about 100 of 128,256 tokens. Samplers depend on that.
 OUTPUT_NORM = 6.0
 
 Key = int | float | bool | str
 
 
 class Shape(NamedTuple):
-    """What a model's file says of its form."""
+    """The hyperparameters of a model.
+
+    Attributes:
+        vocabulary: which of the pinned source's ggml-vocab-*.gguf it uses.
+        tied: whether the output matrix is the embedding matrix.
+    """
 
     architecture: str
-    vocabulary: str  # of the pinned source's ggml-vocab-*.gguf
+    vocabulary: str
     n_layer: int
     n_embd: int
     n_ff: int
@@ -60,15 +71,15 @@ class Shape(NamedTuple):
     head_size: int
     n_ctx_train: int
     rope_base: float
-    tied: bool  # whether the output matrix is the embedding matrix
+    tied: bool
 
 
 SHAPES = {
     "qwen2.5-0.5b": Shape("qwen2", "qwen2", 24, 896, 4864, 14, 2, 64, 32768, 1e6, True),
     "llama-3.2-1b": Shape("llama", "llama-bpe", 16, 2048, 8192, 32, 8, 64, 131072, 5e5, True),
     "mistral-7b": Shape("llama", "llama-spm", 32, 4096, 14336, 32, 8, 128, 32768, 1e6, False),
-    # No real model: so small that what surrounds the computation shows, with a large vocabulary. In f16 a token takes
-    # some 2 ms, in q4_0 less than 1.
+    # Not a real model: small, with a large vocabulary, so that the time outside llama_decode matters. A token takes
+    # about 2 ms in f16 and less than 1 ms in q4_0.
     "wide-34m": Shape("llama", "llama-bpe", 2, 256, 1024, 4, 2, 64, 8192, 5e5, True),
 }
 
@@ -135,7 +146,7 @@ def add(writer: gguf.GGUFWriter, key: str, value: Key) -> None:
 
 
 def hyperparameters(shape: Shape) -> dict[str, Key]:
-    """Return the keys of the file, without the architecture's name before each."""
+    """Return the keys of the file, without the architecture in front."""
     return {
         "context_length": shape.n_ctx_train,
         "embedding_length": shape.n_embd,
@@ -177,7 +188,7 @@ def n_bytes(size: tuple[int, ...], dtype: gguf.GGMLQuantizationType) -> int:
 
 
 def blocks(rng: np.random.Generator, size: tuple[int, ...], kind: str) -> npt.NDArray[np.uint8]:
-    """Return random weights such that a row's products add up to about 1: in blocks, each with a float16 scale."""
+    """Return random weights in blocks with a float16 scale; a row times a unit-variance vector has variance 1."""
     dtype, _, spread = TYPES[kind]
     block, block_bytes = gguf.GGML_QUANT_SIZES[dtype]
     rows, columns = size

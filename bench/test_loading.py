@@ -1,4 +1,4 @@
-"""From a file to a context that can compute: `pytest bench/test_loading.py`."""
+"""Loading a model and making a context: `pytest bench/test_loading.py`."""
 
 from collections.abc import Callable
 from pathlib import Path

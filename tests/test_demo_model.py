@@ -1,4 +1,4 @@
-"""The built-in model is what its card says."""
+"""The built-in model is as its card describes it."""
 
 import math
 import re
@@ -13,7 +13,7 @@ import stories
 FOLDER = Path(mn.__file__).parent / "demo"
 
 
-def test_it_is_small_and_says_what_it_is(demo: mn.Model) -> None:
+def test_it_is_small_and_its_metadata_describes_it(demo: mn.Model) -> None:
     assert demo.path.stat().st_size < 2_000_000
     assert demo.architecture == "llama"
     assert 1000 <= demo.tokenizer.n_vocab <= 2000
@@ -48,7 +48,7 @@ def test_its_stories_are_sentences_that_end(demo: mn.Model) -> None:
             text = str(demo.metadata["minerva.prompt"]) + "".join(step.text for step in steps)
             sentences = re.split(r'(?<=[.!?"])\s+', text.strip())
             assert len(sentences) >= 4
-            # A lower-case letter may begin what follows a closing quote: "Yes!" she said.
+            # After a closing quote a lower-case letter may follow: "Yes!" she said.
             assert all(re.match(r'["A-Z]', after) or before.endswith('"') for before, after in pairwise(sentences))
             assert text.rstrip()[-1] in '.!"'
 

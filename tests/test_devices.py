@@ -1,4 +1,4 @@
-"""What can compute here, and how many threads it is given."""
+"""Devices, and the number of CPUs and threads."""
 
 import math
 import os
@@ -19,7 +19,27 @@ def test_the_cpu_is_a_device_with_memory() -> None:
     assert cpu.description
 
 
-def test_the_cpu_may_be_named_although_libllama_takes_no_cpu_in_its_list() -> None:
+def test_the_backends_of_the_build_are_named() -> None:
+    assert "CPU" in mn.build_info()["backends"]
+
+
+def test_a_device_copies_its_memory() -> None:
+    cpu = next(device for device in mn.devices() if device.type == "cpu")
+    assert cpu.copy_bandwidth(1 << 20) > 0
+
+
+def test_a_device_that_is_gone_cannot_be_measured() -> None:
+    with pytest.raises(mn.DeviceError, match="no device 'CUDA7'"):
+        mn.Device("CUDA7", "a card", "gpu", 1 << 40, 1 << 40).copy_bandwidth()
+
+
+def test_a_device_without_room_cannot_be_measured() -> None:
+    cpu = next(device for device in mn.devices() if device.type == "cpu")
+    with pytest.raises(mn.DeviceError, match="no room"):
+        cpu.copy_bandwidth(1 << 60)
+
+
+def test_the_cpu_can_be_named_although_libllama_accepts_only_offload_devices() -> None:
     cpu = next(device.name for device in mn.devices() if device.type == "cpu")
     assert len(select([cpu])) == 1
 
@@ -30,7 +50,7 @@ def test_a_context_uses_the_cpus_of_this_process(demo: mn.Model, monkeypatch: py
         assert context.n_threads == available_cpus()
 
 
-def test_a_tiny_model_is_computed_by_one_thread(demo: mn.Model) -> None:
+def test_a_tiny_model_uses_one_thread(demo: mn.Model) -> None:
     with demo.context(n_ctx=64) as context:
         assert context.n_threads == 1
     with demo.context(n_ctx=64, n_threads=2) as context:

@@ -1,4 +1,4 @@
-"""Reading a GGUF file's header; files that are none are in `test_bad_input.py`."""
+"""Reading the header of a GGUF file. Invalid files are in `test_bad_input.py`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +48,7 @@ Write = Callable[..., mn.GGUF]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Writes one key through the `gguf` package, and reads the file."""
+    """A function that writes one key with the `gguf` package and opens the file."""
 
     def write(value: object, kind: gguf.GGUFValueType, element: gguf.GGUFValueType | None = None) -> mn.GGUF:
         writer = gguf.GGUFWriter(tmp_path / "file.gguf", "llama")
@@ -100,7 +100,7 @@ def test_metadata_is_a_mapping_of_every_key(tmp_path: Path) -> None:
     assert "three" not in metadata
 
 
-def test_a_key_that_is_not_there_is_a_key_error(tiny: mn.Model) -> None:
+def test_a_missing_key_is_a_key_error(tiny: mn.Model) -> None:
     with pytest.raises(KeyError):
         tiny.metadata["no.such.key"]
     assert tiny.metadata.get("no.such.key") is None
@@ -127,7 +127,7 @@ def test_a_shape_has_the_fastest_varying_dimension_first(tensors: mn.GGUF) -> No
     assert [tensor.shape for tensor in tensors.tensors] == [(3,), (2, 5), (5, 4, 3)]
 
 
-def test_an_offset_is_where_the_data_lies_in_the_file(tensors: mn.GGUF) -> None:
+def test_an_offset_is_where_the_data_begins_in_the_file(tensors: mn.GGUF) -> None:
     vector = tensors.tensors[0]
     data = tensors.path.read_bytes()[vector.offset : vector.offset + vector.size_bytes]
     assert np.frombuffer(data, np.float32).tolist() == [0.0, 1.0, 2.0]
@@ -144,7 +144,7 @@ def test_a_tensor_beyond_the_end_of_the_file_is_named(tensors: mn.GGUF, tmp_path
         mn.GGUF(cut).check_tensors()
 
 
-def test_values_read_before_close_stay(tmp_path: Path) -> None:
+def test_values_read_before_close_remain_valid(tmp_path: Path) -> None:
     file = mn.GGUF(write_gguf(tmp_path / "file.gguf", "llama", {"numbers": [1, 2, 3]}))
     numbers = file.metadata["numbers"]
     file.close()
@@ -152,7 +152,7 @@ def test_values_read_before_close_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("read", [lambda file: file.metadata["general.architecture"], lambda file: file.tensors])
-def test_a_closed_file_says_so(tmp_path: Path, read: Callable[[mn.GGUF], object]) -> None:
+def test_using_a_closed_file(tmp_path: Path, read: Callable[[mn.GGUF], object]) -> None:
     file = mn.GGUF(write_gguf(tmp_path / "file.gguf", "llama", {}))
     file.close()
     file.close()
@@ -160,13 +160,13 @@ def test_a_closed_file_says_so(tmp_path: Path, read: Callable[[mn.GGUF], object]
         read(file)
 
 
-def test_a_model_of_the_same_file_counts_the_same_weights_and_bytes(tiny: mn.Model) -> None:
+def test_a_model_counts_the_weights_and_bytes_of_its_file(tiny: mn.Model) -> None:
     weights = TinyModel().weights.values()
     assert tiny.n_params == sum(weight.size for weight in weights)
     assert tiny.size_bytes == sum(weight.nbytes for weight in weights)
 
 
-def test_a_list_of_the_metadata_is_the_callers_own(demo: mn.Model) -> None:
+def test_changing_a_list_of_the_metadata_does_not_change_the_metadata(demo: mn.Model) -> None:
     tokens = demo.metadata["tokenizer.ggml.tokens"]
     assert isinstance(tokens, list)
     tokens.clear()

@@ -1,4 +1,4 @@
-"""The text generator behind the built-in model: same seed, same text; many different stories; clean English."""
+"""The generator of the built-in model's training text: reproducible, varied, in clean English."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 import stories
 
-# A sentence that starts small, a stray space or bracket, a doubled mark, a wrong article.
+# A sentence that starts with a small letter, a stray space or bracket, a doubled mark, a wrong article.
 FLAWS = re.compile(r'(?:[.!?] |^|\n|[^,] ")[a-z]|  | [.,!?]|[{}\[\]|]|[.,]{2}|\."[.,]|\b[Aa] [aeiou]|\b[Aa]n [^aeiou]')
 
 

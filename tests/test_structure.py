@@ -238,9 +238,6 @@ def test_what_people_run_uses_the_public_names_alone(part: str) -> None:
             if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").startswith("minerva_native"):
                 inner = (node.module or "").split(".")[1:]
                 names = {alias.name for alias in node.names}
-                if inner == ["_binding"]:
-                    assert names <= {"ffi", "lib"}, f"{path.name}:{node.lineno}"  # the raw layer is public
-                    continue
                 assert not inner or inner[0] in ("benchmark", "cli"), f"{path.name}:{node.lineno}"
                 if not inner:
                     names -= {"benchmark"}

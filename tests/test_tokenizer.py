@@ -1,4 +1,4 @@
-"""Text to tokens and back, on a vocabulary of which all is known; those of other projects are in `oracles`."""
+"""Text to tokens and back, with a known vocabulary; comparisons with other projects are in `oracles`."""
 
 import gc
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def tokenizer(tiny: mn.Model) -> mn.Tokenizer:
 
 @pytest.fixture
 def spm(vocabulary: Callable[[str], mn.Tokenizer]) -> mn.Tokenizer:
-    """A vocabulary that puts a space before a text, and has a token for each byte."""
+    """A vocabulary that puts a space before a text and has a token for each byte."""
     return vocabulary("llama-spm")
 
 
@@ -31,7 +31,7 @@ def without_vocabulary(tmp_path: Path) -> mn.Tokenizer:
 
 
 def with_keys(path: Path, **changes: Key) -> mn.Tokenizer:
-    """The tiny vocabulary with other `tokenizer.ggml` keys."""
+    """Load the tiny vocabulary with some `tokenizer.ggml` keys changed."""
     keys: dict[str, Key] = {f"llama.{key}": value for key, value in TinyModel().hyperparameters.items()}
     keys |= VOCABULARY | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
     return mn.Model.load(write_gguf(path, "llama", keys), vocab_only=True).tokenizer
@@ -52,13 +52,13 @@ def test_a_character_without_a_token_becomes_its_bytes(tokenizer: mn.Tokenizer) 
     assert tokenizer.encode("🦙", add_special=False) == ids("ðŁ", "¦", "Ļ")
 
 
-def test_the_model_says_what_is_added_around_a_text(tokenizer: mn.Tokenizer, tmp_path: Path) -> None:
+def test_the_model_decides_what_is_added_around_a_text(tokenizer: mn.Tokenizer, tmp_path: Path) -> None:
     assert tokenizer.encode("a") == [END, *ids("a")]
     assert with_keys(tmp_path / "none.gguf", add_bos_token=False).encode("a") == ids("a")
     assert with_keys(tmp_path / "both.gguf", add_eos_token=True).encode("a") == [END, *ids("a"), END]
 
 
-def test_nothing_is_added_where_it_is_not_wanted(tokenizer: mn.Tokenizer) -> None:
+def test_nothing_is_added_without_add_special(tokenizer: mn.Tokenizer) -> None:
     assert tokenizer.encode("a", add_special=False) == ids("a")
 
 
@@ -68,7 +68,7 @@ def test_names_of_special_tokens_in_a_text_are_text(tokenizer: mn.Tokenizer) -> 
     assert tokenizer.decode(encoded) == "<|im_end|>"
 
 
-def test_names_of_special_tokens_are_read_where_it_is_asked_for(tokenizer: mn.Tokenizer) -> None:
+def test_names_of_special_tokens_become_tokens_with_parse_special(tokenizer: mn.Tokenizer) -> None:
     encoded = tokenizer.encode("<|im_start|>a<|im_end|>", add_special=False, parse_special=True)
     assert encoded == [START_OF_TURN, *ids("a"), END_OF_TURN]
 
@@ -113,13 +113,13 @@ def test_decode_of_nothing_is_empty(tokenizer: mn.Tokenizer) -> None:
     assert tokenizer.decode_bytes(np.empty(0, np.int64)) == b""
 
 
-def test_control_tokens_are_shown_only_where_it_is_asked_for(tokenizer: mn.Tokenizer) -> None:
+def test_control_tokens_are_shown_only_with_special(tokenizer: mn.Tokenizer) -> None:
     turn = [START_OF_TURN, *ids("a"), END_OF_TURN]
     assert tokenizer.decode(turn) == "a"
     assert tokenizer.decode(turn, special=True) == "<|im_start|>a<|im_end|>"
 
 
-def test_bytes_that_are_no_character_are_kept_as_bytes_and_replaced_in_text(tokenizer: mn.Tokenizer) -> None:
+def test_bytes_that_are_not_a_character_are_kept_as_bytes_and_replaced_in_text(tokenizer: mn.Tokenizer) -> None:
     broken = ids("a", "ðŁ", "b")
     assert tokenizer.decode_bytes(broken) == b"a\xf0\x9fb"
     assert tokenizer.decode(broken) == "a\ufffdb"
@@ -151,7 +151,7 @@ def test_an_id_out_of_range_is_named_with_the_range(tokenizer: mn.Tokenizer, wro
 
 
 @pytest.mark.parametrize("wrong", ["the", b"the", [1.0], [None], ["1"], [True], 5, np.array([0.5]), [[1], 2]])
-def test_what_is_no_list_of_integers_is_refused(tokenizer: mn.Tokenizer, wrong: list[int]) -> None:
+def test_only_lists_of_integers_are_accepted(tokenizer: mn.Tokenizer, wrong: list[int]) -> None:
     with pytest.raises((TypeError, ValueError)):
         tokenizer.decode(wrong)
 
@@ -162,7 +162,7 @@ def test_ids_of_two_dimensions_are_refused(tokenizer: mn.Tokenizer) -> None:
         tokenizer.decode(two)
 
 
-# What a vocabulary says about its tokens
+# Facts about tokens
 
 
 def test_special_tokens_are_ids_or_none(tokenizer: mn.Tokenizer, without_vocabulary: mn.Tokenizer) -> None:
@@ -170,7 +170,7 @@ def test_special_tokens_are_ids_or_none(tokenizer: mn.Tokenizer, without_vocabul
     assert (without_vocabulary.bos, without_vocabulary.eos, without_vocabulary.eot) == (None, None, None)
 
 
-def test_the_ends_of_a_generation_are_the_end_of_text_and_of_turn(tokenizer: mn.Tokenizer) -> None:
+def test_the_end_of_text_and_the_end_of_turn_end_a_generation(tokenizer: mn.Tokenizer) -> None:
     assert [token for token in range(tokenizer.n_vocab) if tokenizer.is_end(token)] == [END, END_OF_TURN]
 
 
@@ -187,7 +187,7 @@ def test_the_type_of_a_vocabulary_is_named(vocabulary: Callable[[str], mn.Tokeni
     assert vocabulary(name).type == kind
 
 
-def test_a_model_without_a_vocabulary_says_so(without_vocabulary: mn.Tokenizer) -> None:
+def test_using_a_model_without_a_vocabulary(without_vocabulary: mn.Tokenizer) -> None:
     assert without_vocabulary.type == "none"
     assert without_vocabulary.n_vocab == len(TOKENS)
     uses: list[Callable[[], object]] = [
@@ -204,13 +204,13 @@ def test_a_model_without_a_vocabulary_says_so(without_vocabulary: mn.Tokenizer) 
 # Lifetime
 
 
-def test_a_tokenizer_outlives_the_name_of_its_model(tmp_path: Path) -> None:
+def test_a_tokenizer_keeps_its_model_alive(tmp_path: Path) -> None:
     tokenizer = mn.Model.load(TinyModel().write(tmp_path / "model.gguf"), vocab_only=True).tokenizer
     gc.collect()
     assert tokenizer.decode(tokenizer.encode("the")) == "the"
 
 
-def test_the_tokenizer_of_a_closed_model_says_so(tmp_path: Path) -> None:
+def test_using_the_tokenizer_of_a_closed_model(tmp_path: Path) -> None:
     model = mn.Model.load(TinyModel().write(tmp_path / "model.gguf"), vocab_only=True)
     model.close()
     with pytest.raises(mn.ClosedError):
@@ -222,7 +222,7 @@ def test_the_tokenizer_of_a_closed_model_says_so(tmp_path: Path) -> None:
 # Streaming
 
 
-def test_a_character_is_given_out_when_its_last_byte_has_come(tokenizer: mn.Tokenizer) -> None:
+def test_a_character_is_returned_with_its_last_byte(tokenizer: mn.Tokenizer) -> None:
     decoder = tokenizer.stream()
     assert [decoder.feed(token) for token in ids("a", "ðŁ", "¦", "Ļ", "b")] == ["a", "", "", "🦙", "b"]
 
@@ -233,13 +233,13 @@ def test_an_incomplete_character_is_replaced_at_the_end(tokenizer: mn.Tokenizer)
     assert decoder.flush() == "\ufffd"
 
 
-def test_a_character_that_breaks_off_is_replaced_when_that_is_clear(tokenizer: mn.Tokenizer) -> None:
+def test_an_incomplete_character_is_replaced_as_soon_as_the_next_one_begins(tokenizer: mn.Tokenizer) -> None:
     decoder = tokenizer.stream()
     assert [decoder.feed(token) for token in ids("ðŁ", "a")] == ["", "\ufffda"]
     assert decoder.flush() == ""
 
 
-def test_a_decoder_starts_anew_after_flush(tokenizer: mn.Tokenizer) -> None:
+def test_a_decoder_can_be_reused_after_flush(tokenizer: mn.Tokenizer) -> None:
     decoder = tokenizer.stream()
     decoder.feed(*ids("ðŁ"))
     decoder.flush()
@@ -254,19 +254,19 @@ def test_decoders_of_one_tokenizer_do_not_mix(tokenizer: mn.Tokenizer) -> None:
     assert [one.feed(token) for token in ids("¦", "Ļ")] == ["", "🦙"]
 
 
-def test_control_tokens_are_streamed_only_where_it_is_asked_for(tokenizer: mn.Tokenizer) -> None:
+def test_control_tokens_are_streamed_only_with_special(tokenizer: mn.Tokenizer) -> None:
     assert tokenizer.stream().feed(END_OF_TURN) == ""
     assert tokenizer.stream(special=True).feed(END_OF_TURN) == "<|im_end|>"
 
 
-def test_a_stream_that_goes_on_from_a_word_keeps_the_space_of_its_first_token(spm: mn.Tokenizer) -> None:
+def test_a_stream_that_continues_a_text_keeps_the_space_of_its_first_token(spm: mn.Tokenizer) -> None:
     first, second = spm.encode("one two", add_special=False)
     assert spm.stream().feed(second) == "two"
     assert spm.stream(after=first).feed(second) == " two"
     assert spm.stream(after=spm.bos).feed(second) == "two"
 
 
-def test_a_piece_is_the_token_as_it_stands_amid_a_text(vocabulary: Callable[[str], mn.Tokenizer]) -> None:
+def test_a_piece_is_the_token_inside_a_text(vocabulary: Callable[[str], mn.Tokenizer]) -> None:
     tokenizer = vocabulary("llama-spm")
     ids = tokenizer.encode("Hello big world", add_special=False)
     assert [tokenizer.piece(token) for token in ids] == [b" Hello", b" big", b" world"]
@@ -275,7 +275,7 @@ def test_a_piece_is_the_token_as_it_stands_amid_a_text(vocabulary: Callable[[str
         tokenizer.piece(tokenizer.n_vocab)
 
 
-def test_bytes_without_a_token_are_refused_before_libllama_ends_the_process(tmp_path: Path) -> None:
+def test_bytes_without_a_token_are_refused_before_libllama_aborts(tmp_path: Path) -> None:
     tokens = ["<unk>", "<s>", "</s>", "\u2581a", "\u2581", "a", "b"]
     vocabulary: dict[str, Key] = {
         "tokenizer.ggml.model": "llama",

@@ -1,6 +1,6 @@
-"""Tiny GGUF models with random weights, for tests that need a whole model but nothing it might know.
+"""Tiny GGUF models with random weights, for tests that need a complete model but not a trained one.
 
-`ARCHITECTURES` is the table: a row says which hyperparameters and which tensors an architecture has.
+`ARCHITECTURES` lists the hyperparameters and tensors of each architecture.
 """
 
 import re
@@ -23,7 +23,7 @@ Key = int | float | bool | str | list[int] | list[float] | list[str]
 
 @dataclass(frozen=True)
 class TinyModel:
-    """What a model is to look like; equal values have equal weights."""
+    """The shape of a model. Equal values have equal weights."""
 
     architecture: str = "llama"
     n_layer: int = 3
@@ -70,7 +70,7 @@ class TinyModel:
 
 
 def draw(rng: np.random.Generator, name: str, shape: Shape, scales: Mapping[str, float]) -> Array:
-    """Random weights at a scale at which every part of the model matters to its logits."""
+    """Draw random weights, scaled so that every part of the model affects its logits."""
     scale = scales.get(re.sub(r".*blk\.\d+\.", "", name), 1.0)
     if len(shape) == 1 or name.endswith("ssm_a"):
         return (scale * rng.uniform(0.5, 1.5, shape)).astype(np.float32)
@@ -184,8 +184,8 @@ def llama_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
 
 
 def gemma2_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
-    """Every second layer attends to all positions, the others, beginning with the first, to the window."""
-    assert model.tied, "gemma2 has no output matrix of its own"
+    """Yield the tensors of a layer. Odd layers attend to all positions, even ones to the window."""
+    assert model.tied, "gemma2 has no separate output matrix"
     yield from llama_layer(model, layer)
     yield f"blk.{layer}.post_attention_norm.weight", (model.n_embd,)
     yield f"blk.{layer}.post_ffw_norm.weight", (model.n_embd,)
@@ -218,7 +218,7 @@ def mamba_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
 
 
 def attends(layer: int) -> bool:
-    """Whether this layer of a hybrid is an attention layer rather than a recurrent one."""
+    """Return whether this layer of a hybrid is an attention layer, not a recurrent one."""
     return layer % 2 == 1
 
 
@@ -318,11 +318,11 @@ def t5_tensors(model: TinyModel) -> Iterator[Tensor]:
 
 
 class Architecture(NamedTuple):
-    """One row of the table."""
+    """The hyperparameters and tensors of an architecture."""
 
     hyperparameters: Callable[[TinyModel], dict[str, Key]]  # without the "<architecture>." before each key
     tensors: Callable[[TinyModel], Iterator[Tensor]]
-    scales: Mapping[str, float] = MappingProxyType({})  # what to multiply draws with, by the name in its layer
+    scales: Mapping[str, float] = MappingProxyType({})  # factors for the random weights, by name within a layer
 
 
 SSM_SCALES = {"ssm_a": -0.5, "ssm_dt.bias": -2.0, "ssm_x.weight": 0.3}  # a state halves in about ten tokens
@@ -348,7 +348,7 @@ ARCHITECTURES = {
 
 
 def byte_characters() -> list[str]:
-    """The character that byte-level BPE writes for each byte: itself if it is visible, else one from U+0100 on."""
+    """Return what byte-level BPE writes for each byte: itself if it is visible, otherwise a character from U+0100."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     stand_ins = iter(range(0x100, 0x200))
     return [chr(byte if byte in visible else next(stand_ins)) for byte in range(256)]

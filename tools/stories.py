@@ -1,16 +1,16 @@
-# Lists of words and templates are written as the text that they make.
+# Lists of words and templates look like the text that they produce.
 # ruff: noqa: E501, SIM905
-"""The text that the built-in model learns from: short children's stories, made by a seeded template grammar.
+"""The training text of the built-in model: short children's stories from a seeded template grammar.
 
 A template is plain text with three constructs:
 
-- `[one|two|]`: one of the alternatives, at random (an empty one makes the rest optional); they nest;
-- `{slot}`: a fact of this story (`{h}` is the hero's name), so a fact is the same from start to end;
+- `[one|two|]`: one of the alternatives, at random; an empty one makes the others optional. They can be nested.
+- `{slot}`: a fact of this story, which is the same throughout. `{h}` is the hero's name.
 - `{a slot}`, `{A slot}`: the same with "a" or "an" in front.
 
 Facts: `h` the hero, `f` the friend (each with `k` kind, `a` adjective and pronouns), `obj` adjective and noun of the
-hero's thing, `o` its noun alone, `place`/`at`/`near` where it happens, `s1`..`s3` three different spots there,
-`mom` an older relative, `day` the weather. A plot adds facts of its own, in variants that fit together.
+hero's thing, `o` its noun alone, `place`/`at`/`near` where the story happens, `s1`..`s3` three different spots there,
+`mom` an older relative, `day` the weather. A plot adds its own facts, in variants that fit together.
 
 `python tools/stories.py --seed 1 --count 5` prints some.
 """
@@ -44,7 +44,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Slot:
-    """A fact to fill in; `article` is "a" or "A" for an indefinite article in front, or empty."""
+    """A fact to fill in.
+
+    Attributes:
+        name: the name of the fact.
+        article: "a" or "A" for an indefinite article in front, or empty.
+    """
 
     name: str
     article: str
@@ -57,8 +62,8 @@ _MARKS = re.compile(r"[\[\]|]|\{(?:([aA]) )?(\w+)\}")
 
 @cache
 def parse(text: str) -> Template:
-    """Parse a template once; the same text gives the same object."""
-    # One list of finished alternatives and one of the parts of the current alternative for each open bracket.
+    """Parse a template; the result is cached."""
+    # For each open bracket, a list of finished alternatives and a list of the parts of the current one.
     options: list[list[Template]] = [[]]
     parts: list[list[str | Choice | Slot]] = [[]]
     end = 0
@@ -84,12 +89,12 @@ def parse(text: str) -> Template:
 
 
 def with_article(article: str, words: str) -> str:
-    """`words` after "a" or "an", chosen by spelling: no word here has a silent h, or a u that is said as "you"."""
+    """Put "a" or "an" before `words`, by spelling: no word here has a silent h, or a u pronounced "you"."""
     return f"{article}{'n' if words[0] in 'aeiou' else ''} {words}"
 
 
 def expand(template: str, facts: Facts, rng: random.Random) -> str:
-    """Text of a template with its choices made and its facts filled in."""
+    """Return the text of a template, with choices made and facts filled in."""
     return re.sub(r"\s+", " ", _expand(parse(template), facts, rng)).strip()
 
 
@@ -170,7 +175,7 @@ def _pronouns(prefix: str, girl: bool) -> Facts:
 
 
 def _invented_name(rng: random.Random) -> str:
-    """A name nobody has, so that the model learns to copy a name from the request, not only to recall one."""
+    """Return an invented name, so that the model learns to copy a name from the request, not only to recall one."""
     syllables = """ba bi bo da di do fa fi ka ki ko la li lo lu ma mi mo na ni no pa pi po
     ra ri ro sa ta ti to va vi za zi zo"""
     name = "".join(rng.choice(syllables.split()) for _ in range(2))
@@ -178,14 +183,14 @@ def _invented_name(rng: random.Random) -> str:
 
 
 def thing_facts(rng: random.Random, things: tuple[str, ...]) -> Facts:
-    """A thing and what it looks like."""
+    """Return the facts of a thing: what it is and what it looks like."""
     thing = rng.choice(things)
     adjective = rng.choice(COLORS if rng.random() < 0.6 else THINGS[thing].split())
     return {"o": thing, "oa": adjective, "obj": f"{adjective} {thing}"}
 
 
 def world(rng: random.Random, invented_names: bool = False) -> Facts:
-    """The facts that every plot can use."""
+    """Return the facts that every plot can use."""
     animal_story = rng.random() < 0.55
     hero_girl, friend_girl = rng.random() < 0.5, rng.random() < 0.5
     hero = rng.choice(GIRLS if hero_girl else BOYS)
@@ -217,13 +222,21 @@ def world(rng: random.Random, invented_names: bool = False) -> Facts:
 
 @dataclass(frozen=True)
 class Plot:
-    """One family of stories: what people call it, the facts that vary together, and its paragraphs."""
+    """A family of stories.
 
-    themes: tuple[str, ...]  # what a request may call it; templates
-    text: tuple[str, ...]  # the paragraphs; templates
+    Attributes:
+        themes: what a request may call it; templates.
+        text: the paragraphs; templates.
+        variants: facts that vary together.
+        has_thing: whether the hero's thing is always in the story, so that a request can name it.
+        things: what that thing can be.
+    """
+
+    themes: tuple[str, ...]
+    text: tuple[str, ...]
     variants: tuple[Facts, ...] = ({},)
-    has_thing: bool = False  # the hero's thing is always in the story, so that a request may name it
-    things: tuple[str, ...] = tuple(THINGS)  # what that thing may be
+    has_thing: bool = False
+    things: tuple[str, ...] = tuple(THINGS)
 
 
 OPEN = (
@@ -620,7 +633,7 @@ PLOTS: dict[str, Plot] = {
 
 @dataclass(frozen=True)
 class Story:
-    """A story, and what a request for it could name."""
+    """A story, and what a request for it can name."""
 
     plot: str
     text: str
@@ -629,12 +642,12 @@ class Story:
 
 
 def tell(rng: random.Random, invented_names: bool = False) -> Story:
-    """One story of `MIN_WORDS` to `MAX_WORDS` words."""
+    """Return a story of `MIN_WORDS` to `MAX_WORDS` words."""
     name = rng.choice(list(PLOTS))
     plot = PLOTS[name]
     while True:
         facts = world(rng, invented_names) | thing_facts(rng, plot.things)
-        # A third character of the same kind as one of the two would be mistaken for it.
+        # A third character of the same kind as the hero or the friend would be confused with them.
         kinds = {facts["k"], facts["fk"]}
         facts |= rng.choice([variant for variant in plot.variants if kinds.isdisjoint(variant.values())])
         text = "\n\n".join(expand(paragraph, facts, rng) for paragraph in plot.text)
@@ -643,7 +656,7 @@ def tell(rng: random.Random, invented_names: bool = False) -> Story:
 
 
 def _topics(plot: Plot, facts: Facts, rng: random.Random, text: str) -> Iterator[str]:
-    """Phrases for "a story about ..." that are true of this story."""
+    """Yield phrases for "a story about ..." that are true of this story."""
     templates = ["{a k}", "{a k}", "{a k} named {h}", "{a k} named {h}", "{h}", "{a hk}", "{a hk} named {h}"]
     if facts["k"] not in ("girl", "boy"):
         templates += ["{h} the {k}", "{h} the {k}"]
@@ -686,12 +699,12 @@ SYSTEM_TURNS = (
 
 
 def turn(role: str, content: str) -> str:
-    """One ChatML turn."""
+    """Return a ChatML turn."""
     return f"{IM_START}{role}\n{content}{IM_END}\n"
 
 
 def chat(rng: random.Random) -> str:
-    """A conversation in which the assistant tells the story that the user asked for."""
+    """Return a conversation in which the assistant tells the story that the user asked for."""
     turns = []
     if rng.random() < 0.2:
         turns.append(turn("system", rng.choice(SYSTEM_TURNS)))
@@ -709,7 +722,7 @@ def chat(rng: random.Random) -> str:
 
 
 def documents(seed: int, n: int) -> list[str]:
-    """`n` training documents: stories and, in a share of `CHAT_SHARE`, conversations; without the leading `<|endoftext|>`."""
+    """Return `n` training documents, without the leading `<|endoftext|>`: stories and a share `CHAT_SHARE` of conversations."""
     rng = random.Random(seed)
     return [chat(rng) if rng.random() < CHAT_SHARE else tell(rng).text for _ in range(n)]
 

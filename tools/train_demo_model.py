@@ -1,10 +1,10 @@
-"""Train the built-in model from nothing and write it as GGUF, with its card beside it.
+"""Train the built-in model from scratch and write it as GGUF, with its model card.
 
     pip install torch gguf numpy tokenizers
     python tools/train_demo_model.py
 
-The text comes from the story grammar in `stories.py`, fresh for every step; nothing is downloaded. `--steps 20` runs
-the whole pipeline in about a minute. Progress goes to stderr, the held-out perplexity and samples to stdout.
+The text comes from the story grammar in `stories.py`, new for every step; nothing is downloaded. `--steps 20` runs the
+whole pipeline in about a minute. Progress goes to stderr, the held-out perplexity and samples to stdout.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ SIZE_LIMIT_BYTES = 2_000_000
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIALS = (END_OF_TEXT, IM_START, IM_END)  # ids 0, 1, 2
-BOS, CHAT = 0, 1  # what every document starts with, and then every chat
+BOS, CHAT = 0, 1  # the first token of every document, and the second one of every chat
 
 PROMPT = "Once upon a time"
 TEMPERATURE, TOP_K, TOP_P, MIN_P = 0.8, 40, 0.95, 0.05
 
 TOKENIZER_SEED, HELDOUT_SEED, TRAINING_SEED = 1_000_000, 2_000_000, 3_000_000
 HELDOUT_DOCUMENTS = 64
-OPENINGS_UNTIL = 0.2  # of the run: up to here the rows are requests, each with the opening of the story
+OPENINGS_UNTIL = 0.2  # of the run: until then the rows are requests, each with the opening of its story
 DOCUMENTS_A_CHUNK = 1000  # chunk i of the training text is documents(TRAINING_SEED + i, DOCUMENTS_A_CHUNK)
 
 CHAT_TEMPLATE = (
@@ -80,20 +80,25 @@ class Shape:
 
 @dataclass
 class Run:
-    """What a training run did."""
+    """The facts of a training run.
+
+    Attributes:
+        duplicates: how many held-out documents were also among the training documents.
+        perplexity: the perplexity on the held-out documents.
+    """
 
     steps: int
     tokens: int
     seconds: float
-    duplicates: int  # held-out documents that were among the training documents
-    perplexity: float = math.nan  # on the held-out documents
+    duplicates: int
+    perplexity: float = math.nan
 
 
 # --- model ---
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of `x` (batch, head, position, head_dim), pairing element i with i + head_dim/2."""
+    """Apply RoPE to `x` (batch, head, position, head_dim), pairing element i with i + head_dim/2."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
@@ -144,12 +149,12 @@ class Llama(nn.Module):
         self.register_buffer("sin", angle.sin(), persistent=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                # What is added to the residual stream starts smaller, so that its variance does not grow with depth.
+                # What is added to the residual stream starts smaller, so that the variance does not grow with depth.
                 residual = name.endswith(("attn_output.weight", "ffn_down.weight"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * shape.n_layer) if residual else 0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Logits (batch, length, n_vocab) of token ids (batch, length)."""
+        """Return logits (batch, length, n_vocab) of token ids (batch, length)."""
         x = self.token_embd(ids)
         cos, sin = self.cos[: ids.shape[1]].to(x.dtype), self.sin[: ids.shape[1]].to(x.dtype)
         for block in self.blocks:
@@ -165,7 +170,7 @@ def count_parameters(model: Llama) -> int:
 
 
 def train_tokenizer(n_vocab: int) -> Tokenizer:
-    """Byte-level BPE over the GPT-2 pre-tokenizer, learned from text of its own seed."""
+    """Train byte-level BPE with the GPT-2 pre-tokenizer on text from a separate seed."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = ByteLevelDecoder()
@@ -182,7 +187,7 @@ def train_tokenizer(n_vocab: int) -> Tokenizer:
 
 
 class Corpus:
-    """An endless stream of packed rows; remembers a hash of each document, to find held-out ones among them.
+    """An endless stream of packed rows; keeps a hash of each document, to find out whether held-out ones were used.
 
     Worker `rank` of `workers` takes every `workers`-th chunk of the text.
     """
@@ -203,7 +208,7 @@ class Corpus:
         return hash(text) in self.seen
 
     def batch(self, rows: int, length: int, chats_only: bool) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (rows, length). A row starts with a document, as every use of the model does."""
+        """Return inputs and targets (rows, length). A row starts with a document, like every use of the model."""
         packed = []
         for _ in range(rows):
             ids: list[int] = []
@@ -220,7 +225,7 @@ class Corpus:
 
 
 def optimizers(model: Llama) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for the embedding and the norms."""
+    """Return Muon for the matrices inside the blocks, AdamW for the embedding and the norms."""
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     norms = [p for p in model.parameters() if p.dim() == 1]
     return [
@@ -234,15 +239,15 @@ def optimizers(model: Llama) -> list[torch.optim.Optimizer]:
 
 
 def learning_rate_factor(progress: float) -> float:
-    """Up over the first 2 % of the run, then level, then down to almost 0 over the second half."""
+    """Return a factor that rises over the first 2% of the run, stays level, and falls to about 0 in the second half."""
     return min((progress + 0.001) / 0.021, 1.0, max(2 * (1 - progress), 0.01))
 
 
 def row_length(step: int, progress: float, n_ctx: int) -> int:
-    """Tokens in a row: first short ones, some of the full context throughout.
+    """Return the number of tokens in a row: short rows first, and some with the full context throughout.
 
-    In short rows the openings of stories are most of the text, and what comes back in an opening (the animal of the
-    request, the name of the hero) takes longest to learn.
+    Short rows consist mostly of the openings of stories. What takes longest to learn is to repeat something from the
+    request in an opening (the animal, the name of the hero).
     """
     if progress < OPENINGS_UNTIL:
         return n_ctx // 16
@@ -252,7 +257,7 @@ def row_length(step: int, progress: float, n_ctx: int) -> int:
 
 
 def average_across_workers(model: Llama, *figures: float) -> list[float]:
-    """Average the gradients, in place, and some figures, which are returned."""
+    """Average the gradients in place, and return the averages of some figures."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     flat = torch.cat([*(gradient.flatten() for gradient in gradients), torch.tensor(figures)])
     distributed.all_reduce(flat)
@@ -264,7 +269,7 @@ def average_across_workers(model: Llama, *figures: float) -> list[float]:
 
 
 def train(model: Llama, corpus: Corpus, args: argparse.Namespace, report: bool) -> tuple[int, int, float]:
-    """Train in place, as one of the workers; returns the steps, the tokens that all workers saw, and the seconds."""
+    """Train in place, as one of the workers; return the steps, the tokens that all workers saw, and the seconds."""
     forward = torch.compile(model, dynamic=False) if args.compile else model
     opts = optimizers(model)
     peaks = [[group["lr"] for group in opt.param_groups] for opt in opts]
@@ -277,7 +282,7 @@ def train(model: Llama, corpus: Corpus, args: argparse.Namespace, report: bool) 
             logits = forward(inputs)
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         loss.backward()
-        # The clock is averaged too: all workers must agree on how far they are.
+        # The time is averaged too, because all workers must agree on the progress.
         seconds, mean_loss = average_across_workers(model, time.perf_counter() - start, loss.item())
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         factor = learning_rate_factor(progress)
@@ -301,7 +306,7 @@ def train(model: Llama, corpus: Corpus, args: argparse.Namespace, report: bool) 
 
 
 def round_to_q8_0(model: Llama) -> None:
-    """Replace every matrix by what is left of it after Q8_0, so that all figures are those of the file."""
+    """Round every matrix to Q8_0, so that all figures are those of the file."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -310,7 +315,7 @@ def round_to_q8_0(model: Llama) -> None:
 
 
 def perplexity(model: Llama, encoded: list[list[int]]) -> float:
-    """exp of the mean negative log-probability of every token after BOS, each document from an empty context."""
+    """Return exp of the mean negative log-probability of all tokens after BOS, each document in an empty context."""
     total, count = 0.0, 0
     with torch.no_grad():
         for ids in encoded:
@@ -321,7 +326,7 @@ def perplexity(model: Llama, encoded: list[list[int]]) -> float:
 
 
 def sample(model: Llama, tokenizer: Tokenizer, prompt: str, generator: torch.Generator, max_tokens: int = 320) -> str:
-    """Text after `prompt` with the recommended sampling, up to and with the token that ends it."""
+    """Return text after `prompt`, with the recommended sampling, up to and including the end token."""
     ids = [BOS, *tokenizer.encode(prompt).ids]
     n_prompt = len(ids)
     with torch.no_grad():
@@ -357,7 +362,7 @@ SAMPLE_PROMPTS = (
 
 
 def description(model: Llama, run: Run) -> str:
-    """The model card's paragraph: the only place where it is written."""
+    """Return the paragraph that is in the model card and in the file's metadata."""
     shape = model.shape
     return (
         "Minerva Demo is the small model inside the minerva-native package: "
@@ -375,7 +380,7 @@ def description(model: Llama, run: Run) -> str:
 
 
 def card(text: str, shape: Shape, args: argparse.Namespace, run: Run) -> str:
-    """`MODEL_CARD.md`."""
+    """Return the content of `MODEL_CARD.md`."""
     how_long = f"--minutes {args.minutes:g}" if args.minutes else f"--steps {args.steps}"
     rows = "\n".join(f"| {name} | {value:g} |" for name, value in asdict(shape).items())
     return f"""# Minerva Demo
@@ -391,22 +396,22 @@ def card(text: str, shape: Shape, args: argparse.Namespace, run: Run) -> str:
 - Recommended sampling: temperature {TEMPERATURE}, top-k {TOP_K}, top-p {TOP_P}, min-p {MIN_P}.
 - Made by `python tools/train_demo_model.py {how_long} --seed {args.seed} --workers {args.workers}`, which took
   {run.steps:,} steps of {args.batch_tokens:,} tokens.
-- Held-out perplexity {run.perplexity:.4f}: `stories.documents({HELDOUT_SEED}, {HELDOUT_DOCUMENTS})`, each document by
-  itself after `{END_OF_TEXT}`, special tokens parsed, all tokens counted, with the weights of the file.
+- Held-out perplexity {run.perplexity:.4f}, over all tokens of `stories.documents({HELDOUT_SEED}, {HELDOUT_DOCUMENTS})`,
+  each document in an empty context after `{END_OF_TEXT}`, special tokens parsed, with the weights of the file.
   {run.duplicates} of these documents were also among the training documents.
 - The corpus is not stored: `python tools/stories.py` prints some of it.
 """
 
 
 def interleave(weight: NDArray[np.float32], n_head: int) -> NDArray[np.float32]:
-    """Reorder the rows of a query or key matrix: llama.cpp rotates neighbours, `rotate` elements half a head apart."""
+    """Reorder rows of a query or key matrix: llama.cpp rotates neighbours, `rotate` elements half a head apart."""
     rows, columns = weight.shape
     pairs = weight.reshape(n_head, 2, rows // n_head // 2, columns)
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows, columns)
 
 
 def tensors(model: Llama) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Names and values of the tensors of the file, in llama.cpp's names and layout."""
+    """Yield the names and values of the file's tensors, with llama.cpp's names and layout."""
     shape = model.shape
     kv_dim = shape.n_head_kv * shape.head_dim
     state = {name: value.numpy() for name, value in model.state_dict().items()}
@@ -489,10 +494,10 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the built-in model and write its GGUF and its card.")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, default=3480, help="optimizer steps (default %(default)s)")
-    length.add_argument("--minutes", type=float, help="train for this long instead, which no run can repeat exactly")
-    parser.add_argument("--seed", type=int, default=1, help="of the weights and the samples (default %(default)s)")
-    parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens in a step (default %(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one for each CPU)")
+    length.add_argument("--minutes", type=float, help="train for this long instead, which is not exactly reproducible")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the weights and the samples (default %(default)s)")
+    parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens per step (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per CPU)")
     parser.add_argument("--no-bf16", dest="bf16", action="store_false", help="compute in float32")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="do without torch.compile")
     parser.add_argument("--samples", type=int, default=1, help="rounds of samples to print (default %(default)s)")
@@ -501,7 +506,7 @@ def arguments() -> argparse.Namespace:
 
 
 def work(rank: int, args: argparse.Namespace, tokenizer_json: str, folder: str) -> None:
-    """One worker: a process with one thread, which waits for the others once a step and not at every operation."""
+    """Run a worker: a process with one thread, which waits for the others once per step, not in every operation."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=args.workers)
     torch.manual_seed(args.seed)
@@ -520,7 +525,7 @@ def work(rank: int, args: argparse.Namespace, tokenizer_json: str, folder: str) 
 
 
 def finish(model: Llama, tokenizer: Tokenizer, args: argparse.Namespace, run: Run) -> None:
-    """Measure the trained model as the file will hold it, write the file and the card, and print samples."""
+    """Measure the model as it will be in the file, write the file and the card, and print samples."""
     round_to_q8_0(model)
     heldout = documents(HELDOUT_SEED, HELDOUT_DOCUMENTS)
     run.perplexity = perplexity(model, [encoding.ids for encoding in tokenizer.encode_batch(heldout)])
@@ -535,7 +540,7 @@ def finish(model: Llama, tokenizer: Tokenizer, args: argparse.Namespace, run: Ru
         print(f"{size_bytes:,} bytes", flush=True)
         if size_bytes >= SIZE_LIMIT_BYTES:
             raise SystemExit(f"the file has {size_bytes:,} bytes, and the limit is {SIZE_LIMIT_BYTES:,}")
-        path.replace(args.output / path.name)  # one step, so that nobody sees half a file
+        path.replace(args.output / path.name)  # atomic, so that nobody sees half a file
     (args.output / "MODEL_CARD.md").write_text(card(text, model.shape, args, run), encoding="utf-8")
 
     generator = torch.Generator().manual_seed(args.seed)

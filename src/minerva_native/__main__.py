@@ -1,4 +1,4 @@
-"""`python -m minerva_native` is the `minerva` command."""
+"""Run the `minerva` command as `python -m minerva_native`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Ownership of C objects: freed once, after everything that was made from them, whoever lets go first."""
+"""Ownership of C objects: each is freed once, and after everything that was made from it."""
 
 import threading
 from collections.abc import Callable
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 class Handle:
     """A C pointer with its destructor.
 
-    `close` forbids further use; the object is freed when, besides, nobody is inside a `with handle` block and every
-    child handle is gone: neither a call in another thread nor a context of a closed model ever sees freed memory.
+    `close` forbids further use. The object is freed once no thread is in a `with handle` block and all child handles
+    are freed, so neither a call in another thread nor a context of a closed model ever sees freed memory.
     """
 
     __slots__ = ("_free", "_name", "_parent", "_users", "closed", "pointer")
 
-    # One lock for all counts: they change seldom. Re-entrant, because a garbage collection may close another handle.
-    # On the class, because a module's names are gone when the last handles are collected at exit.
+    # One lock for all counts, which rarely change. Re-entrant, because a garbage collection may close another handle.
+    # On the class, because a module's globals are gone when the last handles are collected at exit.
     _lock = threading.RLock()
 
     def __init__(self, name: str, pointer: "CData", free: "Callable[[CData], object]", parent: "Handle | None" = None):
@@ -29,7 +29,7 @@ class Handle:
         self._users = 0
         self.closed = False
         if parent is not None:
-            parent.__enter__()  # if the parent is closed this raises, and our `__del__` frees the pointer
+            parent.__enter__()  # raises if the parent is closed; then `__del__` frees the pointer
             self._parent = parent
 
     def __enter__(self) -> Any:
@@ -48,7 +48,7 @@ class Handle:
         self._finish(pointer)
 
     def close(self) -> None:
-        """Forbid further use, and free the object as soon as nobody uses it."""
+        """Forbid further use, and free the object as soon as it is not in use."""
         with self._lock:
             self.closed = True
             pointer = self._take_if_unused()
@@ -61,7 +61,7 @@ class Handle:
         return pointer
 
     def _finish(self, pointer: Any) -> None:
-        """Free what was taken, outside the lock: libllama logs as it frees, and log handlers have their own locks."""
+        """Free the pointer, outside the lock: libllama logs while it frees, and log handlers have their own locks."""
         if pointer is not None:
             self._free(pointer)
             if self._parent is not None:

@@ -1,7 +1,10 @@
-"""What can compute here: the backends and devices that this build of libllama finds on this machine."""
+"""The devices that this build of libllama can compute on, and the machine's CPUs and memory."""
 
 import math
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +19,20 @@ TYPES = {
     lib.GGML_BACKEND_DEVICE_TYPE_ACCEL: "accel",
 }
 
+_COPY_TIMES, _COPY_ROUNDS = 16, 5  # to measure a device's memory
+
 
 @dataclass(frozen=True)
 class Device:
-    """One device, as libllama names it.
+    """A device that libllama can compute on.
 
     Attributes:
-        name: what `Model.load(devices=[...])` takes, such as "CUDA0".
-        description: the maker's name for it.
-        type: "cpu", "gpu", "igpu" (shares the machine's memory) or "accel" (works beside the CPU, such as BLAS).
-        memory_total_bytes: its memory.
-        memory_free_bytes: how much of that is free.
+        name: libllama's name, such as "CUDA0", which `Model.load(devices=[...])` takes.
+        description: the name of the hardware.
+        type: "cpu", "gpu", "igpu" (shares the machine's memory), "accel" (works beside the CPU, such as BLAS) or
+            "other".
+        memory_total_bytes: the size of its memory.
+        memory_free_bytes: how much of it was free when the device was listed.
     """
 
     name: str
@@ -35,48 +41,74 @@ class Device:
     memory_total_bytes: int
     memory_free_bytes: int
 
+    def copy_bandwidth(self, size_bytes: int = 256 << 20) -> float:
+        """Measure how fast the device copies within its own memory: return bytes read and written per second.
+
+        The best of several rounds, with two buffers of `size_bytes` each.
+
+        Raises `DeviceError` if the device is gone or has no room for the buffers.
+        """
+        pointer = lib.ggml_backend_dev_by_name(self.name.encode())
+        if pointer == ffi.NULL:
+            raise DeviceError(f"there is no device {self.name!r} here")
+        best = 0.0
+        with _two_tensors(pointer, size_bytes) as (backend, source, target):
+            for round_ in range(_COPY_ROUNDS + 1):
+                before = time.perf_counter()
+                for _ in range(_COPY_TIMES):
+                    lib.ggml_backend_tensor_copy_async(backend, backend, source, target)
+                lib.ggml_backend_synchronize(backend)
+                rate = 2 * size_bytes * _COPY_TIMES / (time.perf_counter() - before)
+                best = max(best, rate if round_ else 0.0)  # the first round is a warm-up
+        return best
+
 
 def initialise() -> None:
-    """Start libllama's backends, once per process. Idempotent and thread-safe."""
+    """Start libllama's backends, once per process. Thread-safe."""
     ffi.init_once(lib.llama_backend_init, "llama_backend_init")
 
 
 def devices() -> list[Device]:
-    """Return every device of this build on this machine; the CPU is one of them."""
+    """Return every device of this machine that this build can use, including the CPU."""
     return [_describe(pointer) for pointer in _pointers()]
 
 
 def build_info() -> dict[str, Any]:
-    """Return what was built: which llama.cpp (pinned commit or custom folder), compiler, options, CPU features."""
+    """Return what was built: llama.cpp (pinned commit or custom folder), compiler, options, backends, CPU features."""
     initialise()
-    return {**BUILD_INFO, "cpu_features": text(lib.llama_print_system_info()).strip(" |")}
+    registered = [lib.ggml_backend_reg_get(index) for index in range(lib.ggml_backend_reg_count())]
+    return {
+        **BUILD_INFO,
+        "backends": [text(lib.ggml_backend_reg_name(backend)) for backend in registered],
+        "cpu_features": text(lib.llama_print_system_info()).strip(" |"),
+    }
 
 
 def has_gpu() -> bool:
-    """Say whether any device can take layers of a model off the CPU."""
+    """Return whether there is a device other than the CPU that layers can go to."""
     initialise()
     return bool(lib.llama_supports_gpu_offload())
 
 
 def select(names: list[str]) -> Any:
-    """Return libllama's NULL-terminated array of the named devices; raise `DeviceError` for one that is not there."""
+    """Return libllama's NULL-terminated array of the named devices; raise `DeviceError` if there is no such device."""
     known = {_describe(pointer).name: pointer for pointer in _pointers()}
     for name in names:
         if name not in known:
             raise DeviceError(f"there is no device {name!r} here; this build has {', '.join(known)}")
-    # libllama computes on the CPU unasked, and takes none but offload devices in this list.
+    # libllama uses the CPU anyway, and accepts only offload devices in this list.
     chosen = [known[name] for name in names if _describe(known[name]).type != "cpu"]
     return ffi.new("ggml_backend_dev_t[]", [*chosen, ffi.NULL])
 
 
 def available_cpus() -> int:
-    """Return how many CPUs this process may use: its affinity, and its cgroup's quota rounded up."""
+    """Return how many CPUs this process may use, by its affinity and its cgroup's quota, rounded up."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min(affinity, cpu_quota())))
 
 
 def physical_memory_bytes() -> int:
-    """Return the machine's memory in bytes, swap apart."""
+    """Return the machine's memory in bytes, without swap."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -97,8 +129,28 @@ def _describe(pointer: Any) -> Device:
     )
 
 
+@contextmanager
+def _two_tensors(device: Any, size: int) -> Iterator[tuple[Any, Any, Any]]:
+    """Give a backend on the device, and two tensors of `size` bytes in its memory."""
+    backend = lib.ggml_backend_dev_init(device, ffi.NULL)
+    context = lib.ggml_init({"mem_size": 8 * lib.ggml_tensor_overhead(), "mem_buffer": ffi.NULL, "no_alloc": True})
+    buffer = ffi.NULL
+    try:
+        tensors = [lib.ggml_new_tensor_1d(context, lib.GGML_TYPE_I8, size) for _ in range(2)]
+        buffer = lib.ggml_backend_alloc_ctx_tensors(context, backend)
+        if buffer == ffi.NULL:
+            raise DeviceError(f"the device has no room for {2 * size / 1e6:.0f} MB to measure its memory with")
+        lib.ggml_backend_tensor_memset(tensors[0], 1, 0, size)
+        yield backend, *tensors
+    finally:
+        if buffer != ffi.NULL:
+            lib.ggml_backend_buffer_free(buffer)
+        lib.ggml_free(context)
+        lib.ggml_backend_free(backend)
+
+
 def cpu_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float:
-    """Return the CPUs that the tightest enclosing cgroup grants (v2 `cpu.max`, v1 `cfs_quota_us`), or infinity."""
+    """Return the smallest CPU quota of all enclosing cgroups (v2 `cpu.max`, v1 `cfs_quota_us`), or infinity."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:
@@ -110,7 +162,7 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/pro
             continue
         base = root if not controllers else root / controllers
         folder = base / path.lstrip("/")
-        # Inside a container the path is the host's and may be absent below the mount: the mount itself then counts.
+        # In a container the path is the host's and may not exist below the mount; then the mount itself counts.
         for place in [folder, *folder.parents]:
             if not place.is_relative_to(base):
                 break

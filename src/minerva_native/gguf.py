@@ -1,4 +1,4 @@
-"""Reading a GGUF file's header: its metadata, its tensors, and whether the file can be what it says it is."""
+"""The header of a GGUF file: its metadata and tensors, and checks that the file is valid and complete."""
 
 import os
 import stat
@@ -46,14 +46,14 @@ ARRAYS: dict[int, type[np.generic]] = {
 
 
 class TensorInfo(NamedTuple):
-    """One tensor of a GGUF file, without its data.
+    """A tensor of a GGUF file, without its data.
 
     Attributes:
-        name: such as "blk.0.attn_q.weight".
-        shape: fastest-varying dimension first, as the file has it.
-        type: ggml's name, such as "q8_0".
-        offset: bytes from the start of the file.
-        size_bytes: bytes of its data.
+        name: its name, such as "blk.0.attn_q.weight".
+        shape: its dimensions, fastest-varying first, as in the file.
+        type: ggml's name for the element type, such as "q8_0".
+        offset: where its data begins, in bytes from the start of the file.
+        size_bytes: the size of its data.
     """
 
     name: str
@@ -66,7 +66,13 @@ class TensorInfo(NamedTuple):
 class GGUF:
     """The header of a GGUF file.
 
-    Raises `ModelLoadError` if the path cannot be a GGUF file, or its header cannot be read.
+    Attributes:
+        path: the file.
+        size_bytes: the size of the file.
+        metadata: every key of the file, as a read-only mapping.
+
+    Raises:
+        ModelLoadError: the path is not a GGUF file, or its header cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -78,7 +84,7 @@ class GGUF:
         if pointer == ffi.NULL:
             why = callbacks.reason(errors, "its header cannot be parsed")
             raise ModelLoadError(
-                f"{self.path} is a damaged or truncated GGUF file ({why}): get the file again and compare its checksum"
+                f"{self.path} is a damaged or truncated GGUF file ({why}): download it again and compare its checksum"
             )
         self._handle = Handle("GGUF file", pointer, lib.gguf_free)
         self.metadata = Metadata(self._handle)
@@ -91,29 +97,29 @@ class GGUF:
             return [_tensor_info(gguf, index, start) for index in range(lib.gguf_get_n_tensors(gguf))]
 
     def has_tensor(self, name: str) -> bool:
-        """Say whether there is a tensor of that name."""
+        """Return whether there is a tensor of that name."""
         with self._handle as gguf:
             return bool(lib.gguf_find_tensor(gguf, name.encode()) >= 0)
 
     def check_tensors(self) -> None:
-        """Raise `ModelLoadError` if a tensor's data would lie beyond the end of the file."""
+        """Raise `ModelLoadError` if a tensor's data would end beyond the end of the file."""
         for tensor in self.tensors:
             end = tensor.offset + tensor.size_bytes
             if end > self.size_bytes:
                 raise ModelLoadError(
-                    f"{self.path} is truncated: tensor {tensor.name!r} ends at byte {end:,}, the file at byte "
-                    f"{self.size_bytes:,}: get the file again and compare its checksum"
+                    f"{self.path} is truncated: tensor {tensor.name!r} ends at byte {end:,}, but the file ends at byte "
+                    f"{self.size_bytes:,}. Download the file again and compare its checksum"
                 )
 
     def close(self) -> None:
-        """Free the header; `metadata` and `tensors` raise `ClosedError` from then on."""
+        """Free the header; afterwards `metadata` and `tensors` raise `ClosedError`."""
         self._handle.close()
 
 
 class Metadata(Mapping[str, Value]):
-    """Every key of a GGUF file, read-only. Arrays become lists when they are first asked for.
+    """Every key of a GGUF file, as a read-only mapping. An array becomes a list when it is first read.
 
-    ggml hands out strings that end at a NUL character, so what follows one is not seen.
+    ggml returns NUL-terminated strings, so a string with a NUL character is cut off there.
     """
 
     def __init__(self, handle: Handle):
@@ -144,13 +150,13 @@ class Metadata(Mapping[str, Value]):
 
 
 def check_file(path: Path) -> int:
-    """Return the size of the file in bytes; raise `ModelLoadError` if it is plainly no GGUF file."""
+    """Return the size of the file in bytes; raise `ModelLoadError` if it is obviously not a GGUF file."""
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
-            raise ModelLoadError(f"{path} is a directory: name the .gguf file in it")
+            raise ModelLoadError(f"{path} is a directory: give the path of the .gguf file in it")
         if not stat.S_ISREG(status.st_mode):
-            raise ModelLoadError(f"{path} is not a regular file: libllama needs to go back and forth in it")
+            raise ModelLoadError(f"{path} is not a regular file: libllama needs to seek in it")
         with path.open("rb") as file:
             head = file.read(len(MAGIC))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Text to token ids and back, by the vocabulary that the model's file carries."""
+"""Text to token ids and back, by the vocabulary in the model's file."""
 
 import codecs
 import functools
@@ -27,15 +27,15 @@ TYPES = {
     lib.LLAMA_VOCAB_TYPE_PLAMO2: "plamo2",
 }
 
-_SPACE_SIGN = "▁".encode()  # what SentencePiece writes for a space
+_SPACE_SIGN = "▁".encode()  # how SentencePiece writes a space
 
-# Some pre-tokenizers of libllama split with std::regex, which recurses for every character of a match, at some 300
-# bytes of stack: a long run of one kind of character overflows the stack of an ordinary thread.
+# Some pre-tokenizers of libllama use std::regex, which recurses for every character of a match, at about 300 bytes of
+# stack. A long run of one kind of character overflows the stack of an ordinary thread.
 _RUNS = re.compile(r"[^\W\d_]+|\d+|\s+|(?:[^\w\s]|_)+")
-_UNBROKEN = re.compile(r"\S{1000}|\s{1000}")  # a cheap look before the real one
+_UNBROKEN = re.compile(r"\S{1000}|\s{1000}")  # a cheap check before the exact one
 _LONG_RUN = 1000  # characters
 _LONGEST_RUN = 1_000_000
-_DEEP_STACK_BYTES = 1 << 30  # reserved, not used, until the run needs it
+_DEEP_STACK_BYTES = 1 << 30  # address space; memory is used only as the stack grows
 _stack_size_lock = threading.Lock()
 
 _MAX_TEXT_BYTES = 1 << 30  # libllama counts bytes and tokens in 32-bit integers
@@ -44,19 +44,25 @@ _MAX_TEXT_BYTES = 1 << 30  # libllama counts bytes and tokens in 32-bit integers
 class Tokenizer:
     """The vocabulary of a model. Safe to use from several threads at once.
 
-    Attributes:
-        type: "spm", "bpe", "wpm", "ugm", "rwkv", "plamo2", "other", or "none" if there is no vocabulary.
-        n_vocab: how many token ids there are.
-        bos: the token that begins a sequence, if there is one.
-        eos: the token that ends a sequence, if there is one.
-        eot: the token that ends a turn, if there is one.
-        adds_bos: whether the model expects `bos` before a text.
-        adds_eos: whether the model expects `eos` after a text.
+    Its methods raise `TokenizerError` if the model has no vocabulary, and `ClosedError` after the model is closed.
 
-    Raises:
-        TokenizerError: the model has no vocabulary.
-        ClosedError: the model is closed.
+    Attributes:
+        type: "spm", "bpe", "wpm", "ugm", "rwkv", "plamo2", "other", or "none" if the model has no vocabulary.
+        n_vocab: how many token ids there are.
+        bos: the id of the token for the beginning of a sequence, or None if there is none.
+        eos: the id of the token for the end of a sequence, or None.
+        eot: the id of the token for the end of a turn, or None.
+        adds_bos: whether `encode` puts `bos` before a text by default.
+        adds_eos: whether `encode` puts `eos` after a text by default.
     """
+
+    type: str
+    n_vocab: int
+    bos: int | None
+    eos: int | None
+    eot: int | None
+    adds_bos: bool
+    adds_eos: bool
 
     def __init__(self, model: Handle):
         self._model = model
@@ -75,19 +81,22 @@ class Tokenizer:
         self._controls: dict[int, bool] = {}
         self._pieces: tuple[dict[int, bytes], dict[int, bytes]] = ({}, {})  # without and with special tokens
         self._texts: tuple[dict[int, str | None], dict[int, str | None]] = ({}, {})
-        # Some vocabularies (SentencePiece) put a space before a text, which must not come back on decoding.
+        # Some vocabularies (SentencePiece) put a space before a text, which decoding must remove again.
         self._missing_bytes = self._find_missing_bytes() if self.type == "spm" else frozenset()
         try:
             first = self.encode("a", add_special=False)[:1]
-        except TokenizerError:  # no vocabulary, or one without the letter
+        except TokenizerError:  # there is no vocabulary, or it lacks the letter
             first = []
         self._adds_space = any(self._piece(token, False)[:1] == b" " for token in first)
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
         """Turn text into token ids (`llama_tokenize`).
 
-        `add_special` adds what the model expects around a text (BOS, EOS); `parse_special` reads the names of special
-        tokens in the text, such as `<|im_start|>`, as those tokens: leave it off for text that others wrote.
+        Args:
+            text: the text.
+            add_special: add the special tokens that the model expects around a text (BOS, EOS).
+            parse_special: treat the names of special tokens in the text, such as `<|im_start|>`, as those tokens. Leave
+                it off for text from others.
         """
         if not isinstance(text, str):
             raise TypeError(f"text must be a str, not {type(text).__name__}")
@@ -95,7 +104,7 @@ class Tokenizer:
         try:
             data = text.encode()
         except UnicodeEncodeError as error:
-            raise TokenizerError(f"the text has a lone surrogate at index {error.start}: it is not Unicode") from None
+            raise TokenizerError(f"the text has a lone surrogate at index {error.start}") from None
         if len(data) > _MAX_TEXT_BYTES:
             raise TokenizerError(f"the text has {len(data):,} bytes; encode at most {_MAX_TEXT_BYTES:,} at a time")
         capacity = len(data) + 8
@@ -107,7 +116,7 @@ class Tokenizer:
         if self.type == "bpe" and _UNBROKEN.search(text) and (run := _longest_run(text)) > _LONG_RUN:
             if run > _LONGEST_RUN:
                 raise TokenizerError(
-                    f"the text has a run of {run:,} characters of one kind; {_LONGEST_RUN:,} is the most"
+                    f"the text has a run of {run:,} characters of one kind; the limit is {_LONGEST_RUN:,}"
                 )
             tokenize = functools.partial(_on_a_deep_stack, tokenize)
         with self._model:
@@ -118,20 +127,23 @@ class Tokenizer:
                 if count >= 0:
                     ids: list[int] = buffer[:count].tolist()
                     if ids and min(ids) < 0:
-                        raise TokenizerError("the vocabulary has no token for a part of the text, nor one for unknowns")
+                        raise TokenizerError("the vocabulary has no token for a part of the text, and no unknown token")
                     return ids
                 capacity = -count
 
     def decode(self, ids: TokenIds, special: bool = False) -> str:
-        """Turn token ids into text; bytes that are not UTF-8 become U+FFFD. `special` also shows control tokens.
+        """Turn token ids into text; bytes that are not UTF-8 become U+FFFD.
 
-        The space that some vocabularies put before every text is left out: `piece` gives a token as it stands in the
-        middle of a text.
+        The space that some vocabularies put before every text is removed. For a token inside a text see `piece`.
+
+        Args:
+            ids: token ids.
+            special: show control tokens by their names instead of leaving them out.
         """
         return self.decode_bytes(ids, special).decode(errors="replace")
 
     def decode_bytes(self, ids: TokenIds, special: bool = False) -> bytes:
-        """Turn token ids into the bytes that they stand for."""
+        """Turn token ids into bytes, as `decode` does."""
         pieces, at_start = [], self._adds_space
         for token in self.as_array(ids).tolist():
             piece = self._piece(token, special)
@@ -140,18 +152,20 @@ class Tokenizer:
         return b"".join(pieces)
 
     def piece(self, token: int, special: bool = False) -> bytes:
-        """Return the bytes of one token as it stands in the middle of a text (`llama_token_to_piece`)."""
+        """Return the bytes that a token stands for inside a text (`llama_token_to_piece`)."""
         return self._piece(self.check(token), special)
 
     def stream(self, special: bool = False, after: int | None = None) -> "StreamDecoder":
         """Return a decoder that takes one token at a time.
 
-        `after` is the token that came before the first one, if the text goes on from tokens already there.
+        Args:
+            special: show control tokens by their names instead of leaving them out.
+            after: the token before the first one, if the text continues earlier tokens.
         """
         return StreamDecoder(self, special, after)
 
     def is_end(self, token: int) -> bool:
-        """Say whether the token ends a generation (EOS, end of turn and their like)."""
+        """Return whether the token ends a generation (EOS, end of turn and the like)."""
         end = self._ends.get(token)
         if end is None:
             token = self.check(token)
@@ -160,7 +174,7 @@ class Tokenizer:
         return end
 
     def is_control(self, token: int) -> bool:
-        """Say whether the token is a control token, which has no text of its own."""
+        """Return whether the token is a control token, which stands for no text."""
         control = self._controls.get(token)
         if control is None:
             token = self.check(token)
@@ -170,7 +184,7 @@ class Tokenizer:
         return control
 
     def check(self, token: int) -> int:
-        """Return a token id as an int; raise `TypeError` or `ValueError` if this vocabulary does not have it."""
+        """Return a token id as an int; raise `TypeError` or `ValueError` if it is not an id of this vocabulary."""
         token = operator.index(token)
         if not 0 <= token < self.n_vocab:
             raise ValueError(f"token id {token} is out of range: the vocabulary has ids 0 to {self.n_vocab - 1}")
@@ -180,9 +194,8 @@ class Tokenizer:
         """Return token ids as an int32 array; raise `TypeError` or `ValueError` if one is not of this vocabulary."""
         if isinstance(ids, str | bytes):
             raise TypeError(f"token ids must be integers, not {type(ids).__name__}: encode the text first")
-        if (
-            isinstance(ids, list) and len(ids) == 1 and type(ids[0]) is int
-        ):  # what a decode loop over several sequences gives
+        # A fast path for decode loops over several sequences.
+        if isinstance(ids, list) and len(ids) == 1 and type(ids[0]) is int:
             return np.array([self.check(ids[0])], np.int32)
         array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
         if array.ndim != 1:
@@ -191,18 +204,18 @@ class Tokenizer:
             return np.empty(0, np.int32)
         if array.dtype.kind not in "iu":
             for token in array.tolist():
-                self.check(token)  # names the culprit, also an integer too large for 64 bits
+                self.check(token)  # names the bad token, even an integer that is too large for 64 bits
             raise TypeError(f"token ids must be integers, not {array.dtype}")
         for token in (array.min(), array.max()):
             self.check(token)
-        return np.array(array, np.int32)  # the caller may change his own
+        return np.array(array, np.int32)  # a copy: the caller may change the original
 
     def _require_vocabulary(self) -> None:
         if self.type == "none":
-            raise TokenizerError("this model has no vocabulary: give it token ids, and read token ids back")
+            raise TokenizerError("this model has no vocabulary: use token ids instead of text")
 
     def _find_missing_bytes(self) -> frozenset[int]:
-        """Return the bytes that have no token: libllama would end the process if a text needs one."""
+        """Return the bytes that have no token: libllama would abort on a text that needs one."""
         missing = set(range(256))
         with self._model:
             for token in range(self.n_vocab):
@@ -216,7 +229,7 @@ class Tokenizer:
         return frozenset(missing)
 
     def _require_special_tokens(self) -> None:
-        """Refuse what libllama would abort on: a token that it is to add and that the vocabulary does not have."""
+        """Raise if libllama would have to add a token that the vocabulary does not define, because it would abort."""
         for name, token, is_added in (
             ("BOS", self.bos, self.adds_bos or self.type == "wpm"),
             ("EOS", self.eos, self.adds_eos),
@@ -242,7 +255,7 @@ class Tokenizer:
         return piece
 
     def _remember_text(self, token: int, special: bool) -> None:
-        """Note the text of a valid token id, or None if it is part of a character."""
+        """Cache the text of a valid token id, or None if its bytes are not whole characters."""
         try:
             self._texts[special][token] = self._piece(token, special).decode()
         except UnicodeDecodeError:
@@ -250,7 +263,7 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Turns tokens into text one at a time, and never gives out a part of a character."""
+    """Turns tokens into text one at a time, and never returns a part of a character."""
 
     __slots__ = ("_at_start", "_decoder", "_mid_character", "_special", "_texts", "_tokenizer")
 
@@ -262,7 +275,7 @@ class StreamDecoder:
         self._mid_character = False
 
     def feed(self, token: int) -> str:
-        """Return the text that the token completes; it may be empty."""
+        """Return the text that the token completes, which may be empty."""
         tokenizer = self._tokenizer
         if not (self._mid_character or tokenizer._adds_space):
             text = self._texts.get(token)
@@ -280,7 +293,7 @@ class StreamDecoder:
         return text
 
     def flush(self) -> str:
-        """Return what is left at the end: U+FFFD if the last character is incomplete, else nothing."""
+        """Return what is left at the end: U+FFFD if the last character is incomplete, otherwise nothing."""
         self._mid_character = False
         return self._decoder.decode(b"", final=True)
 
@@ -291,7 +304,7 @@ def _longest_run(text: str) -> int:
 
 
 def _on_a_deep_stack(function: Callable[..., int], *arguments: Any) -> int:
-    """Call a function on a thread of its own whose stack is `_DEEP_STACK_BYTES` large."""
+    """Call a function on a new thread with a stack of `_DEEP_STACK_BYTES`."""
     results: list[int] = []
     with _stack_size_lock:
         before = threading.stack_size(_DEEP_STACK_BYTES)

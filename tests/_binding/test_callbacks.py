@@ -1,4 +1,4 @@
-"""Callbacks from C: they may come on any thread, and no exception may cross."""
+"""Callbacks from C: they can come on any thread, and no exception may cross into C."""
 
 import logging
 import signal
@@ -40,7 +40,7 @@ def test_an_exception_in_a_log_handler_does_not_reach_libllama(capfd: pytest.Cap
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_progress_goes_from_nothing_to_everything() -> None:
+def test_progress_goes_from_0_to_1() -> None:
     seen: list[float] = []
     mn.Model.load(mn.Model.demo().path, on_progress=seen.append).close()
     assert seen == sorted(seen)
@@ -94,7 +94,7 @@ def test_cancel_from_another_thread_stops_a_prefill_and_leaves_the_sequence_as_i
         assert sequence.extend([8, 9]) == 2
 
 
-def test_a_signal_handler_runs_during_a_long_computation_and_its_exception_stops_it(demo: mn.Model) -> None:
+def test_an_exception_from_a_signal_handler_stops_a_long_computation(demo: mn.Model) -> None:
     def explode(number: int, frame: object) -> None:
         raise TimeoutError("the alarm rang")
 

@@ -1,4 +1,4 @@
-"""The generated binding against an independent reading of the pinned header, and against the C compiler."""
+"""The generated binding against an independent parse of the pinned header, and against the C compiler."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def compiler() -> str:
 
 
 def without_deprecated(text: str) -> str:
-    """Cut out every `DEPRECATED(...)`, parentheses balanced."""
+    """Remove every `DEPRECATED(...)` with balanced parentheses."""
     kept, position = [], 0
     for match in re.finditer(r"\bDEPRECATED\(", text):
         if match.start() < position:
@@ -96,7 +96,7 @@ def test_constants_are_the_c_compilers(header: str, compiler: str, llama_cpp_sou
     assert run_c(compiler, llama_cpp_source, tmp_path, names) == [getattr(lib, name) for name in names]
 
 
-def test_the_stub_names_everything_that_the_library_holds() -> None:
+def test_the_stub_names_everything_in_the_library() -> None:
     import minerva_native._binding as binding
     from minerva_native._binding import _llama
 

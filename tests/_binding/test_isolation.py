@@ -1,4 +1,4 @@
-"""Another copy of llama.cpp in the process, under the same names, is neither used by ours nor served by it."""
+"""Another copy of llama.cpp in the process, with the same symbols, and ours do not call each other."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# What a foreign libllama would export. Ours must never call these; theirs must never resolve to ours.
+# Symbols of a foreign libllama. Ours must never call these, and calls to these must never resolve to ours.
 FOREIGN = """
 int llama_max_devices(void) { return 4242; }
 int llama_backend_init(void) { __builtin_trap(); return 0; }
@@ -48,12 +48,12 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("script", [FOREIGN_ANSWERS + GENERATE, GENERATE + FOREIGN_ANSWERS + GENERATE])
-def test_a_foreign_libllama_may_be_loaded_before_or_after(foreign: Path, script: str) -> None:
+def test_a_foreign_libllama_can_be_loaded_before_or_after(foreign: Path, script: str) -> None:
     environment = {**os.environ, "FOREIGN": str(foreign)}
     subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=120)
 
 
-def test_the_module_exports_nothing_but_its_init_function() -> None:
+def test_the_module_exports_only_its_init_function() -> None:
     import ctypes
 
     from minerva_native._binding import _llama

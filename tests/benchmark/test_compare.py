@@ -1,4 +1,4 @@
-"""Comparisons: ratios of pairs and their intervals, results read back from files, and llama-bench run in turns."""
+"""Comparisons: ratios of pairs and their intervals, results from files, and llama-bench run in turns."""
 
 import itertools
 import json
@@ -31,18 +31,18 @@ def test_a_ratio_is_the_median_of_pairs() -> None:
 
 @pytest.mark.parametrize(
     ("n", "low", "high", "confidence"),
-    # By the sign test: with n pairs, the true median is outside of (k-th smallest, k-th largest) for 2 P(X < k) of
-    # X ~ Binomial(n, 1/2); as in tables of confidence intervals of a median.
+    # The sign test: with n pairs, the true median is outside (k-th smallest, k-th largest) with probability 2 P(X < k),
+    # X ~ Binomial(n, 1/2). These are the values in tables of confidence intervals for a median.
     [(1, 1, 1, 0.0), (5, 1, 5, 0.9375), (6, 1, 6, 0.96875), (9, 2, 8, 0.9609375), (20, 6, 15, 0.9586)],
 )
-def test_an_interval_has_the_confidence_that_it_says(n: int, low: int, high: int, confidence: float) -> None:
+def test_an_interval_states_its_confidence(n: int, low: int, high: int, confidence: float) -> None:
     ratio = compare.Ratio.of([float(value) for value in range(1, n + 1)], [1.0] * n)
     assert (ratio.low, ratio.high) == (low, high)
     assert ratio.confidence == pytest.approx(confidence, abs=1e-4)
 
 
-def test_an_interval_holds_the_median_as_often_as_it_says() -> None:
-    # All 2^9 ways in which 9 ratios can fall to the two sides of a true median of 1.
+def test_an_interval_contains_the_median_as_often_as_it_states() -> None:
+    # All 2^9 ways in which 9 ratios can be below or above a true median of 1.
     inside = 0
     for sides in itertools.product((0.5, 2.0), repeat=9):
         ratio = compare.Ratio.of(sides, [1.0] * 9)
@@ -94,13 +94,13 @@ def test_the_same_test_is_found_by_its_lengths_and_its_model() -> None:
     assert compare.find(ROW, others) is None
 
 
-def test_of_several_the_most_alike_is_taken_and_what_differs_is_said() -> None:
+def test_the_most_similar_of_several_results_is_found_with_its_differences() -> None:
     near, far = ROW | {"n_threads": 4}, ROW | {"n_threads": 4, "type_k": "q8_0"}
     assert compare.find(ROW, [far, near]) == (near, ["n_threads"])
     assert compare.find(ROW, [far]) == (far, ["n_threads", "type_k"])
 
 
-def test_layers_for_a_gpu_that_is_not_there_are_no_difference() -> None:
+def test_gpu_layers_are_no_difference_without_a_gpu() -> None:
     other = ROW | {"n_gpu_layers": -1}
     assert compare.find(ROW | {"n_gpu_layers": 0}, [other]) == (other, [])
     assert compare.find(ROW | {"n_gpu_layers": 0, "gpu_info": "a card"}, [other]) == (other, ["n_gpu_layers"])
@@ -113,7 +113,7 @@ def test_results_of_llama_bench_are_results_too() -> None:
 
 @pytest.fixture
 def stand_in(tmp_path: Path) -> Path:
-    """A program that answers as llama-bench does, and notes how it was called."""
+    """A program that answers like llama-bench and records how it was called."""
     path = tmp_path / "llama-bench"
     path.write_text(
         f"#!{sys.executable}\n"
@@ -130,7 +130,7 @@ def calls(stand_in: Path) -> list[list[str]]:
     return [json.loads(line) for line in (stand_in.parent / "calls").read_text().splitlines()]
 
 
-def test_llama_bench_runs_in_turns_with_this(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_llama_bench_and_this_take_turns(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     turns: list[int] = []
     repeat = measure.Run.repeat
 
@@ -167,18 +167,18 @@ def test_llama_bench_is_asked_for_the_same_test(
     assert asked | settings | expected | {"-ngl": "5", "-lm": "none", "-r": "1", "-o": "json"} == asked
 
 
-def test_a_program_of_the_same_name_elsewhere_is_not_run(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_of_the_same_name_in_path_is_not_run(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(stand_in.parent)
     monkeypatch.setenv("PATH", "/nowhere")
     assert compare.LlamaBench("./llama-bench").repeat("m", 0, measure.Test(n_gen=1), mmap=True, warm_up=True) == 1e6
 
 
-def test_a_name_that_llama_bench_would_take_for_several(stand_in: Path) -> None:
+def test_a_name_that_llama_bench_would_read_as_several(stand_in: Path) -> None:
     with pytest.raises(mn.MinervaError, match="because of the comma"):
         compare.LlamaBench(stand_in).repeat("a,b.gguf", 0, measure.Test(n_gen=1), mmap=True, warm_up=True)
 
 
-def test_a_llama_bench_that_fails_says_why(stand_in: Path) -> None:
+def test_a_failing_llama_bench_is_an_error_with_its_reason(stand_in: Path) -> None:
     stand_in.write_text(f"#!{sys.executable}\nimport sys\nsys.exit('no such model')\n")
     with pytest.raises(mn.MinervaError, match=r"exit status 1\): no such model"):
         compare.LlamaBench(stand_in).repeat("model.gguf", 0, measure.Test(n_gen=1), mmap=True, warm_up=True)
@@ -209,6 +209,6 @@ def test_a_llama_bench_of_another_machine(stand_in: Path) -> None:
         compare.LlamaBench(stand_in).repeat("model.gguf", 0, measure.Test(n_gen=1), mmap=True, warm_up=True)
 
 
-def test_a_llama_bench_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_llama_bench(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="CONTRIBUTING"):
         compare.LlamaBench(tmp_path / "llama-bench")

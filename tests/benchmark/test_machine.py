@@ -1,7 +1,8 @@
-"""What is said of the machine and the model, and when a measure is doubted."""
+"""The facts about the machine and the model, and the warnings about noise."""
 
 import hashlib
 import json
+from types import ModuleType
 
 import pytest
 
@@ -9,7 +10,7 @@ import minerva_native as mn
 from minerva_native.benchmark import machine
 
 
-def test_all_that_is_needed_to_measure_again_is_there() -> None:
+def test_everything_needed_to_repeat_a_measurement_is_reported() -> None:
     facts = machine.facts()
     json.dumps(facts)
     assert facts["build_commit"] == mn.build_info()["llama_cpp"]
@@ -19,7 +20,7 @@ def test_all_that_is_needed_to_measure_again_is_there() -> None:
     assert facts["python"]
 
 
-def test_what_changes_the_libraries_below_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_that_affect_the_libraries_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GOMP_SPINCOUNT", "0")
     monkeypatch.setenv("SECRET", "1")
     environment = machine.facts()["environment"]
@@ -27,7 +28,7 @@ def test_what_changes_the_libraries_below_is_noted(monkeypatch: pytest.MonkeyPat
     assert "SECRET" not in environment
 
 
-def test_a_model_goes_by_its_name_and_what_lies_before_its_weights(demo: mn.Model) -> None:
+def test_a_model_is_identified_by_its_name_and_its_header(demo: mn.Model) -> None:
     facts = machine.model_facts(demo)
     start = min(tensor.offset for tensor in mn.GGUF(demo.path).tensors)
     assert facts["model_header_sha256"] == hashlib.sha256(demo.path.read_bytes()[:start]).hexdigest()
@@ -40,31 +41,33 @@ def test_a_model_goes_by_its_name_and_what_lies_before_its_weights(demo: mn.Mode
 
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A machine that gives no reason for doubt."""
-    monkeypatch.setattr(machine, "_load", lambda: 0.1)
-    monkeypatch.setattr(machine, "cpu_quota", lambda: float("inf"))
-    monkeypatch.setattr(machine, "_cpus", lambda: [0, 1, 2, 3])
-    monkeypatch.setattr(machine, "_governors", lambda: ["performance"])
+    """A machine without noise."""
+    monkeypatch.setattr(mn, "cpu_quota", lambda: float("inf"))
+    monkeypatch.setattr(machine, "load_average", lambda: 0.1)
+    monkeypatch.setattr(machine, "usable_cpus", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr(machine, "governors", lambda: ["performance"])
     return monkeypatch
 
 
-def test_a_quiet_machine_is_not_doubted(quiet: pytest.MonkeyPatch) -> None:
+def test_a_quiet_machine_gives_no_warning(quiet: pytest.MonkeyPatch) -> None:
     assert machine.noise(4) == []
-    quiet.setattr(machine, "_governors", lambda: None)
-    quiet.setattr(machine, "_load", lambda: None)
+    quiet.setattr(machine, "governors", lambda: None)
+    quiet.setattr(machine, "load_average", lambda: None)
     assert machine.noise(4) == []
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "words"),
+    ("owner", "name", "value", "words"),
     [
-        ("_load", 1.7, "load was 1.7"),
-        ("cpu_quota", 1.5, "quota of 1.5 is less than 4 threads"),
-        ("_cpus", [0, 1], "4 threads share 2 CPUs"),
-        ("_governors", ["powersave"], "'powersave'"),
+        (machine, "load_average", 1.7, "load was 1.7"),
+        (mn, "cpu_quota", 1.5, "quota of 1.5 is less than 4 threads"),
+        (machine, "usable_cpus", [0, 1], "4 threads share 2 CPUs"),
+        (machine, "governors", ["powersave"], "'powersave'"),
     ],
 )
-def test_what_makes_times_vary_is_said(quiet: pytest.MonkeyPatch, name: str, value: object, words: str) -> None:
-    quiet.setattr(machine, name, lambda: value)
+def test_what_makes_times_vary_is_warned_about(
+    quiet: pytest.MonkeyPatch, owner: ModuleType, name: str, value: object, words: str
+) -> None:
+    quiet.setattr(owner, name, lambda: value)
     (sentence,) = machine.noise(4)
     assert words in sentence

@@ -1,5 +1,6 @@
-"""What a repetition evaluates, on every kind of memory; times are looked at, never judged."""
+"""What a repetition evaluates, on every kind of memory. No test depends on how long anything takes."""
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def test_tokens_are_generated_at_the_depth(load_tiny: Load, kind: str) -> None:
         assert len(run.sequence or ()) == 50
 
 
-def test_a_text_begins_as_the_model_expects(load_tiny: Load) -> None:
+def test_a_text_begins_with_bos_if_the_model_expects_it(load_tiny: Load) -> None:
     model = load_tiny(TinyModel())
     for lengths in ((3, 0, 0), (0, 3, 0), (0, 3, 3)):
         with start(model, *lengths) as run:
@@ -88,29 +89,30 @@ def test_a_token_is_taken_apart(load_tiny: Load, kind: str) -> None:
         before = run.context.stats.tokens_evaluated
         parts = run.take_apart()
         assert parts is not None
-        # The first token is there already, but for the evaluation that gives its logits again after a cut.
+        # All but the first token, which is already there; it is only re-evaluated for its logits after a truncation.
         assert run.context.stats.tokens_evaluated - before == 31
         assert min(parts) > 0
         assert parts.total <= parts.whole
 
 
-def test_a_generation_that_reaches_an_end_goes_on(load_tiny: Load) -> None:
-    with start(load_tiny(TinyModel()), n_gen=24) as run:
-        run.params = mn.SamplingParams(logit_bias={run.context.model.tokenizer.eos or 0: 100.0}, temperature=0.0)
+def test_a_generation_continues_after_an_end_token(load_tiny: Load) -> None:
+    model = load_tiny(TinyModel())
+    params = mn.SamplingParams(logit_bias={model.tokenizer.eos or 0: 100.0}, temperature=0.0)
+    with measure.Run(model, measure.Test(n_gen=24, n_threads=1), params) as run:
         run.repeat()
         assert run.take_apart() is not None
         assert run.sequence is not None
-        assert set(run.sequence[1:]) == {run.context.model.tokenizer.eos}
+        assert set(run.sequence[1:]) == {model.tokenizer.eos}
 
 
 @pytest.mark.parametrize(("n_prompt", "n_gen"), [(8, 0), (0, 1), (0, 2)])
-def test_what_generates_too_little_is_not_taken_apart(tiny: mn.Model, n_prompt: int, n_gen: int) -> None:
+def test_a_generation_too_short_is_not_taken_apart(tiny: mn.Model, n_prompt: int, n_gen: int) -> None:
     with start(tiny, n_prompt, n_gen) as run:
         run.repeat()
         assert run.take_apart() is None
 
 
-def test_keys_and_values_are_counted_half_way(load_tiny: Load) -> None:
+def test_keys_and_values_are_counted_at_half_the_generation(load_tiny: Load) -> None:
     shape = TinyModel()
     with start(load_tiny(shape), n_gen=20, n_depth=100) as run:
         run.repeat()
@@ -118,11 +120,13 @@ def test_keys_and_values_are_counted_half_way(load_tiny: Load) -> None:
         assert run.kv_bytes() == pytest.approx(110 * of_a_token, rel=0.02)
 
 
-def test_nothing_is_left_behind(tiny: mn.Model) -> None:
-    with start(tiny, n_gen=2) as run:
-        folder = run.folder.name
+def test_nothing_is_left_behind(load_tiny: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with start(load_tiny(KINDS["recurrent"]), n_gen=2, n_depth=8) as run:
+        run.repeat()
+        assert list(tmp_path.rglob("*")), "a memory that cannot be truncated is saved at the depth"
     assert run.context.closed
-    assert not Path(folder).exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_reading_the_clock_costs_something() -> None:

@@ -1,4 +1,4 @@
-"""Figures from times that are made up, and what each writer makes of them."""
+"""Figures from made-up times, and the output of each writer."""
 
 import csv
 import io
@@ -34,7 +34,7 @@ def test_one_repetition_has_no_deviation() -> None:
     assert (row["stddev_ns"], row["stddev_ts"]) == (0, 0)
 
 
-def test_first_tokens_stand_apart_from_the_others() -> None:
+def test_first_tokens_are_reported_separately() -> None:
     times = [9000, 5000, 3000, 2000, *range(1, 102)]
     row = report.figures(measure.Test(n_gen=105), [repetition(times), repetition(times)])
     assert row["first_tokens_ns"] == [9e6, 5e6, 3e6, 2e6]
@@ -44,7 +44,7 @@ def test_first_tokens_stand_apart_from_the_others() -> None:
     assert np.array(row["token_ns"]).shape == (2, 105)
 
 
-def test_few_tokens_are_all_looked_at() -> None:
+def test_no_token_is_left_out_if_there_are_few() -> None:
     row = report.figures(measure.Test(n_gen=2), [repetition([100, 300])])
     assert (row["token_p50_ns"], row["token_jitter_ns"]) == (200_000, 200_000)
 
@@ -67,14 +67,14 @@ def test_parts_are_means_over_runs() -> None:
     assert report.taken_apart([]).keys() == row.keys()
 
 
-def test_what_is_not_compared_has_the_same_fields() -> None:
+def test_a_row_without_a_comparison_has_the_same_fields() -> None:
     row = {"samples_ts": [2.0, 2.0]}
     compared = report.compared(row, "baseline", [1.0, 1.0])
     assert (compared["ratio"], compared["compared_avg_ts"]) == (2.0, 1.0)
     assert report.compared(row, "baseline", []).keys() == compared.keys()
 
 
-def test_as_many_repetitions_are_compared_as_both_have() -> None:
+def test_only_as_many_repetitions_are_compared_as_both_have() -> None:
     compared = report.compared({"samples_ts": [2.0, 2.0]}, "baseline", [1.0, 1.0, 7.0])
     assert (compared["ratio"], compared["compared_avg_ts"], compared["compared_samples_ts"]) == (2.0, 1.0, [1.0, 1.0])
 
@@ -91,7 +91,7 @@ def test_as_many_repetitions_are_compared_as_both_have() -> None:
         (2e9, "2.00 s"),
     ],
 )
-def test_times_have_the_unit_that_suits_them(nanoseconds: float | None, text: str) -> None:
+def test_times_have_a_suitable_unit(nanoseconds: float | None, text: str) -> None:
     assert report.duration(nanoseconds) == text
 
 
@@ -131,7 +131,7 @@ def test_csv_names_its_columns_and_keeps_lists_in_cells() -> None:
 
 
 @pytest.mark.parametrize("make", [report.JsonList, report.JsonLines, report.Csv])
-def test_a_result_is_out_before_the_next_is_measured(make: Callable[[io.StringIO], report.Writer]) -> None:
+def test_a_result_is_written_before_the_next_is_measured(make: Callable[[io.StringIO], report.Writer]) -> None:
     file = io.StringIO()
     make(file).row(ROWS[0])
     assert "pp8" in file.getvalue()
@@ -151,7 +151,7 @@ for test in TESTS:
     test |= dict.fromkeys(("type_k", "type_v", "flash_attn", "n_gpu_layers", "mmap"), "x")
 
 
-def test_a_setting_has_a_column_where_it_varies() -> None:
+def test_a_setting_has_a_column_if_it_varies() -> None:
     names = report.columns(TESTS, is_compared=False, with_model=False)
     assert list(names)[:4] == ["threads", "test", "t/s", "first token"]
     assert names["test"] == len("tg128 @ d4096")
@@ -159,3 +159,21 @@ def test_a_setting_has_a_column_where_it_varies() -> None:
     assert "p99" not in report.columns(TESTS[:1], is_compared=False, with_model=False)
     assert "threads" not in report.columns(TESTS[:1], is_compared=False, with_model=False)
     assert "ratio" in report.columns(TESTS, is_compared=True, with_model=True)
+
+
+def test_a_line_is_folded_between_figures() -> None:
+    line = "a token: decode 158 us, logits 2.90 us, loop 43.8 us; together 99.0% of 256 us"
+    assert report.folded(line, 42, "  ") == [
+        "  a token: decode 158 us, logits 2.90 us,",
+        "    loop 43.8 us; together 99.0% of 256 us",
+    ]
+    assert report.folded(line, 200, "  ") == [f"  {line}"]
+    assert report.folded(line, None) == [line]
+
+
+@pytest.mark.parametrize("width", range(20, 90))
+def test_a_folded_line_fits_and_loses_nothing(width: int) -> None:
+    line = "the limit: 9.1 t/s, which is 30.0 GB/s for 3,300.0 MB of weights; loop 43.8 us, text 5 us"
+    parts = report.folded(line, width, "   ")
+    assert " ".join(part.strip() for part in parts) == line
+    assert max(map(len, parts)) <= width

@@ -1,10 +1,9 @@
-"""The bytes that a token needs, against sums over the weights that the test wrote itself."""
+"""The bytes that a token needs, against sums over weights that the test wrote."""
 
 import re
 import threading
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 
 import minerva_native as mn
@@ -15,7 +14,7 @@ Load = Callable[[TinyModel], mn.Model]
 
 
 def touched(shape: TinyModel, share: Callable[[str], float]) -> float:
-    """Bytes of float32 weights, each tensor by the share of it that a token reads."""
+    """Return the bytes that a token reads of float32 weights, given the share it reads of each tensor."""
     return sum(share(name) * weights.nbytes for name, weights in shape.weights.items())
 
 
@@ -25,14 +24,14 @@ def test_all_weights_are_read_but_one_row_of_the_embeddings(load_tiny: Load) -> 
     assert roofline.weights_touched(load_tiny(shape)).total == pytest.approx(expected)
 
 
-def test_embeddings_that_are_the_output_matrix_too_are_read_whole(load_tiny: Load) -> None:
+def test_tied_embeddings_are_read_whole(load_tiny: Load) -> None:
     shape = TinyModel("gemma2", tied=True)
     model = load_tiny(shape)
     assert roofline.weights_touched(model).total == pytest.approx(touched(shape, lambda name: 1))
     assert roofline.weights_touched(model).total == model.size_bytes
 
 
-def test_of_experts_only_those_in_use_are_read(load_tiny: Load) -> None:
+def test_only_the_experts_in_use_are_read(load_tiny: Load) -> None:
     shape = TinyModel("qwen3moe", n_expert=6, n_expert_used=2)
 
     def share(name: str) -> float:
@@ -54,13 +53,13 @@ def test_an_encoder_is_not_read_again(load_tiny: Load) -> None:
     assert roofline.weights_touched(load_tiny(shape)).total == pytest.approx(touched(shape, share))
 
 
-def test_weights_lie_where_their_layers_do(load_tiny: Load) -> None:
+def test_weights_are_on_the_device_of_their_layer(load_tiny: Load) -> None:
     shape = TinyModel(n_layer=3)
     model = load_tiny(shape)
     whole = roofline.weights_touched(model)
     assert whole.gpu == 0
     try:
-        model.gpu_layers = 2  # the output, and the last layer
+        model.gpu_layers = 2  # the output and the last layer
         on_gpu = touched(shape, lambda name: name.startswith(("output", "blk.2.")))
         assert tuple(roofline.weights_touched(model)) == pytest.approx((whole.total - on_gpu, on_gpu))
         model.gpu_layers = 4
@@ -75,11 +74,11 @@ def is_on_gpu(name: str) -> bool:
 
 @pytest.mark.parametrize("n_threads", [1, 2])
 def test_memory_can_be_read(monkeypatch: pytest.MonkeyPatch, n_threads: int) -> None:
-    monkeypatch.setattr(roofline, "_READ_SECONDS", 0.001)
+    monkeypatch.setattr(roofline, "READ_SECONDS", 0.001)
     assert roofline.Reader(n_threads).bandwidth() > 0
 
 
-def test_readers_that_are_too_few_do_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_that_cannot_start_does_not_leave_others_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[threading.Thread] = []
     start = threading.Thread.start
 
@@ -91,42 +90,25 @@ def test_readers_that_are_too_few_do_not_wait_for_ever(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(threading.Thread, "start", start_one)
     with pytest.raises(mn.MinervaError, match="cannot be read with 2 threads"):
-        roofline.read_together([np.ones(8, np.uint64)] * 2)
+        roofline.Reader(2).bandwidth()
     started[0].join(10)
     assert not started[0].is_alive()
 
 
 def test_the_limit_is_the_time_to_read_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline.Reader, "bandwidth", lambda reader: 1e9)
-    monkeypatch.setattr(roofline, "copy_bandwidth", lambda device: 1e12)
     limit = roofline.Limit(roofline.Weights(6e8, 0.0), 1)
     assert limit.cpu_bandwidth() == 1e9
     assert limit.seconds(4e8, 1e9) == pytest.approx(1.0)
     assert limit.seconds(4e8, 2e9) == pytest.approx(0.5)
 
 
-def test_what_lies_on_a_gpu_is_read_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_on_a_gpu_are_read_at_its_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = mn.Device("CUDA0", "a card", "gpu", 1 << 40, 1 << 40)
     monkeypatch.setattr(mn, "devices", lambda: [gpu])
     monkeypatch.setattr(roofline.Reader, "bandwidth", lambda reader: 1e9)
-    monkeypatch.setattr(roofline, "copy_bandwidth", lambda device: {"CUDA0": 1e12}[device])
+    monkeypatch.setattr(mn.Device, "copy_bandwidth", lambda device: {"CUDA0": 1e12}[device.name])
     half = roofline.Weights(1e9, 1e9)
     assert roofline.Limit(half, 1).seconds(2e9, 1e9) == pytest.approx(2.0 + 0.002)
     whole = roofline.Limit(roofline.Weights(0.0, 1e12), 1)
     assert whole.seconds(0.0, whole.cpu_bandwidth()) == pytest.approx(1.0)
-
-
-def test_a_device_copies_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roofline, "_COPY_BYTES", 1 << 20)
-    assert roofline.copy_bandwidth("CPU") > 0
-
-
-def test_a_device_that_is_not_there() -> None:
-    with pytest.raises(mn.DeviceError, match="no device 'CUDA7'"):
-        roofline.copy_bandwidth("CUDA7")
-
-
-def test_a_device_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roofline, "_COPY_BYTES", 1 << 60)
-    with pytest.raises(mn.DeviceError, match="no room"):
-        roofline.copy_bandwidth("CPU")

@@ -1,4 +1,4 @@
-"""`minerva bench` as a person or a script meets it."""
+"""`minerva bench` as a person or a script uses it."""
 
 import argparse
 import csv
@@ -32,7 +32,7 @@ LLAMA_BENCH_FIELDS = {
 
 @pytest.fixture(autouse=True)
 def quick_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roofline, "_READ_SECONDS", 0.001)
+    monkeypatch.setattr(roofline, "READ_SECONDS", 0.001)
 
 
 class Output:
@@ -62,7 +62,7 @@ def test_json_has_the_fields_of_llama_bench_and_more(capsys: pytest.CaptureFixtu
         assert (row["roofline_share"] is not None) == (row["n_gen"] > 0)
 
 
-def test_one_object_holds_all(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_is_one_object_with_all_results(capsys: pytest.CaptureFixture[str]) -> None:
     results = json.loads(Output(capsys, "--json").out)["results"]
     assert [row["test"] for row in results] == ["pp8", "tg8"]
 
@@ -81,13 +81,25 @@ def test_every_format_has_every_test(capsys: pytest.CaptureFixture[str]) -> None
     assert mn.build_info()["llama_cpp"] in about
     assert "threads" not in about, "it has a column"
     assert "type_k f16" in about
+    assert "fa auto" in about
     table = Output(capsys).out
     assert "pp8" in table
     assert "a token of generate(): decode" in table
     assert "the limit" in table
 
 
-def test_lists_multiply(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_nothing_is_wider_than_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", Output(capsys, "-d", "4").out).splitlines()
+    assert max(map(len, lines)) <= width
+    assert not [line for line in lines if re.search(r"(loop|text)$", line)], "a name is apart from its figure"
+
+
+def test_every_combination_of_lists_is_tested(capsys: pytest.CaptureFixture[str]) -> None:
     output = Output(
         capsys, "-o", "jsonl", "-ctk", "f16,q8_0", "-fa", "on", "-d", "0", "-d", "2,4", "-p", "8", "-n", "0"
     )
@@ -127,7 +139,7 @@ def test_a_baseline_gives_ratios_and_a_verdict(
         assert row["baseline_differs"] == []
 
 
-def test_without_a_limit_a_slower_run_is_no_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_without_fail_below_a_slower_run_is_not_an_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     rows = Output(capsys, "-o", "json").rows
     for row in rows:
         row["samples_ts"] = [1e12] * 2
@@ -137,7 +149,7 @@ def test_without_a_limit_a_slower_run_is_no_error(capsys: pytest.CaptureFixture[
     assert "ratio" in output.out
 
 
-def test_a_number_too_wide_for_its_column_is_not_cut(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_number_too_wide_for_its_column_is_not_truncated(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     row = {"n_prompt": 0, "n_gen": 8, "n_depth": 0, "samples_ts": [1e-8, 1e-8]}
     (tmp_path / "baseline.json").write_text(json.dumps([row]))
     output = Output(capsys, "-p", "0", "-n", "8", "--baseline", str(tmp_path / "baseline.json"))
@@ -150,21 +162,21 @@ def test_a_baseline_of_other_tests_compares_nothing(capsys: pytest.CaptureFixtur
     output = Output(capsys, "--baseline", str(tmp_path / "baseline.json"), "--fail-below", "0.5")
     assert output.status == 1
     assert "there is nothing to compare with" in output.err
-    assert "tg8" not in output.err, "known before anything is measured"
+    assert "tg8" not in output.err, "this is known before anything is measured"
 
 
-def test_a_baseline_that_lacks_a_test_cannot_pass_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_test_that_the_baseline_lacks_cannot_pass(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     row = {"n_prompt": 0, "n_gen": 8, "n_depth": 0, "samples_ts": [1e-3]}
     (tmp_path / "baseline.json").write_text(json.dumps([row]))
     output = Output(capsys, "--baseline", str(tmp_path / "baseline.json"), "--fail-below", "0.5")
     assert output.status == 1
     assert "has no pp8: --fail-below could not judge all tests" in output.err
-    assert "tg8, test" not in output.err, "known before anything is measured"
+    assert "tg8, test" not in output.err, "this is known before anything is measured"
     assert Output(capsys, "--baseline", str(tmp_path / "baseline.json")).status == 0
 
 
 @pytest.mark.parametrize("kind", ["table", "md", "jsonl"])
-def test_a_reader_who_has_gone_is_no_error_but_for_a_verdict(
+def test_a_closed_pipe_is_an_error_only_with_fail_below(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, kind: str
 ) -> None:
     (tmp_path / "baseline.json").write_text(json.dumps(Output(capsys, "-o", "json").rows))
@@ -190,7 +202,7 @@ def test_a_baseline_of_another_model_compares_nothing(capsys: pytest.CaptureFixt
     assert "nothing was compared" in output.err
 
 
-def test_what_differs_from_the_baseline_is_said_in_every_format(
+def test_differences_from_the_baseline_are_reported_in_every_format(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     rows = Output(capsys, "-o", "json", "-n", "8").rows
@@ -213,7 +225,7 @@ def test_what_differs_from_the_baseline_is_said_in_every_format(
         (("--plot", "missing/out.png"), "missing/out.png: No such file"),
     ],
 )
-def test_what_cannot_be_is_one_line(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: str) -> None:
+def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: str) -> None:
     output = Output(capsys, *arguments)
     assert output.status == 1
     errors = [line for line in output.err.splitlines() if "warning" not in line]
@@ -245,7 +257,7 @@ def test_what_cannot_be_is_one_line(capsys: pytest.CaptureFixture[str], argument
         ("-lm copy", "'copy' is none of 0, 1, none, mmap"),
     ],
 )
-def test_what_is_no_usage_ends_with_2(capsys: pytest.CaptureFixture[str], arguments: str, words: str) -> None:
+def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str], arguments: str, words: str) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["bench", *arguments.split()])
     assert stopped.value.code == 2
@@ -263,12 +275,12 @@ def test_what_is_no_usage_ends_with_2(capsys: pytest.CaptureFixture[str], argume
         ("2-2", [2]),
     ],
 )
-def test_numbers_are_lists_and_ranges(text: str, expected: list[int]) -> None:
+def test_numbers_can_be_lists_and_ranges(text: str, expected: list[int]) -> None:
     assert bench.numbers(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "a", "1,", "3-1", "1-8*1", "0-8*2", "1-8+0", "1.5", "-3"])
-def test_what_is_no_list_of_numbers(text: str) -> None:
+def test_a_wrong_list_of_numbers(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
         bench.numbers(text)
 
@@ -279,8 +291,8 @@ def test_pictures_are_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "md", "table"])
-def test_a_run_that_is_killed_has_printed_what_it_finished(kind: str) -> None:
-    # The second test would take far longer than anybody waits.
+def test_a_killed_run_has_printed_what_it_finished(kind: str) -> None:
+    # The second test would take for ever.
     command = [*MINERVA, "-t", "1", "-n", "4,100000", "-p", "0", "-r", "1", "--no-parts", "-o", kind]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
@@ -306,18 +318,18 @@ def test_ctrl_c_closes_the_list() -> None:
     assert "Traceback" not in err
 
 
-def test_what_a_terminal_cannot_show_is_no_error() -> None:
+def test_a_character_that_a_terminal_cannot_show_is_not_an_error() -> None:
     command = [*MINERVA, "-t", "1", "-p", "8", "-n", "0", "-r", "2"]
     done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, check=False)
     assert done.returncode == 0
     assert b"pp8" in done.stdout
 
 
-def test_a_file_name_is_printed_as_it_is(capsys: pytest.CaptureFixture[str], tiny: mn.Model, tmp_path: Path) -> None:
+def test_a_file_name_is_printed_unchanged(capsys: pytest.CaptureFixture[str], tiny: mn.Model, tmp_path: Path) -> None:
     shutil.copy(tiny.path, tmp_path / "m[red]:cat:.gguf")
     assert " m[red]:cat:.gguf," in Output(capsys, "-m", str(tmp_path / "m[red]:cat:.gguf")).out
 
 
-def test_a_model_of_ones_own(capsys: pytest.CaptureFixture[str], tiny: mn.Model) -> None:
+def test_several_models(capsys: pytest.CaptureFixture[str], tiny: mn.Model) -> None:
     output = Output(capsys, "-m", str(tiny.path), "-m", str(mn.DEMO_PATH), "-o", "json", "-n", "4", "-p", "0")
     assert [row["model_filename"] for row in output.rows] == [str(tiny.path), str(mn.DEMO_PATH)]

@@ -1,4 +1,4 @@
-"""The `minerva` command, as a person or a script meets it: a process with arguments, streams and a status."""
+"""The `minerva` command as a person or a script uses it: a process with arguments, streams and an exit status."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import minerva_native as mn
 MINERVA = [sys.executable, "-m", "minerva_native"]
 
 
-# One thread: nothing here is heavy, and threads that wait for each other are slow on a busy machine.
+# One thread: the model is tiny, and on a busy machine threads wait for each other.
 SHORT = ("generate", "-t", "1", "-p", "One day")
 
 
@@ -37,7 +37,7 @@ def test_the_installed_script_is_the_same_command() -> None:
     assert subprocess.run([script, "--version"], capture_output=True, check=True).stdout.startswith(b"minerva-native ")
 
 
-def test_one_seed_gives_one_text() -> None:
+def test_the_same_seed_gives_the_same_text() -> None:
     first, second = (run(*SHORT, "-n", "16", "-s", "7").stdout for _ in range(2))
     assert first == second
     assert run(*SHORT, "-n", "16", "-s", "8").stdout != first
@@ -68,7 +68,7 @@ def test_a_stop_text_ends_the_generation_and_is_not_shown() -> None:
     assert run(*SHORT, "-n", "40", "--temp", "0", "--stop", word).stdout == (whole[: whole.index(word)] + "\n")
 
 
-def test_tokens_can_be_seen() -> None:
+def test_tokenize_shows_tokens() -> None:
     ids = json.loads(run("tokenize", "-p", "One day", "--json").stdout)
     assert "".join(ids["pieces"][1:]) == "One day"
     without = json.loads(run("tokenize", "-p", "One day", "--no-bos", "--json").stdout)
@@ -111,7 +111,6 @@ def test_devices_include_the_cpu() -> None:
         (("generate", "-c", "2000000000"), "KV cache"),
         (("generate", "-b", "0"), "n_batch must be"),
         (("generate", "-t", "0"), "n_threads must be"),
-        (("generate", "-n", "-2"), "-n must be 0 or more, or -1"),
         (("generate", "--temp", "nan"), "temperature"),
         (("generate", "--temp", "-1"), "temperature"),
         (("generate", "--temp", "inf"), "temperature"),
@@ -138,7 +137,20 @@ def test_wrong_usage_is_status_2(arguments: tuple[str, ...]) -> None:
     assert "usage: minerva" in result.stderr
 
 
-def test_a_gpu_that_is_asked_for_and_not_there_is_an_error() -> None:
+@pytest.mark.parametrize("n", ["-2", "many", "1.5"])
+def test_a_wrong_number_of_tokens_is_answered_in_terms_of_the_option(n: str) -> None:
+    result = run("generate", "-n", n)
+    assert result.returncode == 2
+    assert f"argument -n/--predict: '{n}' is not a number of tokens" in result.stderr
+
+
+def test_no_limit_generates_until_the_context_is_full() -> None:
+    answer = json.loads(run(*SHORT, "-n", "-1", "-c", "64", "--ignore-eos", "--json").stdout)
+    assert answer["finish_reason"] == "length"
+    assert answer["n_prompt"] + answer["n_gen"] == 64
+
+
+def test_asking_for_a_gpu_without_one_is_an_error() -> None:
     if any(device.type in ("gpu", "igpu") for device in mn.devices()):
         pytest.skip("this machine has a GPU")
     for arguments in (("-m", str(mn.Model.demo().path)), ()):
@@ -148,7 +160,7 @@ def test_a_gpu_that_is_asked_for_and_not_there_is_an_error() -> None:
 
 
 def heed_ctrl_c() -> None:
-    """A shell starts its background jobs with Ctrl-C ignored, and they hand that on."""
+    """Undo that a shell starts background jobs with Ctrl-C ignored, which child processes inherit."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -184,11 +196,11 @@ def test_a_closed_pipe_is_not_an_error() -> None:
     assert errors == b""
 
 
-def test_no_progress_bar_is_drawn_where_stderr_is_no_terminal() -> None:
+def test_no_progress_bar_is_drawn_unless_stderr_is_a_terminal() -> None:
     assert "\x1b" not in run(*SHORT, "-n", "4").stderr
 
 
-def test_a_terminal_on_standard_input_is_not_waited_for() -> None:
+def test_nothing_is_read_from_a_terminal() -> None:
     controller, terminal = pty.openpty()
     try:
         command = [*MINERVA, "generate", "-t", "1", "-n", "4"]

@@ -1,4 +1,4 @@
-"""Greedy decoding against a loop over libllama's own greedy sampler, with a model and a context of its own."""
+"""Greedy decoding against a loop over libllama's greedy sampler, with a separate model and context."""
 
 from collections.abc import Callable, Iterable
 from types import TracebackType
@@ -15,7 +15,7 @@ N_STEPS = 220
 
 
 class Libllama:
-    """The decode loop as upstream's `simple` example has it, without anything of this package above the binding."""
+    """The decode loop of upstream's `simple` example, using only the binding of this package."""
 
     def __init__(self, path: str):
         model_parameters = lib.llama_model_default_params()
@@ -30,7 +30,7 @@ class Libllama:
         lib.llama_model_free(self.model)
 
     def greedy(self, prompt: list[int], n_steps: int, barred: Iterable[int] = ()) -> list[int]:
-        """The next tokens, end-of-generation tokens among them like any other; a barred token is never chosen."""
+        """Return the next tokens, without stopping at end tokens; a barred token is never chosen."""
         context_parameters = lib.llama_context_default_params()
         context_parameters.n_ctx, context_parameters.n_threads = 512, 1
         context = lib.llama_init_from_model(self.model, context_parameters)

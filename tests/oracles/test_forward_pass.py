@@ -1,4 +1,4 @@
-"""The logits of a small F32 llama model against an implementation of the architecture in numpy and double precision."""
+"""The logits of a small F32 llama model against an implementation in numpy, in double precision."""
 
 from collections.abc import Callable
 
@@ -11,9 +11,9 @@ from tiny_models import TOKENS, TinyModel
 
 Doubles = npt.NDArray[np.float64]
 
-# Largest deviation from the reference at one position, as a part of the largest logit there.
-EXACT = 1e-4  # float32 throughout; about 2e-6 is measured
-HALF = 2e-2  # keys and values in float16 lose what lies beyond 11 bits; up to 4.3e-3 is measured
+# The largest deviation from the reference at one position, relative to the largest logit there.
+EXACT = 1e-4  # float32 throughout; about 2e-6 was measured
+HALF = 2e-2  # keys and values rounded to float16, with 11 bits; up to 4.3e-3 was measured
 
 MODELS = {
     "grouped queries": TinyModel(),
@@ -25,7 +25,7 @@ N_TOKENS = 50
 
 
 def reference_logits(model: TinyModel, ids: npt.NDArray[np.int64]) -> Doubles:
-    """The llama architecture (Touvron et al. 2023): the logits after each token, shape (len(ids), n_vocab)."""
+    """Compute the llama architecture (Touvron et al. 2023): logits after each token, shape (len(ids), n_vocab)."""
     weight = {name: tensor.astype(np.float64) for name, tensor in model.weights.items()}
     x = weight["token_embd.weight"][ids]
     for layer in range(model.n_layer):
@@ -38,13 +38,13 @@ def reference_logits(model: TinyModel, ids: npt.NDArray[np.int64]) -> Doubles:
 
 
 def rms_norm(x: Doubles, gain: Doubles, epsilon: float) -> Doubles:
-    """Zhang and Sennrich 2019."""
+    """Compute RMSNorm (Zhang and Sennrich 2019)."""
     normed: Doubles = gain * x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + epsilon)
     return normed
 
 
 def attention(model: TinyModel, weight: dict[str, Doubles], x: Doubles) -> Doubles:
-    """Causal attention in which groups of query heads share a key and value head (Ainslie et al. 2023)."""
+    """Compute causal attention with key and value heads shared by groups of query heads (Ainslie et al. 2023)."""
     n = len(x)
     queries = rotate((x @ weight["attn_q"].T).reshape(n, model.n_head, -1), model.rope_base)
     keys = rotate((x @ weight["attn_k"].T).reshape(n, model.n_head_kv, -1), model.rope_base)
@@ -60,7 +60,7 @@ def attention(model: TinyModel, weight: dict[str, Doubles], x: Doubles) -> Doubl
 
 
 def rotate(x: Doubles, base: float) -> Doubles:
-    """Rotary positions (Su et al. 2021) in their original form, which GGUF's llama has: neighbours are a pair."""
+    """Apply RoPE (Su et al. 2021) in its original form, used by llama in GGUF: neighbours are a pair."""
     n, _, size = x.shape
     angle = np.arange(n)[:, None, None] * base ** (-np.arange(0, size, 2) / size)
     even, odd = x[..., 0::2], x[..., 1::2]
@@ -71,7 +71,7 @@ def rotate(x: Doubles, base: float) -> Doubles:
 
 
 def feed_forward(weight: dict[str, Doubles], x: Doubles) -> Doubles:
-    """SwiGLU (Shazeer 2020)."""
+    """Compute SwiGLU (Shazeer 2020)."""
     gate = x @ weight["ffn_gate"].T
     out: Doubles = (gate / (1 + np.exp(-gate)) * (x @ weight["ffn_up"].T)) @ weight["ffn_down"].T
     return out
@@ -84,7 +84,7 @@ def softmax(x: Doubles) -> Doubles:
 
 
 class Case:
-    """A model, a text, and its logits by both implementations."""
+    """A model, a text, and the reference logits."""
 
     def __init__(self, spec: TinyModel, model: mn.Model):
         self.model = model
@@ -100,11 +100,11 @@ class Case:
             n_threads=1,
             kv_type=kv_type,
             flash_attention=flash,
-            prefix_cache=False,  # every prefix is to be evaluated
+            prefix_cache=False,  # so that every prefix is evaluated
         )
 
     def error(self, logits: list[npt.NDArray[np.float32]]) -> float:
-        """The largest relative error at any position."""
+        """Return the largest relative error at any position."""
         assert len(logits) == N_TOKENS
         errors = np.abs(np.stack(logits) - self.expected).max(axis=1) / np.abs(self.expected).max(axis=1)
         return float(errors.max())
@@ -116,7 +116,7 @@ def case(request: pytest.FixtureRequest, load_tiny: Callable[[TinyModel], mn.Mod
 
 
 def logits_after_each_prefix(case: Case, context: mn.Context) -> list[npt.NDArray[np.float32]]:
-    """Evaluate every beginning of the text as a prompt of its own, and keep its logits."""
+    """Evaluate every prefix of the text as a separate prompt, and return the logits after each."""
     logits = []
     for length in range(1, N_TOKENS + 1):
         with context.sequence() as sequence:

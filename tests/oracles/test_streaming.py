@@ -1,6 +1,6 @@
-"""Text token by token against the text of the whole, for every kind of vocabulary, any Unicode text and any ids.
+"""Text decoded token by token against text decoded at once, for every kind of vocabulary, any text and any ids.
 
-The vocabulary files are llama.cpp's; RWKV's kind, of which it has none, is written here.
+The vocabulary files are llama.cpp's, except for RWKV, of which llama.cpp has none.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from tiny_models import Key, write_gguf
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 SPACE_SIGN = "\N{LOWER ONE EIGHTH BLOCK}"
 
-# Byte-level BPE, in which some vocabularies have no token for some bytes: characters made of them are lost.
+# Byte-level BPE. Some vocabularies lack a token for some bytes, so characters with these bytes are lost.
 BYTE_LEVEL = {
     "aquila": b"",
     "command-r": b"",
@@ -34,8 +34,8 @@ BYTE_LEVEL = {
     "rwkv": b"",
 }
 
-# Vocabularies that write a space as U+2581, so that one in the text becomes a space.
-# Phi-3 besides has "</s>" as a token that text can contain, and takes the spaces after it away.
+# Vocabularies that write a space as U+2581, so that a U+2581 in the text becomes a space.
+# In Phi-3 a text can also contain the token "</s>", which removes the spaces after it.
 SENTENCEPIECE = {
     "baichuan": [SPACE_SIGN],
     "gemma-4": [SPACE_SIGN],
@@ -43,13 +43,13 @@ SENTENCEPIECE = {
     "phi-3": [SPACE_SIGN, "</s>"],
 }
 
-# WordPiece and Unigram tidy a text before they encode it.
+# WordPiece and Unigram normalise a text before they encode it.
 NORMALISING = ("bert-bge", "nomic-bert-moe")
 
 LOSSLESS = (*BYTE_LEVEL, *SENTENCEPIECE)
 VOCABULARIES = (*LOSSLESS, *NORMALISING)
 
-# Any character but lone surrogates, and often the ones that go wrong: combining, joining, invisible, of 2 to 4 bytes.
+# Any character except lone surrogates, and often difficult ones: combining, joining, invisible, of 2 to 4 bytes.
 AWKWARD = [
     *("\0", "\t", "\n", "\r\n", "\x1b", "\x7f", "\x80", "\xa0", "\xad", " ", "  ", " a", "' ", "é", "e\u0301", "ß"),
     *("\u200b", "\u200d", "\u202e", "\ufe0f", "\ufeff", REPLACEMENT, SPACE_SIGN, "\u2028", "Ω", "한", "ᄒ", "漢", "ไ"),
@@ -75,11 +75,11 @@ class Vocabulary(NamedTuple):
     tokenizer: mn.Tokenizer
 
     def stream(self, ids: list[int], special: bool = False) -> list[str]:
-        """The pieces of text that each token completes, and what is left at the end."""
+        """Return the text that each token completes, and what is left at the end."""
         decoder = self.tokenizer.stream(special)
         return [*map(decoder.feed, ids), decoder.flush()]
 
-    def without_what_it_cannot_say(self, text: str) -> str:
+    def without_what_it_cannot_encode(self, text: str) -> str:
         for lost in SENTENCEPIECE.get(self.name, []):
             text = text.replace(lost, "")
         return "".join(char for char in text if not set(char.encode()) & set(BYTE_LEVEL.get(self.name, b"")))
@@ -87,7 +87,7 @@ class Vocabulary(NamedTuple):
 
 @pytest.fixture(scope="session")
 def rwkv(tmp_path_factory: pytest.TempPathFactory) -> mn.Model:
-    """A vocabulary of RWKV's kind: tokens are escaped bytes, of which the longest that fits is taken."""
+    """A vocabulary of RWKV's kind: tokens are escaped bytes, and the longest match is taken."""
     tokens = ["<s>", *(f"\\x{byte:02x}" for byte in range(256)), "the", " the", "\\n\\n", "\\xf0\\x9f", "ing", "é"]
     hyperparameters: dict[str, Key] = {
         "context_length": 64,
@@ -123,7 +123,7 @@ def lossless_vocabulary(request: pytest.FixtureRequest, load: Callable[[str], Vo
 
 
 @given(text=texts, special=st.booleans())
-def test_any_text_token_by_token_equals_the_decode_of_the_whole(
+def test_any_text_decodes_the_same_token_by_token_and_at_once(
     any_vocabulary: Vocabulary, text: str, special: bool
 ) -> None:
     ids = any_vocabulary.tokenizer.encode(text)
@@ -132,12 +132,12 @@ def test_any_text_token_by_token_equals_the_decode_of_the_whole(
 
 @given(text=texts)
 def test_any_text_comes_back_from_a_lossless_vocabulary(lossless_vocabulary: Vocabulary, text: str) -> None:
-    text = lossless_vocabulary.without_what_it_cannot_say(text)
+    text = lossless_vocabulary.without_what_it_cannot_encode(text)
     assert "".join(lossless_vocabulary.stream(lossless_vocabulary.tokenizer.encode(text))) == text
 
 
 @given(data=st.data(), special=st.booleans())
-def test_any_ids_token_by_token_equal_the_decode_of_the_whole(
+def test_any_ids_decode_the_same_token_by_token_and_at_once(
     any_vocabulary: Vocabulary, data: st.DataObject, special: bool
 ) -> None:
     ids = data.draw(token_ids(any_vocabulary.tokenizer))
@@ -145,34 +145,34 @@ def test_any_ids_token_by_token_equal_the_decode_of_the_whole(
 
 
 @given(data=st.data())
-def test_what_was_given_out_stands_whatever_comes_next(any_vocabulary: Vocabulary, data: st.DataObject) -> None:
+def test_text_already_streamed_stays_valid_whatever_comes_next(any_vocabulary: Vocabulary, data: st.DataObject) -> None:
     ids = data.draw(token_ids(any_vocabulary.tokenizer))
     following = data.draw(token_ids(any_vocabulary.tokenizer))
-    *given_out, _ = any_vocabulary.stream(ids)
-    assert any_vocabulary.tokenizer.decode(ids + following).startswith("".join(given_out))
+    *streamed, _ = any_vocabulary.stream(ids)
+    assert any_vocabulary.tokenizer.decode(ids + following).startswith("".join(streamed))
 
 
 @given(data=st.data())
 def test_no_more_than_an_incomplete_character_is_held_back(any_vocabulary: Vocabulary, data: st.DataObject) -> None:
     ids = data.draw(token_ids(any_vocabulary.tokenizer))
-    *given_out, _ = any_vocabulary.stream(ids)
+    *streamed, _ = any_vocabulary.stream(ids)
     whole = any_vocabulary.tokenizer.decode(ids)
-    assert whole.removeprefix("".join(given_out)) in ("", REPLACEMENT)
+    assert whole.removeprefix("".join(streamed)) in ("", REPLACEMENT)
 
 
 @given(text=texts, data=st.data())
-def test_a_character_whose_bytes_are_tokens_of_their_own_is_never_shown_broken(
+def test_a_character_of_several_tokens_is_never_shown_broken(
     lossless_vocabulary: Vocabulary, text: str, data: st.DataObject
 ) -> None:
-    text = lossless_vocabulary.without_what_it_cannot_say(text).replace(REPLACEMENT, "")
+    text = lossless_vocabulary.without_what_it_cannot_encode(text).replace(REPLACEMENT, "")
     ids = lossless_vocabulary.tokenizer.encode(text)
     so_far = ids[: data.draw(st.integers(0, len(ids)))]
-    *given_out, _ = lossless_vocabulary.stream(so_far)
-    assert REPLACEMENT not in "".join(given_out)
+    *streamed, _ = lossless_vocabulary.stream(so_far)
+    assert REPLACEMENT not in "".join(streamed)
 
 
 def token_ids(tokenizer: mn.Tokenizer) -> st.SearchStrategy[list[int]]:
-    """Any ids: from anywhere, from the ends (where bytes and control tokens are), and those of a text."""
+    """Draw any ids: uniformly, from both ends of the range (bytes and control tokens), and from texts."""
     anywhere = st.integers(0, tokenizer.n_vocab - 1)
     edge = min(300, tokenizer.n_vocab)
     edges = st.one_of(st.integers(0, edge - 1), st.integers(tokenizer.n_vocab - edge, tokenizer.n_vocab - 1))

@@ -1,7 +1,7 @@
-"""Every vocabulary of the pinned source that comes with expected token ids, against those ids.
+"""The vocabularies of the pinned source that come with expected token ids, against those ids.
 
-The format, as upstream's own test reads it: `<vocabulary>.inp` holds pieces of text, with a separator line between
-them; `<vocabulary>.out` holds, on one line for each piece, its ids without BOS, EOS or special tokens parsed.
+The format is that of upstream's test: `<vocabulary>.inp` has pieces of text with a separator line between them;
+`<vocabulary>.out` has a line for each piece with its ids, without BOS and EOS and without parsing special tokens.
 """
 
 from collections.abc import Callable
@@ -15,16 +15,16 @@ from minerva_native._binding import ffi, lib
 
 SEPARATOR = "\n__ggml_vocab_test__\n"
 
-# Vocabularies in which every one of the pieces comes back from its ids.
+# Vocabularies that give every piece of text back from its ids.
 LOSSLESS = (
     *("command-r", "deepseek-coder", "deepseek-llm", "falcon", "gemma-4", "gpt-2", "llama-bpe", "llama-spm", "mpt"),
     *("phi-3", "qwen2", "qwen35", "refact", "starcoder"),
 )
 
-# WordPiece lowers case, strips accents, and drops spaces and control characters before it looks for tokens.
+# WordPiece lowercases, strips accents, and drops spaces and control characters before it looks for tokens.
 LOSSY = ("bert-bge",)
 
-# Where `llama_detokenize`, unlike llama.cpp's own streaming, tidies the text: it takes the space before "?" away.
+# With these, `llama_detokenize`, unlike llama.cpp's own streaming, removes the space before "?".
 TIDIED = ("gemma-4", "llama-bpe")
 
 Cases = list[tuple[str, list[int]]]
@@ -68,7 +68,7 @@ def test_decode_gives_every_piece_back(
 
 
 @pytest.mark.parametrize("name", LOSSLESS)
-def test_decode_leaves_out_what_a_model_expects_around_a_text(
+def test_decode_leaves_out_special_tokens_around_a_text(
     name: str, vocabulary: Callable[[str], mn.Tokenizer], cases: Callable[[str], Cases]
 ) -> None:
     tokenizer = vocabulary(name)
@@ -77,9 +77,7 @@ def test_decode_leaves_out_what_a_model_expects_around_a_text(
 
 
 @pytest.mark.parametrize("name", LOSSY)
-def test_a_lossy_vocabulary_gives_words_back_that_need_no_normalising(
-    name: str, vocabulary: Callable[[str], mn.Tokenizer]
-) -> None:
+def test_a_lossy_vocabulary_gives_normalised_text_back(name: str, vocabulary: Callable[[str], mn.Tokenizer]) -> None:
     tokenizer = vocabulary(name)
     assert tokenizer.decode(tokenizer.encode("an unaffable llama walks home")) == "an unaffable llama walks home"
     assert tokenizer.decode(tokenizer.encode("Él \tgrüßt")) == "el grußt"
@@ -90,7 +88,7 @@ def test_a_lossy_vocabulary_gives_words_back_that_need_no_normalising(
 def test_decode_gives_the_bytes_of_llama_detokenize_for_any_ids(
     name: str, special: bool, vocabulary_model: Callable[[str], mn.Model]
 ) -> None:
-    # Control tokens apart: after one, libllama leaves in the space that SentencePiece puts before a text.
+    # Without control tokens: after one, libllama leaves in the space that SentencePiece puts before a text.
     model = vocabulary_model(name)
     tokenizer = model.tokenizer
     for seed in range(20):

@@ -1,4 +1,4 @@
-"""Fetching the pinned source: verified before it is unpacked, safe to unpack, and never fetched twice."""
+"""Fetching the pinned source: it is verified, unpacked safely, and never fetched twice."""
 
 import hashlib
 import io
@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-# A build backend inside the archive, so that pip's metadata hook needs nothing installed.
+# A build backend inside the archive, so that pip's metadata hook needs no installed package.
 BACKEND = """
 import pathlib
 def prepare_metadata_for_build_wheel(directory, config_settings=None):
@@ -35,7 +35,7 @@ def write_archive(path: Path, members: dict[str, str], links: dict[str, str] | N
 
 @pytest.fixture
 def wheelhouse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package index of our own, set the way a user would set one."""
+    """A private package index, configured as a user would configure one."""
     folder = tmp_path / "wheelhouse"
     folder.mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -88,9 +88,7 @@ def test_moving_the_pin_replaces_the_source(fetch: ModuleType, archive: Path, tm
     assert not stale.exists()
 
 
-def test_a_wrong_checksum_stops_it_before_anything_is_unpacked(
-    fetch: ModuleType, archive: Path, tmp_path: Path
-) -> None:
+def test_nothing_is_unpacked_after_a_wrong_checksum(fetch: ModuleType, archive: Path, tmp_path: Path) -> None:
     with pytest.raises(fetch.FetchError, match="does not have the pinned checksum"):
         fetch.fetch(pin_of(fetch, archive, "0" * 64), tmp_path / "source")
     assert not (tmp_path / "source").exists()
@@ -98,7 +96,7 @@ def test_a_wrong_checksum_stops_it_before_anything_is_unpacked(
         fetch.verify(archive, "0" * 64)
 
 
-def test_an_index_without_the_archive_is_one_sentence_that_says_what_to_do(
+def test_an_index_without_the_archive_gives_one_sentence_with_what_to_do(
     fetch: ModuleType, wheelhouse: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(fetch.FetchError, match="MINERVA_LLAMA_CPP_DIR") as caught:
@@ -108,7 +106,7 @@ def test_an_index_without_the_archive_is_one_sentence_that_says_what_to_do(
 
 def test_an_archive_without_llama_cpp_is_refused(fetch: ModuleType, tmp_path: Path) -> None:
     archive = write_archive(tmp_path / "other.tar.gz", {"README.md": "hello"})
-    with pytest.raises(fetch.FetchError, match=r"holds no llama\.cpp source"):
+    with pytest.raises(fetch.FetchError, match=r"contains no llama\.cpp source"):
         fetch.unpack(archive, tmp_path / "source")
 
 

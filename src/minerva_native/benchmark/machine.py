@@ -1,4 +1,4 @@
-"""The machine and the build: what others need to know to measure the same, and what makes a measure doubtful."""
+"""The machine and the build: what others need to know to repeat a measurement, and what makes it doubtful."""
 
 import hashlib
 import os
@@ -9,36 +9,30 @@ from typing import Any
 import numpy as np
 
 import minerva_native as mn
-from minerva_native import cpu_quota
-from minerva_native._binding import ffi, lib
 
-# What changes how the libraries under us run.
+# Environment variables that affect the libraries we use.
 _VARIABLES = ("OMP_", "GOMP_", "KMP_", "GGML_", "LLAMA_", "CUDA_", "GLIBC_TUNABLES", "MALLOC_", "LD_PRELOAD")
 
-BUSY_LOAD = 0.5  # of the CPUs, that is more than noise when the measuring starts
+BUSY_LOAD = 0.5  # CPUs in use before the benchmark starts; more than this is worth a warning
 
 
 def facts() -> dict[str, Any]:
-    """Return what the results depend on besides the model and the test, under llama-bench's names if it has them."""
+    """Return what results depend on besides the model and the test, under llama-bench's names if it has them."""
     build, devices = mn.build_info(), mn.devices()
-    backends = [
-        ffi.string(lib.ggml_backend_reg_name(lib.ggml_backend_reg_get(n))).decode()
-        for n in range(lib.ggml_backend_reg_count())
-    ]
     return {
         "build_commit": build["llama_cpp"],
-        "build_number": 0,  # of upstream's own counting, which the source does not tell
+        "build_number": 0,  # upstream's count of commits, which its source does not contain
         "cpu_info": ", ".join(device.description for device in devices if device.type == "cpu"),
         "gpu_info": ", ".join(device.description for device in devices if device.type in ("gpu", "igpu")),
-        "backends": ",".join(name for name in backends if name != "CPU") or "CPU",
+        "backends": ",".join(name for name in build["backends"] if name != "CPU") or "CPU",
         "minerva_version": mn.__version__,
         "build": build,
         "devices": [device.name for device in devices],
-        "cpus": _cpus(),
-        "cpu_quota": quota if (quota := cpu_quota()) < float("inf") else None,
-        "governor": _governors(),
+        "cpus": usable_cpus(),
+        "cpu_quota": quota if (quota := mn.cpu_quota()) < float("inf") else None,
+        "governor": governors(),
         "transparent_hugepages": _chosen(Path("/sys/kernel/mm/transparent_hugepage/enabled")),
-        "load_average": _load(),
+        "load_average": load_average(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "numpy": np.__version__,
@@ -47,7 +41,7 @@ def facts() -> dict[str, Any]:
 
 
 def model_facts(model: mn.Model) -> dict[str, Any]:
-    """Return which model was measured: its file by its name, and by the SHA-256 of what lies before the weights."""
+    """Return which model was measured: the name of its file, and the SHA-256 of everything before the weights."""
     gguf = mn.GGUF(model.path)
     header_bytes = min((tensor.offset for tensor in gguf.tensors), default=gguf.size_bytes)
     gguf.close()
@@ -65,39 +59,39 @@ def model_facts(model: mn.Model) -> dict[str, Any]:
 
 
 def noise(n_threads: int) -> list[str]:
-    """Return what on this machine will make times differ from run to run, as sentences."""
+    """Return, as sentences, what on this machine makes times vary from run to run."""
     found = []
-    load, quota, cpus = _load(), cpu_quota(), len(_cpus())
+    load, quota, cpus = load_average(), mn.cpu_quota(), len(usable_cpus())
     if load is not None and load > BUSY_LOAD and load + n_threads > cpus:
         found.append(f"the load was {load:.1f} in the minute before: other work may be using the CPUs")
     if n_threads > quota:
-        found.append(f"the CPU quota of {quota:g} is less than {n_threads} threads need: they will be stopped at times")
+        found.append(f"the CPU quota of {quota:g} is less than {n_threads} threads need: they will be paused at times")
     if n_threads > cpus:
         found.append(f"{n_threads} threads share {cpus} CPUs: they will wait for each other")
-    governors = set(_governors() or []) - {"performance"}
-    if governors:
-        found.append(f"the CPU's frequency is governed by {', '.join(sorted(governors))!r}, not 'performance'")
+    slower = sorted(set(governors() or []) - {"performance"})
+    if slower:
+        found.append(f"the CPU's frequency is governed by {', '.join(slower)!r}, not 'performance'")
     return found
 
 
-def _cpus() -> list[int]:
+def usable_cpus() -> list[int]:
     """Return the CPUs that the process may run on."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
-def _load() -> float | None:
-    """Return the load average over a minute, if the system has one."""
+def load_average() -> float | None:
+    """Return the load average over a minute, or None if the system has none."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
-def _governors() -> list[str] | None:
-    """Return the frequency governors of the CPUs, each once; None if the system does not tell."""
+def governors() -> list[str] | None:
+    """Return the distinct frequency governors of the CPUs, or None if the system does not say."""
     files = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_governor")
     return sorted({file.read_text().strip() for file in files}) or None
 
 
 def _chosen(file: Path) -> str | None:
-    """Return the word in brackets, as the kernel marks the setting in force."""
+    """Return the word in brackets, which is how the kernel marks the setting in force."""
     try:
         return file.read_text().partition("[")[2].partition("]")[0] or None
     except OSError:

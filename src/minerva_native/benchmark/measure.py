@@ -1,9 +1,9 @@
-"""Measuring: what one repetition of a test does, and what of it is timed.
+"""Measuring: what one repetition of a test does, and what part of it is timed.
 
-A test is llama-bench's: `n_prompt` random tokens evaluated as a prompt, then `n_gen` one at a time, after `n_depth`
-tokens that are there already and do not count. No text and no sampler are part of it. Beside it the real decode loop,
-`generate`, is run on the same sequence, and each token is taken apart: into `llama_decode`, reading the logits, the
-sampler, the text, and the loop around them.
+A test is the same as llama-bench's: n_prompt random tokens evaluated as a prompt, then n_gen one at a time, both after
+n_depth tokens that are evaluated before the clock starts. It involves no text and no sampler. Besides, the real decode
+loop, `generate`, is run on the same sequence, and the time of a token is split into its parts: `llama_decode`, reading
+the logits, the sampler, the text, and the loop around them.
 """
 
 import gc
@@ -21,24 +21,35 @@ import numpy as np
 import numpy.typing as npt
 
 import minerva_native as mn
-from minerva_native import available_cpus
 
-FIRST_TOKENS = 4  # of each repetition, that are shown apart: caches and branch predictors are still cold
+FIRST_TOKENS = 4  # of each repetition, reported separately: caches and branch predictors are still cold
 
-_ENCODED_TOKENS = 32  # what an encoder-decoder model answers
+_ENCODED_TOKENS = 32  # the input of an encoder-decoder model
 
 _clock = time.perf_counter_ns
 
 
 class Test(NamedTuple):
-    """What is evaluated, and with which settings; the defaults are llama-bench's, but for the threads."""
+    """What is evaluated, and with which settings. The defaults are llama-bench's, except for the threads.
 
-    n_prompt: int = 0  # tokens of the prompt
-    n_gen: int = 0  # tokens generated after it
-    n_depth: int = 0  # tokens in the KV cache before either
+    Attributes:
+        n_prompt: tokens of the prompt.
+        n_gen: tokens generated after the prompt.
+        n_depth: tokens in the KV cache before either.
+        n_batch: tokens evaluated in one call.
+        n_ubatch: tokens evaluated in one pass through the model.
+        n_threads: CPU threads.
+        type_k: the element type of cached keys.
+        type_v: the element type of cached values.
+        flash_attention: "auto", "on" or "off".
+    """
+
+    n_prompt: int = 0
+    n_gen: int = 0
+    n_depth: int = 0
     n_batch: int = 2048
     n_ubatch: int = 512
-    n_threads: int = available_cpus()
+    n_threads: int = mn.available_cpus()
     type_k: str = "f16"
     type_v: str = "f16"
     flash_attention: str = "auto"
@@ -57,26 +68,40 @@ class Test(NamedTuple):
 
 
 class Repetition(NamedTuple):
-    """The times of one repetition, in nanoseconds."""
+    """The times of one repetition, in nanoseconds.
 
-    ns: int  # prompt and generation
-    token_ns: npt.NDArray[np.int64]  # of each generated token, shape (n_gen,)
-    first_token_ns: int | None  # the prompt, its logits, and a token sampled from them; None without a prompt
+    Attributes:
+        ns: prompt and generation together.
+        token_ns: each generated token, shape (n_gen,).
+        first_token_ns: the prompt, reading its logits, and sampling a token from them; None without a prompt.
+    """
+
+    ns: int
+    token_ns: npt.NDArray[np.int64]
+    first_token_ns: int | None
 
 
 class Parts(NamedTuple):
-    """Where the time of a generated token goes: nanoseconds, the mean over a run of the decode loop.
+    """Where the time of a generated token goes, in nanoseconds; means over a run of the decode loop.
 
-    The first four are timed where they happen. `loop` is the rest of the steps' time, so what the sum lacks of the
-    whole is the measuring itself.
+    The first four are timed directly. `loop` is the rest of the time of the steps. The sum of the five is less than
+    `whole` by the cost of the measurement.
+
+    Attributes:
+        decode: `llama_decode`, until the computation is finished.
+        logits: copying the logits into an array.
+        sampler: choosing the token.
+        text: detokenising.
+        loop: bookkeeping and the loop itself.
+        whole: the whole run, by one clock around it.
     """
 
-    decode: float  # `llama_decode`, to the end of the computation
-    logits: float  # copying the logits into an array
+    decode: float
+    logits: float
     sampler: float
-    text: float  # detokenising
-    loop: float  # bookkeeping and the loop itself
-    whole: float  # by one clock around the run
+    text: float
+    loop: float
+    whole: float
 
     @property
     def total(self) -> float:
@@ -85,11 +110,17 @@ class Parts(NamedTuple):
 
 
 class Run:
-    """A test on a context of its own. A context manager."""
+    """A test with its own context. A context manager.
+
+    Attributes:
+        test: the test.
+        context: the context it runs on.
+        sequence: the sequence it runs on; None before the first repetition or warm-up.
+    """
 
     def __init__(self, model: mn.Model, test: Test, params: mn.SamplingParams):
         self.test = test
-        # The cells that llama-bench asks for, and not one more: their number is part of the test.
+        # As many cells as llama-bench asks for: their number is part of the test.
         self.context = model.context(
             n_ctx=max(2, test.n_depth + test.n_prompt + test.n_gen),
             n_batch=test.n_batch,
@@ -103,7 +134,7 @@ class Run:
         )
         self.params = params
         self._sampler = mn.Sampler(params)
-        self.folder = tempfile.TemporaryDirectory(prefix="minerva-bench-")
+        self._folder = tempfile.TemporaryDirectory(prefix="minerva-bench-")
         self.sequence: mn.Sequence | None = None
         self._has_depth = False
         n_vocab, bos = model.tokenizer.n_vocab, model.tokenizer.bos
@@ -111,14 +142,14 @@ class Run:
         self._prompt = [draw.randrange(n_vocab) for _ in range(test.n_prompt)]
         self._tokens = [[draw.randrange(n_vocab)] for _ in range(test.n_gen)]
         self._before = [draw.randrange(n_vocab) for _ in range(test.n_depth)]
-        if model.tokenizer.adds_bos and bos is not None:  # a text begins with it
+        if model.tokenizer.adds_bos and bos is not None:  # the model expects it at the beginning of a text
             first = self._before or self._prompt or self._tokens[0]
             first[0] = bos
         if model.has_encoder:
             self.context.encode([draw.randrange(n_vocab) for _ in range(min(_ENCODED_TOKENS, self.context.n_ubatch))])
 
     def warm_up(self) -> None:
-        """Evaluate the prompt and one token, so that memory is mapped and threads are there."""
+        """Evaluate the prompt and one token, so that memory is mapped and threads are running."""
         sequence = self._start()
         if self._prompt:
             sequence.extend(self._prompt)
@@ -126,14 +157,14 @@ class Run:
             sequence.extend(self._tokens[0])
 
     def settle(self) -> None:
-        """Generate a few tokens, after something else has had the CPUs and their caches."""
+        """Generate a few tokens, to refill the CPU's caches after other work."""
         if self._tokens:
             sequence = self._start()
             for token in self._tokens[:FIRST_TOKENS]:
                 sequence.extend(token)
 
     def repeat(self) -> Repetition:
-        """Run the test once. Python's garbage collector rests meanwhile."""
+        """Run the test once, with Python's garbage collector off."""
         sequence, prompt_ns, first_token_ns = self._start(), 0, None
         with _no_collection():
             if self._prompt:
@@ -152,9 +183,9 @@ class Run:
         return Repetition(prompt_ns + int(token_ns.sum()), token_ns, first_token_ns)
 
     def take_apart(self) -> Parts | None:
-        """Generate as many tokens with the decode loop, and time its parts; None if the test has too few.
+        """Generate the same number of tokens with the decode loop and time its parts; None if there are too few tokens.
 
-        The sequence is cut to where the generation of `repeat` began, or to its first token.
+        The sequence is first truncated to where `repeat` began to generate, or to one token.
         """
         start = self.test.n_depth + max(1, self.test.n_prompt)
         n_steps = self.context.n_ctx - start - 1
@@ -168,7 +199,7 @@ class Run:
         _ = sequence.logits
         stats, timed = self.context.stats, _TimedLoop(sequence, self.params)
         with _no_collection():
-            timed.next()  # the first token's logits are there
+            timed.next()  # the first token's logits are already known
             decode, logits = stats.decode_seconds, stats.logits_seconds
             timed.clear()
             before = _clock()
@@ -184,28 +215,28 @@ class Run:
     def kv_bytes(self) -> float:
         """Return how many bytes the keys, values and states of the sequence take half-way through the generation.
 
-        At its end, if the memory cannot be cut.
+        If the memory cannot be truncated, return their size at the end.
         """
         if self.sequence is None or not len(self.sequence):
             return 0.0
         half_way = self.test.n_depth + self.test.n_prompt + self.test.n_gen / 2
-        if not self.context.memory.can_truncate:  # how much of it grows with the text is not known
+        if not self.context.memory.can_truncate:  # it is not known how much of it grows with the text
             return float(self.sequence.size_bytes)
         return self.sequence.size_bytes * half_way / len(self.sequence)
 
     def close(self) -> None:
-        """Free the context."""
+        """Free the context and delete saved states."""
         self.context.close()
-        self.folder.cleanup()
+        self._folder.cleanup()
 
     def _start(self) -> mn.Sequence:
-        """Return the sequence, with the tokens of the depth evaluated and nothing else."""
+        """Return the sequence with the tokens of the depth evaluated, and no others."""
         if self.sequence is not None and self.context.memory.can_truncate:
             self.sequence.truncate(self.test.n_depth)
             return self.sequence
         if self.sequence is not None:
             self.sequence.close()
-        saved = Path(self.folder.name) / "depth"
+        saved = Path(self._folder.name) / "depth"
         if self._has_depth:
             self.sequence = self.context.restore(saved)
             return self.sequence
@@ -225,7 +256,7 @@ class Run:
 
 
 class _TimedLoop:
-    """`generate` with clocks around it, its sampler and its decoder. What ends a text ends nothing here."""
+    """`generate`, timed, and its sampler and decoder, timed separately. Goes on after the end of a text."""
 
     def __init__(self, sequence: mn.Sequence, params: mn.SamplingParams):
         self._sequence = sequence
@@ -236,7 +267,7 @@ class _TimedLoop:
         self.clear()
 
     def clear(self) -> None:
-        """Set the clocks to zero."""
+        """Set all times to zero."""
         self.ns = self.sampler_ns = self.text_ns = 0
 
     def next(self) -> None:
@@ -257,7 +288,7 @@ class _TimedLoop:
         return token
 
     def feed(self, token: int) -> str:
-        """Turn a token into text, timed; the loop's decoder."""
+        """Turn a token into text, and time it; `generate` calls this as its decoder."""
         assert self._stream is not None
         before = _clock()
         text = self._stream.feed(token)
@@ -272,7 +303,7 @@ class _TimedLoop:
 @contextmanager
 def _no_collection() -> Iterator[None]:
     enabled = gc.isenabled()
-    gc.disable()  # and no collection before it either, which would leave the caches cold
+    gc.disable()  # without collecting first, which would leave the caches cold
     try:
         yield
     finally:
@@ -282,9 +313,9 @@ def _no_collection() -> Iterator[None]:
 
 @cache
 def clock_ns(n: int = 2000) -> float:
-    """Return what one reading of the clock costs in nanoseconds: the median difference of readings in succession.
+    """Return the cost of reading the clock, in nanoseconds: the median difference of successive readings.
 
-    It is measured once.
+    Measured once per process.
     """
     read: Callable[[], int] = _clock
     return float(np.median(np.diff(np.array([read() for _ in range(n)], np.int64))))

@@ -1,4 +1,4 @@
-"""Drawing the latency of each token over its index, and how latencies are distributed; needs matplotlib."""
+"""Plots of the latency of each token by its index, and of the distribution of latencies. Needs matplotlib."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -12,11 +12,14 @@ import minerva_native as mn
 from .measure import FIRST_TOKENS
 from .report import PERCENTILES, steady
 
-SHOWN = 1.25  # times the highest percentile
+SHOWN = 1.25  # the top of the axes, as a multiple of the highest percentile
 
 
 def check(path: str | os.PathLike[str]) -> None:
-    """Raise `MinervaError`, `ValueError` or `OSError` now, if no picture could be drawn after the measuring."""
+    """Raise `MinervaError`, `ValueError` or `OSError` if no plot could be written to this path.
+
+    To be called before anything is measured.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -26,14 +29,14 @@ def check(path: str | os.PathLike[str]) -> None:
     if kind not in kinds:
         raise ValueError(f"{path}: the file extension must be one of {', '.join(sorted(kinds))}")
     is_new = not Path(path).exists()
-    with open(path, "ab"):  # which may raise
+    with open(path, "ab"):  # raises OSError if it cannot be written
         pass
     if is_new:
         Path(path).unlink()
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Draw a pair of graphs for each result with generated tokens, at least one of them."""
+    """Draw two graphs for each result with generated tokens, of which there must be at least one."""
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if row["token_ns"]]
@@ -45,7 +48,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> Non
             f"{Path(row['model_filename']).name}: {row['test']}, {row['n_threads']} threads, {row['avg_ts']:.1f} t/s"
         )
         index = np.arange(1, times.shape[1] + 1)
-        marker = "." if len(index) == 1 else ""  # there is no line of one point
+        marker = "." if len(index) == 1 else ""  # a line needs two points
         for repetition in times:
             course.plot(index, repetition, color="tab:blue", alpha=0.25, linewidth=0.8, marker=marker)
         course.plot(index, np.median(times, axis=0), color="tab:blue", linewidth=1.6, label="median of the repetitions")
@@ -61,7 +64,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> Non
         title = f"without the first {FIRST_TOKENS}" if len(index) > FIRST_TOKENS else "all"
         histogram.set(title=title, xlabel="latency (ms)", ylabel="tokens")
         histogram.legend(loc="upper right")
-        # A few tokens that took ten times as long would leave nothing to see of the others.
+        # A few tokens that took ten times as long would squash all the others.
         above = int((times > top).sum())
         course.set_ylim(0, top)
         histogram.set_xlim(0.95 * later.min(), top)

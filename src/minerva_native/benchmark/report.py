@@ -1,13 +1,14 @@
-"""Reporting: a result as a row of named figures, and rows as tables for people and files for programs.
+"""Reports: a result as a row of named figures, and rows as tables for people and files for programs.
 
-A row has llama-bench's names where llama-bench has the figure. Times are in nanoseconds, rates in tokens per second.
-Every writer gives out a row as soon as it has it, so that a run that is cut short has shown what it finished.
+A figure that llama-bench has too has the same name. Times are in nanoseconds, rates in tokens per second. Every writer
+except `JsonObject` writes a row as soon as it gets it, so that an interrupted run has shown what it finished.
 """
 
 import csv
 import io
 import json
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
@@ -22,17 +23,18 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PERCENTILES = (50, 90, 95, 99)
+FLASH_ATTENTION = {-1: "auto", 0: "off", 1: "on"}  # llama-bench's numbers
 PARTS = ("decode", "logits", "sampler", "text", "loop")
 
 Row = dict[str, Any]
 
 
 def figures(test: Test, repetitions: Sequence[Repetition]) -> Row:
-    """Return what was timed: the rate, as llama-bench has it, and how the times of single tokens are distributed.
+    """Return what was timed: the rate, like llama-bench's, and the distribution of the times of single tokens.
 
-    Percentiles, maximum and mean are of all tokens but the first `FIRST_TOKENS` of each repetition (of all, if there
-    are no more), and jitter is the mean absolute difference of two in succession. `first_tokens_ns` are the medians of
-    those first ones over the repetitions.
+    Percentiles, maximum and mean leave out the first `FIRST_TOKENS` tokens of each repetition, unless there are no
+    others. Jitter is the mean absolute difference of successive times. `first_tokens_ns` are the medians over the
+    repetitions of the times left out.
     """
     samples_ns = np.array([repetition.ns for repetition in repetitions], np.float64)
     samples_ts = 1e9 * test.n_tokens / samples_ns
@@ -51,12 +53,12 @@ def figures(test: Test, repetitions: Sequence[Repetition]) -> Row:
 
 
 def steady(times: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return the times without those of the first tokens, along the last axis; all of them, if there are no more."""
+    """Return the times without those of the first tokens, along the last axis; all of them if there are no others."""
     return times[..., FIRST_TOKENS:] if times.shape[-1] > FIRST_TOKENS else times
 
 
 def _token_figures(token_ns: npt.NDArray[np.int64]) -> Row:
-    """Return how the times of tokens are distributed; shape (repetitions, n_gen)."""
+    """Return the distribution of the times of tokens, given as an array of shape (repetitions, n_gen)."""
     times = steady(token_ns)
     some, several = bool(times.size), times.shape[1] > 1
     return {
@@ -70,7 +72,7 @@ def _token_figures(token_ns: npt.NDArray[np.int64]) -> Row:
 
 
 def taken_apart(parts: Sequence[Parts]) -> Row:
-    """Return where the time of a token goes: means over the runs of the decode loop, and what they add up to."""
+    """Return where the time of a token goes: means over the runs of the decode loop, and their sum."""
     mean = Parts(*np.mean(parts, axis=0).tolist()) if parts else None
     return {
         **{f"part_{name}_ns": getattr(mean, name, None) for name in PARTS},
@@ -80,9 +82,9 @@ def taken_apart(parts: Sequence[Parts]) -> Row:
 
 
 def compared(row: Row, name: str, samples_ts: Sequence[float]) -> Row:
-    """Return how a result compares with the rates of another, pair by pair; without any, as if not compared.
+    """Return how a result compares with the rates of another, pair by pair.
 
-    Of different numbers of repetitions, as many as both have are compared.
+    As many repetitions are compared as both have. If `samples_ts` is empty, the ratios are None.
     """
     samples_ts = samples_ts[: len(row["samples_ts"])]
     ratio = Ratio.of(row["samples_ts"], samples_ts) if samples_ts else None
@@ -98,17 +100,17 @@ def compared(row: Row, name: str, samples_ts: Sequence[float]) -> Row:
 
 
 class Writer(Protocol):
-    """Writes results, each as soon as it is there."""
+    """Writes results, each as soon as it is measured."""
 
     def row(self, row: Row) -> None:
         """Write one result."""
 
     def end(self) -> None:
-        """Write what closes the output, also if the run was cut short."""
+        """Write what closes the output; called even if the run was interrupted."""
 
 
 class JsonList:
-    """One list of objects."""
+    """A JSON list of objects."""
 
     def __init__(self, file: TextIO):
         self._file, self._before = file, "["
@@ -124,7 +126,7 @@ class JsonList:
 
 
 class JsonObject:
-    """One object, for `--json`: it can only be written when all is there."""
+    """One JSON object, for `--json`; it is written at the end."""
 
     def __init__(self, file: TextIO):
         self._file, self._rows = file, list[Row]()
@@ -134,12 +136,12 @@ class JsonObject:
         self._rows.append(row)
 
     def end(self) -> None:
-        """Write them all."""
+        """Write all results."""
         print(json.dumps({"results": self._rows}), file=self._file, flush=True)
 
 
 class JsonLines:
-    """An object a line."""
+    """JSONL: one object per line."""
 
     def __init__(self, file: TextIO):
         self._file = file
@@ -149,11 +151,11 @@ class JsonLines:
         print(json.dumps(row), file=self._file, flush=True)
 
     def end(self) -> None:
-        """Nothing closes it."""
+        """Do nothing: the output needs no end."""
 
 
 class Csv:
-    """A line of names, then one a result; lists and objects are JSON in their cell."""
+    """CSV: a line of names, then a line per result; lists and objects are JSON in their cell."""
 
     def __init__(self, file: TextIO):
         self._file, self._names = file, list[str]()
@@ -170,11 +172,11 @@ class Csv:
         print(text.getvalue(), end="", file=self._file, flush=True)
 
     def end(self) -> None:
-        """Nothing closes it."""
+        """Do nothing: the output needs no end."""
 
 
 class Markdown:
-    """A table in Markdown, in llama-bench's manner."""
+    """A table in Markdown, like llama-bench's."""
 
     def __init__(self, file: TextIO, columns: Mapping[str, int]):
         self._file, self._widths, self._about = file, columns, ""
@@ -195,22 +197,23 @@ class Markdown:
         print(f"| {' | '.join(padded)} |", file=self._file, flush=True)
 
     def end(self) -> None:
-        """Say below the table what it is of."""
+        """Write below the table what was measured and how."""
         if self._about:
             print(f"\n{self._about}", file=self._file, flush=True)
 
 
 class Screen:
-    """A table for people, with lines below each result that say where the time goes."""
+    """A table for people; lines below each result say where the time goes."""
 
     def __init__(self, file: TextIO, columns: Mapping[str, int]):
         widths, width = dict(columns), _console(file).width
         for name in SPARE:
             if file.isatty() and _total(widths) > width:
                 widths.pop(name, None)
-        # A table that is still too wide runs over the edge: a number that is cut off is another number.
+        # A table that is still too wide runs over the edge: a truncated number would be a wrong number.
         width = max(width, _total(widths)) if file.isatty() else _total(columns)
         self._console = _console(file, width)
+        self._fold_at = _console(file).width if file.isatty() else None
         self._widths, self._about = widths, ""
         self._spared = [name for name in columns if name not in widths]
 
@@ -221,7 +224,9 @@ class Screen:
         about = f"{header(row)}\n{settings(row, self._widths)}"
         is_new = about != self._about
         if is_new:
-            self._console.print(about, end="\n\n")
+            for line in about.splitlines():
+                self._print(line)
+            self._console.print()
             self._about = about
         texts = cells(row, self._widths)
         table = Table(box=None, show_header=is_new, header_style="bold", padding=(0, 1))
@@ -233,11 +238,35 @@ class Screen:
         self._console.print(table)
         more = ", ".join(f"{name} {text}" for name in self._spared if (text := _cell(row, name)) != "-")
         for line in ([more] if more else []) + details(row):
-            for part in _wrapped(line, self._console.width - 3):
-                self._console.print(f"   {part}", style="dim")
+            self._print(line, indent="   ", style="dim")
+
+    def _print(self, line: str, indent: str = "", style: str | None = None) -> None:
+        for part in folded(line, self._fold_at, indent):
+            self._console.print(part, style=style)
 
     def end(self) -> None:
-        """Nothing closes it."""
+        """Do nothing: the output needs no end."""
+
+
+def folded(line: str, width: int | None, indent: str = "") -> list[str]:
+    """Fold a line into `width` columns, at the commas and semicolons between its figures.
+
+    Every part is indented, those after the first by two more. A figure that is too long for a line is folded between
+    words. If the width is None, the line is not folded.
+    """
+    if width is None:
+        return [indent + line]
+    parts = [indent]
+    for figure in re.split(r"(?<=[,;]) ", line):
+        space = "" if parts[-1].isspace() or not parts[-1] else " "
+        if space and len(parts[-1]) + 1 + len(figure) > width:
+            parts.append(f"{indent}  ")
+            space = ""
+        *full, last = textwrap.wrap(
+            figure, width, initial_indent=parts[-1] + space, subsequent_indent=f"{indent}  ", break_on_hyphens=False
+        )
+        parts[-1:] = [*full, last]
+    return parts
 
 
 def _wrapped(line: str, width: int) -> list[str]:
@@ -252,7 +281,7 @@ def _wrapped(line: str, width: int) -> list[str]:
 
 
 def _console(file: TextIO, width: int | None = None) -> "Console":
-    """Return what writes a screen; texts are as they are, and a reader who has gone is an error, as elsewhere."""
+    """Return a console that prints text unchanged and, like `print`, raises `BrokenPipeError` if nobody reads it."""
     from rich.console import Console
 
     class Plain(Console):
@@ -267,13 +296,14 @@ def _total(widths: Mapping[str, int]) -> int:
 
 
 LEFT = ("model", "backend", "test")
-SPARE = ("max", "jitter", "p95", "p90", "against", "p99", "first token", "of limit", "p50")  # on a narrow terminal
+# Columns that a narrow terminal has no room for, the first to go first.
+SPARE = ("max", "jitter", "p95", "p90", "against", "p99", "first token", "of limit", "p50")
 
 
 def columns(rows: Sequence[Row], is_compared: bool, with_model: bool) -> dict[str, int]:
-    """Return a table's columns and their widths, from the tests that are to come.
+    """Return the columns of a table for these tests, with their widths.
 
-    As in llama-bench, a setting has a column if it is not the same in all of them.
+    As in llama-bench, a setting has a column if it differs between tests.
     """
     names = {"model": 30, "size": 10, "params": 10, "backend": 10, "threads": 7} if with_model else {}
     for name, (field, width) in SETTINGS.items():
@@ -303,7 +333,7 @@ SETTINGS = {
 
 
 def cells(row: Row, names: Iterable[str]) -> list[str]:
-    """Return the texts of a row's columns."""
+    """Return the text of each column of a row."""
     return [_cell(row, name) for name in names]
 
 
@@ -312,7 +342,7 @@ _FLASH_ATTENTION = {-1: "auto", 0: "off", 1: "on"}  # llama-bench's numbers
 
 def _cell(row: Row, name: str) -> str:
     if name == "fa":
-        return _FLASH_ATTENTION.get(row["flash_attn"], str(row["flash_attn"]))
+        return FLASH_ATTENTION[row["flash_attn"]]
     if name in SETTINGS:
         return str(row[SETTINGS[name][0]])
     match name:
@@ -344,7 +374,7 @@ def _cell(row: Row, name: str) -> str:
 
 
 def duration(nanoseconds: float | None) -> str:
-    """Return a time in the unit that suits it, with three digits."""
+    """Return a time with three digits, in a suitable unit."""
     if nanoseconds is None:
         return "-"
     size, unit = next(((size, unit) for size, unit in _UNITS if nanoseconds >= size), (1.0, "ns"))
@@ -356,7 +386,7 @@ _UNITS = ((1e9, "s"), (1e6, "ms"), (1e3, "us"))
 
 
 def header(row: Row) -> str:
-    """Return what a table for people is about: the model, the machine, and the build."""
+    """Return what was measured: the model, the build and the machine."""
     return (
         f"{row['model_type']}: {Path(row['model_filename']).name}, {row['model_size'] / 2**20:,.1f} MiB, "
         f"{row['model_n_params'] / 1e6:,.1f} M weights\n{build(row)}"
@@ -364,7 +394,7 @@ def header(row: Row) -> str:
 
 
 def build(row: Row) -> str:
-    """Return what was built, and what it runs on."""
+    """Return the build and the machine."""
     return (
         f"build: {row['build_commit']} ({row['build']['llama_cpp_source']}), minerva-native {row['minerva_version']}, "
         f"{row['backends']}; {row['gpu_info'] or row['cpu_info']}, {len(row['cpus'])} CPUs"
@@ -372,7 +402,7 @@ def build(row: Row) -> str:
 
 
 def settings(row: Row, names: Iterable[str]) -> str:
-    """Return the settings that are none of these columns, and how it was measured."""
+    """Return the settings that have no column, and how the test was run."""
     texts = [f"{name} {_cell(row, name)}" for name in SETTINGS if name not in names]
     texts.append(f"repetitions {len(row['samples_ts'])}" + ("" if row["warm_up"] else " without a warm-up"))
     texts.append(f"clock {row['clock_ns']:.0f} ns")
@@ -380,7 +410,7 @@ def settings(row: Row, names: Iterable[str]) -> str:
 
 
 def details(row: Row) -> list[str]:
-    """Return what else there is to say to people about a result."""
+    """Return what else people want to know about a result, as lines."""
     lines = []
     if row["parts_whole_ns"]:
         parts = ", ".join(f"{name} {duration(row[f'part_{name}_ns'])}" for name in PARTS)
@@ -390,15 +420,15 @@ def details(row: Row) -> list[str]:
         )
     if row["roofline_share"]:
         lines.append(
-            f"the limit: {row['weight_bytes_per_token'] / 1e6:,.1f} MB of weights and "
-            f"{row['kv_bytes_per_token'] / 1e6:,.1f} MB of keys and values a token, read at "
-            f"{row['memory_bandwidth'] / 1e9:,.1f} GB/s, are {row['roofline_ts']:,.1f} t/s"
-            + (" (no limit: they fit into the CPU's cache)" if row["fits_cache"] else "")
+            f"the limit: {row['roofline_ts']:,.1f} t/s, which is {row['memory_bandwidth'] / 1e9:,.1f} GB/s "
+            f"for {row['weight_bytes_per_token'] / 1e6:,.1f} MB of weights and "
+            f"{row['kv_bytes_per_token'] / 1e6:,.1f} MB of keys and values per token"
+            + (" (not binding: they fit into the CPU's cache)" if row["fits_cache"] else "")
         )
     if row["first_tokens_ns"]:
         lines.append(f"the first tokens: {', '.join(map(duration, row['first_tokens_ns']))}")
     if row.get("ratio_confidence"):
         n, confidence = len(row["compared_samples_ts"]), row["ratio_confidence"]
-        few = " (of 6 pairs or more: 95%)" if confidence < CONFIDENCE else ""
+        few = " (95% takes 6 pairs or more)" if confidence < CONFIDENCE else ""
         lines.append(f"the ratio's interval: {n} pairs of repetitions, {confidence:.0%} confidence{few}")
     return lines

@@ -1,44 +1,46 @@
-"""The roofline: no token comes faster than the bytes it takes can be read from memory.
+"""The roofline: no token can be generated faster than its bytes can be read from memory.
 
-To generate a token, a model reads every weight that the token touches and every key and value before it, once. The
-memory's best bandwidth, measured with the same number of threads, says how long that takes at least.
+To generate a token, a model reads every weight that the token uses, and all keys and values before it, once. The best
+memory bandwidth measured with the same number of threads gives the least time that this can take.
 """
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 import minerva_native as mn
-from minerva_native._binding import ffi, lib
 
-_READ_BYTES = 256 << 20  # at least; four times the largest cache, if that is more
-_READ_SECONDS, _READ_ROUNDS = 0.04, 3  # of every thread, and how often: the best round counts
-_COPY_BYTES, _COPY_TIMES, _COPY_ROUNDS = 256 << 20, 16, 5
+READ_BYTES = 256 << 20  # what all threads read together; four times the largest cache if that is more
+READ_SECONDS, READ_ROUNDS = 0.04, 3  # how long a round takes, and how many there are: the best one counts
 
 
 class Weights(NamedTuple):
-    """The bytes of weights that one token touches, by where they lie."""
+    """How many bytes of weights a token uses, by where they are.
+
+    Attributes:
+        cpu: bytes in the machine's memory.
+        gpu: bytes in a GPU's memory.
+    """
 
     cpu: float
     gpu: float
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """Bytes in both."""
         return self.cpu + self.gpu
 
 
 def weights_touched(model: mn.Model) -> Weights:
-    """Return the bytes of weights that generating one token reads.
+    """Return how many bytes of weights are read to generate one token.
 
-    Of an embedding table that is one row, or all of it if it is the output matrix too; of experts those that the
-    router chooses; of an encoder nothing, nor of layers that predict further tokens.
+    - Of an embedding table one row is read, or all of it if it is also the output matrix.
+    - Of the experts, only those that the router chooses.
+    - Nothing of an encoder, or of layers that predict additional tokens.
     """
     gguf = mn.GGUF(model.path)
     tensors = gguf.tensors
@@ -66,43 +68,42 @@ def weights_touched(model: mn.Model) -> Weights:
 
 
 class Limit:
-    """What the memory allows a model that computes with a number of threads."""
+    """The limit that memory bandwidth sets for a model on `n_threads` threads."""
 
     def __init__(self, weights: Weights, n_threads: int):
         self._weights = weights
-        self._on_gpu = weights.gpu / weights.total  # keys and values lie where their layers do
+        self._on_gpu = weights.gpu / weights.total  # keys and values are where their layers are
         self._reader = Reader(n_threads) if self._on_gpu < 1.0 else None
-        gpus = [device.name for device in mn.devices() if device.type in ("gpu", "igpu")]
-        self._gpu_bandwidth = copy_bandwidth(gpus[0]) if self._on_gpu > 0.0 else 1.0
+        self._gpu_bandwidth = first_gpu().copy_bandwidth() if self._on_gpu > 0.0 else 1.0
 
     def cpu_bandwidth(self) -> float:
-        """Measure, and return in bytes per second, what the threads read; 1 if they have nothing to read.
+        """Measure how many bytes per second the threads read; 1 if they have nothing to read.
 
-        It is to be asked beside each repetition: machines that are shared with others give now more, now less.
+        Call it for each repetition: the bandwidth of a shared machine varies over time.
         """
         return self._reader.bandwidth() if self._reader is not None else 1.0
 
     def seconds(self, kv_bytes: float, cpu_bandwidth: float) -> float:
-        """Return the least time that a token takes with that many bytes of keys and values before it."""
+        """Return the least time that a token can take, with `kv_bytes` of keys and values before it."""
         weights, on_gpu = self._weights, self._on_gpu
         on_cpu = (weights.cpu + (1.0 - on_gpu) * kv_bytes) if self._reader is not None else 0.0
         return (weights.gpu + on_gpu * kv_bytes) / self._gpu_bandwidth + on_cpu / cpu_bandwidth
 
 
 class Reader:
-    """Threads' worth of memory to read."""
+    """Memory for each of `n_threads` threads to read."""
 
     def __init__(self, n_threads: int):
-        size = max(_READ_BYTES, 4 * largest_cache_bytes()) // n_threads
+        size = max(READ_BYTES, 4 * largest_cache_bytes()) // n_threads
         self._buffers = [np.ones(size // 8, np.uint64) for _ in range(n_threads)]
 
     def bandwidth(self) -> float:
-        """Return the bytes per second that the threads read together, at best."""
-        return max(read_together(self._buffers) for _ in range(_READ_ROUNDS))
+        """Return how many bytes per second the threads read together, in the best round."""
+        return max(_read_together(self._buffers) for _ in range(READ_ROUNDS))
 
 
-def read_together(buffers: list[npt.NDArray[np.uint64]]) -> float:
-    """Have each thread read its buffer over and over; return the sum of their rates."""
+def _read_together(buffers: list[npt.NDArray[np.uint64]]) -> float:
+    """Have each thread read its buffer repeatedly; return the sum of their rates."""
     rates: list[float] = []
     barrier = threading.Barrier(len(buffers))
 
@@ -112,8 +113,8 @@ def read_together(buffers: list[npt.NDArray[np.uint64]]) -> float:
         except threading.BrokenBarrierError:
             return
         passes, start = 0, time.perf_counter()
-        while (elapsed := time.perf_counter() - start) < _READ_SECONDS:
-            np.bitwise_or.reduce(buffer)  # as fast as memory goes, on one thread, and without the GIL
+        while (elapsed := time.perf_counter() - start) < READ_SECONDS:
+            np.bitwise_or.reduce(buffer)  # limited by memory bandwidth, and releases the GIL
             passes += 1
         rates.append(passes * buffer.nbytes / elapsed)
 
@@ -126,55 +127,20 @@ def read_together(buffers: list[npt.NDArray[np.uint64]]) -> float:
     except RuntimeError as error:
         raise mn.MinervaError(f"the memory cannot be read with {len(buffers)} threads ({error})") from None
     finally:
-        barrier.abort()  # after Ctrl-C, those who wait for the others would wait for ever
+        barrier.abort()  # after Ctrl-C, threads that wait for the others would wait for ever
     return sum(rates)
 
 
+def first_gpu() -> mn.Device:
+    """Return the first GPU, to which layers go first."""
+    return next(device for device in mn.devices() if device.type in ("gpu", "igpu"))
+
+
 def largest_cache_bytes() -> int:
-    """Return the size of the largest cache of the CPU, if the system tells."""
+    """Return the size of the CPU's largest cache, or 0 if the system does not say."""
     sizes = [0]
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = file.read_text().strip()
         if text[:-1].isdigit() and text[-1:] in "KM":
             sizes.append(int(text[:-1]) << {"K": 10, "M": 20}[text[-1]])
     return max(sizes)
-
-
-def copy_bandwidth(device: str) -> float:
-    """Return the bytes per second that a device reads and writes as it copies its own memory.
-
-    Raises `DeviceError` if there is no such device, or no room on it.
-    """
-    pointer = lib.ggml_backend_dev_by_name(device.encode())
-    if pointer == ffi.NULL:
-        raise mn.DeviceError(f"there is no device {device!r} here")
-    with _two_tensors(pointer, _COPY_BYTES) as (backend, source, target):
-        best = 0.0
-        for round_ in range(_COPY_ROUNDS + 1):
-            before = time.perf_counter()
-            for _ in range(_COPY_TIMES):
-                lib.ggml_backend_tensor_copy_async(backend, backend, source, target)
-            lib.ggml_backend_synchronize(backend)
-            rate = 2 * _COPY_BYTES * _COPY_TIMES / (time.perf_counter() - before)
-            best = max(best, rate if round_ else 0.0)  # the first is to warm up
-    return best
-
-
-@contextmanager
-def _two_tensors(device: Any, size: int) -> Iterator[tuple[Any, Any, Any]]:
-    """Give a backend on the device, and two tensors of `size` bytes in its memory."""
-    backend = lib.ggml_backend_dev_init(device, ffi.NULL)
-    context = lib.ggml_init({"mem_size": 8 * lib.ggml_tensor_overhead(), "mem_buffer": ffi.NULL, "no_alloc": True})
-    buffer = ffi.NULL
-    try:
-        tensors = [lib.ggml_new_tensor_1d(context, lib.GGML_TYPE_I8, size) for _ in range(2)]
-        buffer = lib.ggml_backend_alloc_ctx_tensors(context, backend)
-        if buffer == ffi.NULL:
-            raise mn.DeviceError(f"the device has no room for {2 * size / 1e6:.0f} MB to measure its memory with")
-        lib.ggml_backend_tensor_memset(tensors[0], 1, 0, size)
-        yield backend, *tensors
-    finally:
-        if buffer != ffi.NULL:
-            lib.ggml_backend_buffer_free(buffer)
-        lib.ggml_free(context)
-        lib.ggml_backend_free(backend)

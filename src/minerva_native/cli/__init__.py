@@ -1,4 +1,4 @@
-"""The `minerva` command: one file a subcommand, each over the public API alone."""
+"""The `minerva` command: one file per subcommand, each using only the public API."""
 
 import argparse
 import io
@@ -16,10 +16,10 @@ COMMANDS = {"generate": generate, "bench": bench, "info": info, "devices": devic
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0, 1 (an error), 2 (usage), 130 (Ctrl-C)."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by whoever started us
+        if getattr(sys, name) is None:  # the parent process closed it
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks is no reason to stop
+        sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot show is no error
     parser = argparse.ArgumentParser(prog="minerva", description="Run GGUF models in-process, over libllama.")
     parser.add_argument("--version", action="version", version=f"minerva-native {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = COMMANDS[options.command].run(options)
         sys.stdout.flush()
     except BrokenPipeError:
-        pass  # whoever read our output has gone: nothing is wrong
+        pass  # the reader of our output has exited, which is no error
     except KeyboardInterrupt:
         status = 130
     except (MinervaError, OSError, ValueError) as error:
@@ -41,6 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = 1
     try:
         sys.stdout.flush()
-    except OSError:  # Python would complain as it flushes at exit
+    except OSError:  # Python would report the error again when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return status

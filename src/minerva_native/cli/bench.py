@@ -1,4 +1,4 @@
-"""Measure the latency of decoding, test by test, as llama-bench does and further."""
+"""Measure the latency of decoding: llama-bench's tests, and where the time of a token goes."""
 
 import argparse
 import math
@@ -28,9 +28,9 @@ T = TypeVar("T")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.epilog = (
-        "Options marked * take several values: by being repeated, or (all but -m and -pg) with commas; "
+        "Options marked * take several values, by being repeated or (except -m and -pg) separated by commas; "
         "every combination is tested. "
-        "Numbers may be ranges: FIRST-LAST, FIRST-LAST+STEP, FIRST-LAST*FACTOR."
+        "Numbers can be ranges: FIRST-LAST, FIRST-LAST+STEP, FIRST-LAST*FACTOR."
     )
     add = parser.add_argument
 
@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-m", "--model", action="append", type=file_name, metavar="FILE", help=model)
     several("-p", "--n-prompt", type=numbers, dest="n_prompt", help="test prompts of N tokens; 0 for none (512)")
     several("-n", "--n-gen", type=numbers, dest="n_gen", help="test generating N tokens; 0 for none (128)")
-    several("-pg", type=pair, metavar="PP,TG", dest="pg", help="test a prompt of PP tokens and generating TG after it")
-    several("-d", "--n-depth", type=numbers, dest="n_depth", help="tokens that are in the KV cache before (0)")
+    several("-pg", type=pair, metavar="PP,TG", dest="pg", help="test a prompt of PP tokens with TG generated after it")
+    several("-d", "--n-depth", type=numbers, dest="n_depth", help="tokens in the KV cache before the test (0)")
     several("-b", "--batch-size", type=counts, dest="n_batch", help="prompt tokens in one call (2048)")
     several("-ub", "--ubatch-size", type=counts, dest="n_ubatch", help="prompt tokens in one pass (512)")
     several("-t", "--threads", type=counts, dest="n_threads", help="threads (the usable CPUs)")
@@ -51,31 +51,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several("-ctv", "--cache-type-v", type=kinds, metavar="TYPE", dest="type_v", help="type of the cached values (f16)")
     flash = one_of(FLASH_ATTENTION, {"1": "on", "0": "off", "-1": "auto"})
     several("-fa", "--flash-attn", type=flash, metavar="on|off|auto", dest="flash", help="flash attention (auto)")
-    layers = "layers to put on a GPU; -1 for all, auto for all if there is one (auto)"
+    layers = "layers to put on a GPU; -1 for all, auto for all if there is a GPU (auto)"
     several("-ngl", "--gpu-layers", "--n-gpu-layers", type=gpu_layer_list, dest="gpu_layers", help=layers)
     mmap = one_of(("0", "1"), {"none": "0", "mmap": "1"})
-    how = "map the file, or read it (mmap)"
+    how = "map the file into memory, or read it (mmap)"
     several("-lm", "--load-mode", "-mmp", "--mmap", type=mmap, metavar="mmap|none", dest="mmap", help=how)
     add("-r", "--repetitions", type=positive, default=5, metavar="N", help="how often to run each test (5)")
-    add("--no-warmup", action="store_true", help="measure from the first token on")
-    add("--no-parts", action="store_true", help="do not run the decode loop to take its tokens apart")
+    add("--no-warmup", action="store_true", help="do not evaluate anything before the measurement")
+    add("--no-parts", action="store_true", help="do not run the decode loop to time its parts")
     add_sampling(parser)
     output = parser.add_mutually_exclusive_group()
     output.add_argument("-o", "--output", choices=FORMATS, default="table", help="what to print (table)")
     output.add_argument("--json", action="store_true", help="print one JSON object")
-    add("--plot", type=file_name, metavar="FILE", help="draw the latencies of tokens into a picture, such as out.png")
+    add("--plot", type=file_name, metavar="FILE", help="plot the latencies of tokens into an image, such as out.png")
     against = parser.add_mutually_exclusive_group()
     results = "compare with results written by -o json or jsonl"
     against.add_argument("--baseline", type=file_name, metavar="FILE", help=results)
-    in_turns = "run upstream's llama-bench in turns with this"
+    in_turns = "run upstream's llama-bench in turns with this benchmark"
     against.add_argument("--compare-llama-bench", type=file_name, metavar="PATH", help=in_turns)
-    fail = "exit with 1 if the median of a comparison is less than this, such as 0.97, or a test is not compared"
+    fail = "exit with 1 if the median ratio of a test is below this, such as 0.97, or a test could not be compared"
     add("--fail-below", type=ratio, metavar="RATIO", help=fail)
     parser.set_defaults(refuse=parser.error)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run every test; the exit status is 1 if a comparison falls below `--fail-below`."""
+    """Run every test; the exit status is 1 if a comparison is below `--fail-below`."""
     if options.fail_below is not None and not (options.baseline or options.compare_llama_bench):
         options.refuse("--fail-below needs something to compare with: --baseline or --compare-llama-bench")
     from minerva_native import benchmark
@@ -125,7 +125,7 @@ def run(options: argparse.Namespace) -> int:
             warn(f"interrupted: {len(rows)} of {len(sources) * len(tests)} tests are finished")
         if isinstance(error, BrokenPipeError) and options.fail_below is not None:
             raise MinervaError("the output was closed before all tests were compared") from None
-        with suppress(OSError):  # what has stopped it is what there is to say
+        with suppress(OSError):  # report the first error, not this one
             finish()
         raise
     finish()
@@ -141,7 +141,7 @@ def read_sources(options: argparse.Namespace) -> "list[Source]":
 
 
 def read_tests(options: argparse.Namespace) -> "list[Test]":
-    """Return the tests that the options ask for: every combination, in llama-bench's order."""
+    """Return the tests that the options ask for, every combination, in llama-bench's order."""
     from minerva_native.benchmark import Test
 
     lengths = [
@@ -200,12 +200,12 @@ def make_writer(
 
 
 def doubts(row: "Row", options: argparse.Namespace) -> Iterator[str]:
-    """Yield what is doubtful about a result, as sentences."""
+    """Yield reasons to doubt a result, as sentences."""
     from minerva_native.benchmark import WIDE_SPREAD
 
     spread = row["stddev_ts"] / row["avg_ts"]
     if spread > WIDE_SPREAD:
-        yield f"{row['test']} spreads by {spread:.1%} over the repetitions, more than {WIDE_SPREAD:.0%}: noise"
+        yield f"{row['test']} varies by {spread:.1%} between repetitions, more than {WIDE_SPREAD:.0%}: noise"
     if not options.baseline:
         return
     if row["ratio"] is None:
@@ -213,11 +213,11 @@ def doubts(row: "Row", options: argparse.Namespace) -> Iterator[str]:
     elif differs := row["baseline_differs"]:
         yield f"{row['test']} differs from the baseline in {', '.join(differs)}"
     if row["ratio"] is not None and (n := len(row["compared_samples_ts"])) < len(row["samples_ts"]):
-        yield f"{row['test']} has {n} repetitions in the baseline: only as many are compared"
+        yield f"{row['test']} has {n} repetitions in the baseline: no more are compared"
 
 
 def verdict(rows: "Sequence[Row]", fail_below: float | None) -> int:
-    """Say which comparisons fall below the limit, and return the exit status."""
+    """Print which comparisons are below the limit, and return the exit status."""
     compared = [row for row in rows if row["ratio"] is not None]
     if not compared:
         raise ValueError("the baseline has none of these tests: nothing was compared")
@@ -225,7 +225,7 @@ def verdict(rows: "Sequence[Row]", fail_below: float | None) -> int:
         return 0
     slower = [row for row in compared if row["ratio"] < fail_below]
     for row in slower:
-        print(f"minerva: {row['test']} reaches {row['ratio']:.3f}, less than {fail_below}", file=sys.stderr)
+        print(f"minerva: {row['test']} has ratio {row['ratio']:.3f}, less than {fail_below}", file=sys.stderr)
     return 1 if slower or len(compared) < len(rows) else 0
 
 
@@ -235,12 +235,12 @@ def warn(sentence: str) -> None:
 
 
 def flat(lists: list[list[T]] | None, default: list[T]) -> list[T]:
-    """Return the values of an option that may be repeated, each as a list; the default if it is not given."""
+    """Return all values of an option that can be repeated, or the default if it was not given."""
     return [value for values in lists for value in values] if lists else default
 
 
 def numbers(text: str) -> list[int]:
-    """Parse a list of numbers that are not negative, such as "1,2", "0-8+4" or "128-1024*2"."""
+    """Parse a list of numbers of 0 or more, such as "1,2", "0-8+4" or "128-1024*2"."""
     found: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+)(?:([+*])(\d+))?)?", part.strip())
@@ -295,7 +295,7 @@ def pair(text: str) -> list[tuple[int, int]]:
 
 
 def one_of(names: Sequence[str] | dict[str, int], others: dict[str, str] | None = None) -> Callable[[str], list[str]]:
-    """Return a parser of a list of names, of which some have another spelling."""
+    """Return a parser for a list of names; `others` maps other spellings to them."""
 
     def parse(text: str) -> list[str]:
         found = [(others or {}).get(name, name) for name in text.split(",")]

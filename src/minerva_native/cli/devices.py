@@ -1,4 +1,4 @@
-"""List what can compute here."""
+"""List the devices that can compute here."""
 
 import argparse
 import dataclasses

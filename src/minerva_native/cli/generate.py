@@ -24,10 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "-n",
         "--predict",
-        type=int,
+        type=limit,
         default=256,
         metavar="N",
-        help="tokens at most; -1 fills the context (256)",
+        help="generate at most N tokens; -1 for no limit but the context (256)",
     )
     add("-c", "--ctx-size", type=int, metavar="N", help="context in tokens (default: the model's, up to 4096)")
     add("-b", "--batch-size", type=int, default=512, metavar="N", help="prompt tokens in one call (default 512)")
@@ -42,20 +42,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-ctk", "--cache-type-k", default="f16", metavar="TYPE", help=f"type of the cached keys: {types} (f16)")
     add("-ctv", "--cache-type-v", default="f16", metavar="TYPE", help="type of the cached values (f16)")
     add("-fa", "--flash-attn", default="auto", choices=("on", "off", "auto"), help="flash attention (auto)")
-    add("--swa-full", action="store_true", help="keep all tokens in sliding-window layers, not the window alone")
-    add("--context-shift", action="store_true", help="when the context is full, discard the older half and go on")
+    add("--swa-full", action="store_true", help="keep all tokens in sliding-window layers, not just the window")
+    add("--context-shift", action="store_true", help="if the context is full, discard the older half and go on")
     add("--keep", type=int, default=4, metavar="N", help="tokens at the start that are never discarded (4)")
     add_sampling(parser)
-    add("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be repeated")
+    add("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; can be repeated")
     add("--ignore-eos", action="store_true", help="never choose a token that ends the generation")
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Generate; the exit status is 130 if Ctrl-C cut it short."""
+    """Generate; the exit status is 130 if Ctrl-C interrupted it."""
     clock = Clock()
-    if options.predict < -1:
-        raise ValueError(f"-n must be 0 or more, or -1 to fill the context, not {options.predict}")
     with load_model(options) as model:
         given = sampling(options) | ({"logit_bias": end_biases(model)} if options.ignore_eos else {})
         sampler = mn.Sampler(mn.SamplingParams.from_model(model, **given))
@@ -80,8 +78,7 @@ def run(options: argparse.Namespace) -> int:
             try:
                 with prefilling() as on_progress:
                     clock.prefill(sequence, ids, on_progress)
-                limit = None if options.predict == -1 else options.predict
-                for step in mn.generate(sequence, sampler, max_tokens=limit, stop=options.stop):
+                for step in mn.generate(sequence, sampler, max_tokens=options.predict, stop=options.stop):
                     clock.tick()
                     text.append(step.text)
                     if not options.json:
@@ -100,13 +97,24 @@ def run(options: argparse.Namespace) -> int:
     return 130 if finish_reason == "cancelled" else 0
 
 
+def limit(text: str) -> int | None:
+    """Parse `-n`; -1 is None, no limit."""
+    try:
+        n = int(text)
+    except ValueError:
+        n = -2
+    if n < -1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens, or -1 for no limit but the context")
+    return None if n == -1 else n
+
+
 def end_biases(model: mn.Model) -> dict[int, float]:
-    """Return a bias that keeps the model from choosing a token that ends the generation."""
+    """Return a bias that bans every token that ends the generation."""
     return dict.fromkeys(filter(model.tokenizer.is_end, range(model.tokenizer.n_vocab)), -math.inf)
 
 
 def choose_prompt(options: argparse.Namespace, model: mn.Model) -> tuple[str, str]:
-    """Return the prompt and what of it to show: all of the built-in one, as nobody has typed it."""
+    """Return the prompt, and the part of it to print: all of the built-in one, because nobody has typed it."""
     prompt = read_text(options)
     if prompt:
         return prompt, ""
@@ -125,25 +133,25 @@ class Clock:
         self.load_seconds = 0.0
 
     def loaded(self) -> None:
-        """Model and context are ready."""
+        """Note that model and context are ready."""
         self.load_seconds = time.perf_counter() - self.created
 
     def prefill(self, sequence: mn.Sequence, ids: list[int], on_progress: Callable[[int, int], object]) -> None:
-        """Evaluate the prompt between two looks at the clock."""
+        """Evaluate the prompt and time it."""
         self.n_prompt = len(ids)
         self.start = time.perf_counter()
         sequence.extend(ids, on_progress)
         self.prefill_end = self.last = time.perf_counter()
 
     def tick(self) -> None:
-        """A token has come."""
+        """Note that a token was generated."""
         self.last = time.perf_counter()
         if not self.n_tokens:
             self.first = self.last
         self.n_tokens += 1
 
     def figures(self) -> dict[str, Any]:
-        """The rates in tokens a second, the times in seconds; null if nothing was measured."""
+        """Return rates in tokens per second and times in seconds; None if nothing was measured."""
         prompt, rest = self.prefill_end - self.start, self.last - self.first
         return {
             "n_prompt": self.n_prompt,
@@ -155,7 +163,7 @@ class Clock:
         }
 
     def line(self) -> str:
-        """The same for people."""
+        """Return the same as a line for people."""
         figures = self.figures()
 
         def show(name: str, scale: float, unit: str) -> str:

@@ -1,4 +1,4 @@
-"""Show what was built, and what a model's file says."""
+"""Show the build, and what a model's file says about it."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ import minerva_native as mn
 
 from .options import add_json, add_model, load_model
 
-LONGEST_VALUE = 100  # characters of a metadata value to show to people
+LONGEST_VALUE = 100  # characters of a metadata value to print
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def model_facts(model: mn.Model) -> dict[str, Any]:
-    """Return what the contract's properties say of the model."""
+    """Return the properties of the model."""
     return {
         "path": str(model.path),
         "architecture": model.architecture,

@@ -12,7 +12,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """Add `-m` and `-ngl`."""
     model = "a GGUF file; the built-in model by default"
     parser.add_argument("-m", "--model", type=file_name, metavar="FILE", help=model)
-    layers = "layers to put on a GPU; -1 for all, auto for all if there is one (default)"
+    layers = "layers to put on a GPU; -1 for all, auto for all if there is a GPU (default)"
     parser.add_argument("-ngl", "--gpu-layers", type=gpu_layers, default="auto", metavar="N", help=layers)
 
 
@@ -27,7 +27,7 @@ def load_model(options: argparse.Namespace, vocab_only: bool = False) -> Model:
 
 
 def file_name(text: str) -> str:
-    """Refuse an empty name, such as an unset variable gives."""
+    """Refuse an empty name, which an unset variable gives."""
     if not text:
         raise argparse.ArgumentTypeError("an empty name")
     return text
@@ -47,13 +47,23 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Add `--temp` and its like."""
+    """Add `--temp` and the other sampling options."""
     add = parser.add_argument
     add("-s", "--seed", type=int, metavar="N", help="seed of the sampler; -1 for a random one (default)")
     add("--temp", type=float, dest="temperature", metavar="T", help="temperature; 0 is greedy (default 0.8)")
     add("--top-k", type=int, metavar="K", help="sample from the K most likely tokens; 0 for all (default 40)")
-    add("--top-p", type=float, metavar="P", help="sample from the likeliest tokens of probability P (default 0.95)")
-    add("--min-p", type=float, metavar="P", help="drop what is less likely than P times the likeliest (default 0.05)")
+    add(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="sample from the top tokens of total probability P (default 0.95)",
+    )
+    add(
+        "--min-p",
+        type=float,
+        metavar="P",
+        help="drop tokens less than P times as likely as the top one (default 0.05)",
+    )
 
 
 def sampling(options: argparse.Namespace) -> dict[str, Any]:
@@ -68,14 +78,14 @@ def add_text(parser: argparse.ArgumentParser) -> None:
     """Add `-p`, `-f` and `--parse-special`."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument("-p", "--prompt", metavar="TEXT", help="the text (default: standard input, unless a terminal)")
-    file = "read the text from a file; - is standard input"
+    file = "read the text from a file; - for standard input"
     source.add_argument("-f", "--file", type=file_name, metavar="FILE", help=file)
-    special = "read the names of special tokens in the text, such as <|im_start|>, as those tokens"
+    special = "treat the names of special tokens in the text, such as <|im_start|>, as those tokens"
     parser.add_argument("--parse-special", action="store_true", help=special)
 
 
 def read_text(options: argparse.Namespace) -> str:
-    """Return what `-p` or `-f` names, else standard input if that is no terminal, less one final line end."""
+    """Return what `-p` or `-f` give, or else standard input unless it is a terminal, without one final newline."""
     if options.prompt is not None:
         return str(options.prompt)
     name = options.file

@@ -1,4 +1,4 @@
-"""Progress bars on stderr: on a terminal only, and only once something has taken a while."""
+"""Progress bars on stderr, only on a terminal and only for what takes a while."""
 
 import sys
 import time
@@ -13,7 +13,7 @@ PATIENCE_SECONDS = 0.3
 
 
 class Bar:
-    """One progress bar that appears when it is worth it."""
+    """A progress bar that appears if the work takes a while."""
 
     def __init__(self, label: str):
         self._label = label
@@ -21,7 +21,7 @@ class Bar:
         self._progress: Progress | None = None
 
     def update(self, done: float, total: float) -> None:
-        """Show how far things are."""
+        """Show how much is done."""
         if self._progress is None:
             if not sys.stderr.isatty() or done >= total or time.perf_counter() - self._start < PATIENCE_SECONDS:
                 return
@@ -34,7 +34,7 @@ class Bar:
         self._progress.update(self._task, completed=done)
 
     def close(self) -> None:
-        """Take the bar off the screen."""
+        """Remove the bar from the screen."""
         if self._progress is not None:
             self._progress.stop()
 
@@ -60,14 +60,14 @@ def prefilling() -> Iterator[Callable[[int, int], None]]:
 
 
 class Measuring:
-    """How far a benchmark is: a bar on a terminal; elsewhere a line a test, for those who read a log."""
+    """The progress of a benchmark: a bar on a terminal, otherwise a line per test, for a log."""
 
     def __init__(self, n_tests: int):
         self._n_tests, self._number = n_tests, 0
         self._bar: Bar | None = None
 
     def update(self, name: str, done: int, total: int) -> None:
-        """Note how many repetitions of a test are done."""
+        """Note that `done` of `total` repetitions of a test are done."""
         if not done:
             self.pause()
             self._number += 1
@@ -79,7 +79,7 @@ class Measuring:
             self._bar.update(done, total)
 
     def pause(self) -> None:
-        """Take the bar off the screen, which is about to be written to."""
+        """Remove the bar, because something else is about to be printed."""
         if self._bar is not None:
             self._bar.close()
         self._bar = None
@@ -87,7 +87,7 @@ class Measuring:
 
 @contextmanager
 def measuring(n_tests: int) -> Iterator[Measuring]:
-    """Show how far a benchmark of `n_tests` tests is."""
+    """Show the progress of a benchmark of `n_tests` tests."""
     progress = Measuring(n_tests)
     try:
         yield progress

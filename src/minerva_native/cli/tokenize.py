@@ -10,12 +10,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add_model(parser)
     add_text(parser)
-    parser.add_argument("--no-bos", action="store_true", help="leave out what the model expects around a text")
+    parser.add_argument("--no-bos", action="store_true", help="do not add the special tokens that the model expects")
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print one token a line, id and text; or one JSON object."""
+    """Print one token per line, id and text, or one JSON object."""
     with load_model(options, vocab_only=True) as model:
         tokenizer = model.tokenizer
         ids = tokenizer.encode(read_text(options), add_special=not options.no_bos, parse_special=options.parse_special)
