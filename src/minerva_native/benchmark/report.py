@@ -269,17 +269,6 @@ def folded(line: str, width: int | None, indent: str = "") -> list[str]:
     return parts
 
 
-def _wrapped(line: str, width: int) -> list[str]:
-    """Break a line between its figures: after a comma, a semicolon or a colon, never within one."""
-    parts = [""]
-    for piece in re.split(r"(?<=[,;:]) ", line):
-        if parts[-1] and len(parts[-1]) + 1 + len(piece) > width:
-            parts.append(f"  {piece}")
-        else:
-            parts[-1] = f"{parts[-1]} {piece}" if parts[-1] else piece
-    return parts
-
-
 def _console(file: TextIO, width: int | None = None) -> "Console":
     """Return a console that prints text unchanged and, like `print`, raises `BrokenPipeError` if nobody reads it."""
     from rich.console import Console
@@ -335,9 +324,6 @@ SETTINGS = {
 def cells(row: Row, names: Iterable[str]) -> list[str]:
     """Return the text of each column of a row."""
     return [_cell(row, name) for name in names]
-
-
-_FLASH_ATTENTION = {-1: "auto", 0: "off", 1: "on"}  # llama-bench's numbers
 
 
 def _cell(row: Row, name: str) -> str:
