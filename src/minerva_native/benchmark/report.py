@@ -406,10 +406,10 @@ def details(row: Row) -> list[str]:
         )
     if row["roofline_share"]:
         lines.append(
-            f"the limit: {row['roofline_ts']:,.1f} t/s, which is {row['memory_bandwidth'] / 1e9:,.1f} GB/s "
-            f"for {row['weight_bytes_per_token'] / 1e6:,.1f} MB of weights and "
+            f"the limit: {row['roofline_ts']:,.1f} t/s at {row['memory_bandwidth'] / 1e9:,.1f} GB/s, "
+            f"with {row['weight_bytes_per_token'] / 1e6:,.1f} MB of weights and "
             f"{row['kv_bytes_per_token'] / 1e6:,.1f} MB of keys and values per token"
-            + (" (not binding: they fit into the CPU's cache)" if row["fits_cache"] else "")
+            + ("; not binding, because they fit into the CPU's cache" if row["fits_cache"] else "")
         )
     if row["first_tokens_ns"]:
         lines.append(f"the first tokens: {', '.join(map(duration, row['first_tokens_ns']))}")
