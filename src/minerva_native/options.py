@@ -37,7 +37,7 @@ OnFull: TypeAlias = 'Literal["error", "shift"] | Callable[[Sequence, int], objec
 """What to do when no cell is free: raise, shift, or call a function with the sequence and how many cells it lacks."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, match_args=False)
 class ContextOptions:
     """How a context is made; the keywords of `Model.context`.
 

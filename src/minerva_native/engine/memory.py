@@ -29,7 +29,7 @@ PARTLY_ROTATED = frozenset(
 """Architectures with RoPE in only some of their layers, which libllama's shift does not know."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False, match_args=False)
 class Memory:
     """What the memory of a context can do, which depends on the model's architecture and on the options.
 
