@@ -1,10 +1,10 @@
-"""What this package adds to a token, against another installed state of it, in turns.
+"""Compare the time of a token with that of another installed version of this package, in alternating runs.
 
     python bench/overhead.py --against /path/to/other/bin/python --pairs 9
 
-Each program measures, on the built-in model with one thread: `extend` by a token, a token of `generate` with a trivial
-sampler, a token each of eight sequences (all of it, and what lies outside `llama_decode`), and the import. Printed are
-the medians and the ratio of each pair, this one over the other.
+Each run uses the built-in model with one thread and measures, in total and outside `llama_decode`: `extend` by one
+token, one token of `generate` with a trivial sampler, and one token for each of eight sequences; and also the import.
+It prints the medians, and the median, lowest and highest ratio of a pair: this version over the other.
 """
 
 import argparse
@@ -19,7 +19,7 @@ N_TOKENS, ROUNDS = 400, 7
 
 
 def measure() -> dict[str, float]:
-    """Return microseconds a token, the median of some rounds, and milliseconds for the import."""
+    """Return microseconds per token, as medians of several rounds, and milliseconds for the import."""
     before = time.perf_counter()
     import minerva_native as mn
 

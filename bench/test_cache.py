@@ -1,9 +1,8 @@
-"""What the KV cache's bookkeeping costs, and batched decoding beside upstream's: `pytest bench/test_cache.py
---benchmark-enable`.
+"""What the KV cache's bookkeeping costs, and batched decoding against upstream's: `pytest bench/test_cache.py`.
 
 Bars: 5 microseconds to append a token to 100,000; 1 millisecond for a fork, a truncation, and finding the longest
-beginning among 64 sequences of 8,000 tokens; 0.97 of the speed of `llama-batched-bench`, eight sequences at a time.
-The last needs upstream's tools: see CONTRIBUTING.md; `MINERVA_TOOLS` names their folder.
+prefix among 64 sequences of 8,000 tokens; 0.97 of the speed of `llama-batched-bench` with a batch of eight sequences.
+The last needs upstream's tools: see CONTRIBUTING.md. `MINERVA_TOOLS` names their folder.
 """
 
 import json
@@ -36,7 +35,7 @@ ROUNDS = {("wide-34m", "f16"): 21, ("wide-34m", "q4_0"): 21, ("llama-3.2-1b", "q
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[mn.Model]:
-    """A model that is next to nothing, so that many tokens can be evaluated."""
+    """A minimal model, so that many tokens can be evaluated."""
     shape = TinyModel(n_layer=1, n_embd=32, n_head=1, n_head_kv=1, n_ff=32, n_ctx_train=2 * N_LONG)
     with mn.Model.load(shape.write(tmp_path_factory.mktemp("small") / "small.gguf"), gpu_layers=0) as model:
         yield model
@@ -57,16 +56,16 @@ def pool(opened: tuple[mn.Context, KVCache]) -> SlotPool:
 
 @pytest.fixture(scope="module")
 def many(opened: tuple[mn.Context, KVCache]) -> list[mn.Sequence]:
-    """64 sequences of 8,000 tokens, each alike for one token more than the one before: the most there is to compare."""
+    """64 sequences of 8,000 tokens; each shares one token more with the rest than the one before: the worst case."""
     text = np.random.default_rng(1).integers(0, 200, N_TOKENS).tolist()
     context = opened[0]
     first = context.sequence()
     first.extend(text)
-    sequences = [first.fork(N_TOKENS - N_SEQUENCES + alike) for alike in range(N_SEQUENCES)]
+    sequences = [first.fork(N_TOKENS - N_SEQUENCES + index) for index in range(N_SEQUENCES)]
     first.close()
     context.clear_cache()
-    for alike, sequence in enumerate(sequences):
-        sequence.extend([255] * (N_SEQUENCES - alike))
+    for index, sequence in enumerate(sequences):
+        sequence.extend([255] * (N_SEQUENCES - index))
     return sequences
 
 
@@ -130,7 +129,7 @@ def batched_bench() -> Path:
 
 @pytest.mark.parametrize("n_threads", [1, 2])
 @pytest.mark.parametrize("model_file", ROUNDS, ids="-".join)
-def test_eight_sequences_at_a_time_beside_upstream(
+def test_a_batch_of_eight_sequences_against_upstream(
     benchmark: BenchmarkFixture, batched_bench: Path, model_file: tuple[str, str], n_threads: int
 ) -> None:
     path = models.make(*model_file)
@@ -139,7 +138,7 @@ def test_eight_sequences_at_a_time_beside_upstream(
     command = [batched_bench, *arguments, "-t", n_threads, "-tb", n_threads, "--output-format", "jsonl"]
 
     def upstream() -> float:
-        for _ in range(5):  # it ends without having printed its result now and then
+        for _ in range(5):  # now and then it exits without printing its result
             result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
             for line in result.stdout.splitlines():
                 if line.startswith("{"):
@@ -161,7 +160,7 @@ def test_eight_sequences_at_a_time_beside_upstream(
 
     ratios: list[float] = []
     speeds: list[float] = []
-    outside: list[float] = []  # of `llama_decode`, in seconds a token
+    outside: list[float] = []  # of `llama_decode`, in seconds per token
 
     def round_() -> None:
         own, theirs = (ours(), upstream()) if len(ratios) % 2 else (upstream(), ours())[::-1]
