@@ -1,6 +1,6 @@
-"""The decode loop: what a step holds, and every reason to finish.
+"""The decode loop: what a step contains, and every reason to finish.
 
-Where a test needs certain tokens, a logit processor dictates them; all else is the real thing.
+If a test needs certain tokens, a logit processor forces them. Everything else is real.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,7 +32,7 @@ def sequence(context: mn.Context) -> mn.Sequence:
 
 
 class Dictate:
-    """A logit processor that leaves one token to choose: the next of a list."""
+    """A logit processor that allows only one token: the next one of a list."""
 
     def __init__(self, tokens: Sequence[int]):
         self._rest = iter(tokens)
@@ -49,7 +49,7 @@ def dictate(*tokens: str | int) -> mn.Sampler:
 
 
 def letters(text: str) -> mn.Sampler:
-    """Dictates a text character by character."""
+    """Return a sampler that generates a text character by character."""
     return dictate(*text.replace(" ", "Ġ").replace("\n", "Ċ"))
 
 
@@ -114,7 +114,7 @@ def test_the_sampler_is_given_the_whole_sequence(sequence: mn.Sequence) -> None:
 
 
 def expected_logprobs(sequence: mn.Sequence, n_steps: int) -> list[float]:
-    """Greedy choices and their log-probabilities, by hand."""
+    """Append greedy choices by hand, and return their log-probabilities."""
     logprobs = []
     for _ in range(n_steps):
         logits = sequence.logits.astype(np.float64)
@@ -347,7 +347,7 @@ def test_a_generation_left_early_leaves_a_sequence_that_works(sequence: mn.Seque
     assert text_of(list(mn.generate(sequence, dictate("c"), max_tokens=1))) == "c"
 
 
-# Wrong arguments, which are refused before anything is asked of the generation
+# Invalid arguments, which are refused before the first step is requested
 
 
 def test_an_empty_sequence_cannot_be_continued(context: mn.Context) -> None:

@@ -1,4 +1,4 @@
-"""What the KV cache spares: forks, reuse across sequences, shifts, checkpoints, a full context. Work is counted."""
+"""What the KV cache saves: forks, shared prefixes, shifts, checkpoints, a full context. Work is counted, not timed."""
 
 import threading
 from array import array
@@ -25,7 +25,7 @@ Logits = npt.NDArray[np.float32]
 IDS = list(range(20, 60))
 OTHER = list(range(100, 130))
 MAMBA, JAMBA, GEMMA = TinyModel("mamba"), TinyModel("jamba"), TinyModel("gemma2", tied=True)
-RWKV, LFM = TinyModel("rwkv7"), TinyModel("lfm2", n_layer=4)  # which is a hybrid with a sliding window
+RWKV, LFM = TinyModel("rwkv7"), TinyModel("lfm2", n_layer=4)  # LFM is a hybrid with a sliding window
 
 Load = Callable[[TinyModel], mn.Model]
 
@@ -69,7 +69,7 @@ def evaluated_by(context: mn.Context, action: Callable[[], object]) -> int:
     return context.stats.tokens_evaluated - before
 
 
-# A list
+# Reading tokens
 
 
 def test_a_sequence_reads_like_a_list(sequence: mn.Sequence) -> None:
@@ -174,7 +174,7 @@ def test_parallel_continuations_share_the_cells_of_their_prompt(tiny: mn.Model) 
             assert_same(fork.logits, fresh(tiny, [*IDS, *range(number, number + 5)]))
 
 
-# Several in one batch
+# Several sequences in one batch
 
 
 def test_sequences_extended_together_are_as_if_extended_alone(tiny: mn.Model) -> None:
@@ -390,7 +390,7 @@ def test_closed_sequences_make_room_oldest_first(tiny: mn.Model) -> None:
                 sequence.extend(text)
         assert context.cells_used == 0
         with context.sequence() as sequence:
-            assert sequence.extend([6] * 60) == 60  # takes the cells of the first
+            assert sequence.extend([6] * 60) == 60  # evicts the first
         assert evaluated_by(context, lambda: context.sequence().extend([*OTHER, 1])) == 1
         context.clear_cache()
         assert evaluated_by(context, lambda: context.sequence().extend(IDS)) == len(IDS)
@@ -453,7 +453,7 @@ def test_tokens_that_wait_are_shifted_too(tiny: mn.Model, sequence: mn.Sequence,
     text = [*IDS, *range(5)]
     del text[keep : keep + 3]
     assert sequence == text
-    if keep == 41:  # all that was evaluated is as it was
+    if keep == 41:  # no evaluated token is discarded or moved
         assert_same(sequence.logits, fresh(tiny, text))
 
 
@@ -463,7 +463,7 @@ def test_a_shift_leaves_no_checkpoint_of_what_it_discards(load_tiny: Load) -> No
         sequence.extend(IDS)
         for token in range(5):
             sequence.append(token)
-        sequence.shift(10, 32)  # all that is evaluated after the tenth, and some that waits
+        sequence.shift(10, 32)  # all evaluated tokens after the tenth, and some that wait
         text = [*IDS[:10], 2, 3, 4]
         assert sequence == text
         sequence.extend(OTHER)
@@ -517,7 +517,7 @@ def test_a_memory_that_cannot_shift_says_so(load_tiny: Load) -> None:
 def test_a_shift_that_a_failed_decode_may_have_begun_is_evaluated_again(
     tiny: mn.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some of the keys may have been rotated: none of them is trusted, nor those of a fork."""
+    """Some of the keys may be rotated already, so none of them is used, nor those of a fork."""
     context, cache = make_open(tiny)
     sequence, other = context.sequence(), context.sequence()
     sequence.extend(IDS)
@@ -533,7 +533,7 @@ def test_a_shift_that_a_failed_decode_may_have_begun_is_evaluated_again(
 
 @pytest.mark.parametrize("model", [TinyModel(), JAMBA], ids=["attention", "hybrid"])
 def test_a_shifted_sequence_leaves_nothing_to_others(load_tiny: Load, tmp_path: Path, model: TinyModel) -> None:
-    """Not by way of a save, which has the shift done, nor of what it goes back to."""
+    """Not even after a save, which applies the shift, or after a rewind."""
     with make(load_tiny(model), checkpoint_interval=8) as context:
         sequence = context.sequence()
         sequence.extend(IDS)
@@ -687,7 +687,7 @@ def test_going_back_in_a_fork_is_counted(load_tiny: Load) -> None:
     "model", [TinyModel(), GEMMA, TinyModel("qwen3moe"), JAMBA], ids=lambda model: model.architecture
 )
 def test_a_shift_of_all_that_is_kept_changes_nothing(load_tiny: Load, model: TinyModel) -> None:
-    # Rotary positions count by their distance alone: keys turned by as much as everything moves must do as before.
+    # With RoPE only the distance between positions matters: rotating all keys by the same angle must change nothing.
     context, cache = make_open(load_tiny(model), n_seq=2, prefix_cache=False)
     with context:
         moved, left = context.sequence(), context.sequence()
@@ -780,7 +780,7 @@ def test_cells_that_nobody_owns_are_found_when_they_are_missed(tiny: mn.Model) -
         sequence = context.sequence()
         sequence.extend([7] * 200)
         slot = slot_of(sequence)
-        slot.id, slot.n_cached = -1, 0  # as after an interrupt that struck between two lines
+        slot.id, slot.n_cached = -1, 0  # as after an interrupt between two lines
         sequence.truncate(0)
         other = context.sequence()
         other.extend([9] * 250)
@@ -816,7 +816,7 @@ def test_a_context_of_split_cells_becomes_full(tiny: mn.Model) -> None:
 
 
 def test_a_small_window_is_not_filled_by_forks(load_tiny: Load) -> None:
-    """libllama reuses the cells of what has left the window only while one sequence holds them."""
+    """libllama reuses the cells of tokens that have left the window only if a single sequence holds them."""
     model, text = load_tiny(GEMMA), [token * 7 % 250 for token in range(240)]
     with make(model, n_ctx=1024, n_ubatch=16, swa_full=False) as context:
         sequence = context.sequence()
@@ -959,7 +959,7 @@ def test_what_a_batch_that_was_cancelled_leaves_is_no_sequences_state(
         for sequence in (one, closed, other):
             sequence.extend(IDS[:n])
         closed.close()
-        with pytest.raises(mn.Cancelled):  # in the second batch, whose places are not all side by side
+        with pytest.raises(mn.Cancelled):  # in the second batch, whose sequence ids are not adjacent
             context.extend({one: [50] * 6, other: [51] * 2}, on_progress=lambda done, total: context.cancel())
         new = [context.sequence(), context.sequence()]
         for sequence in new:
@@ -1047,7 +1047,7 @@ def test_quantised_keys_and_values(tiny: mn.Model, kv_type: str | tuple[str, str
         sequence.extend(IDS)
         exact = fresh(tiny, IDS)
         error = np.linalg.norm(sequence.logits - exact) / np.linalg.norm(exact)
-        assert error < (0.5 if "q4_0" in context.kv_type else 0.03)  # another text's are 1.4 away
+        assert error < (0.5 if "q4_0" in context.kv_type else 0.03)  # the error of another text's logits is 1.4
         assert sequence.fork(20).extend([1]) == 1
 
 

@@ -1,4 +1,4 @@
-"""A sequence is a list of tokens that happens to be evaluated: what changes it, and how much work each change is.
+"""A sequence is a list of tokens: what changes it, and how much work each change takes.
 
 Work is counted (`Context.stats.tokens_evaluated`), never timed.
 """
@@ -40,7 +40,7 @@ def make_context(model: mn.Model, n_ctx: int = N_CTX, n_seq: int = 1, n_batch: i
 
 @pytest.fixture
 def fresh_logits(tiny: mn.Model) -> Callable[[list[int]], Logits]:
-    """Gives the logits after a text that nothing but one `extend` of a new context ever touched."""
+    """A function that returns the logits of a text after a single `extend` in a new context."""
 
     def logits(ids: list[int]) -> Logits:
         with make_context(tiny) as context, context.sequence() as sequence:
@@ -51,7 +51,7 @@ def fresh_logits(tiny: mn.Model) -> Callable[[list[int]], Logits]:
 
 
 def assert_same(logits: Logits, expected: Logits) -> None:
-    """Equal but for the order in which a batch of another size adds things up."""
+    """Assert that logits are equal, up to rounding: the order of additions depends on the batch size."""
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
 
 
@@ -157,7 +157,7 @@ def test_logits_that_nobody_read_are_not_those_after_an_append(tiny: mn.Model) -
         first, second = context.sequence(), context.sequence()
         first.extend([1, 2, 3])
         first.append(4)
-        second.extend([5, 6])  # makes the context save what it has not read
+        second.extend([5, 6])  # makes the context save the unread logits
         late = first.logits.copy()
         second.truncate(0)
         second.extend([1, 2, 3, 4])
@@ -343,7 +343,7 @@ def log_softmax(logits: Logits) -> npt.NDArray[np.float64]:
     return normed
 
 
-# The end of the context
+# A full context
 
 
 @pytest.mark.parametrize("n_ctx", [2, 31, 60, 256, 300])
@@ -512,7 +512,7 @@ def test_threads_that_share_a_context_get_the_logits_of_their_own_sequence(
         assert_same(got[number], fresh_logits([token + number for token in IDS]))
 
 
-# The end of a sequence
+# Closing
 
 
 def test_closing_gives_the_cells_and_the_place_back(context: mn.Context) -> None:
@@ -684,7 +684,7 @@ def test_a_sequence_says_how_many_bytes_it_takes(tiny: mn.Model, sequence: mn.Se
     assert sequence.size_bytes == 0
     sequence.extend(IDS)
     one = sequence.size_bytes / len(IDS)
-    # 3 layers, keys and values of 2 heads of 32, in float32; besides, libllama writes the position of each cell.
+    # 3 layers, keys and values of 2 heads of 32, in float32. libllama also writes the position of each cell.
     assert one == pytest.approx(3 * 2 * 2 * 32 * 4, rel=0.02)
     sequence.truncate(12)
     assert sequence.size_bytes == pytest.approx(12 * one, rel=0.02)

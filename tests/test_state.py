@@ -1,4 +1,4 @@
-"""Saved sequences: what is restored is what was saved, and a file that is not whole restores nothing."""
+"""Saved sequences: a restored sequence equals the saved one, and a damaged file restores nothing."""
 
 import contextlib
 import hashlib
@@ -115,7 +115,7 @@ def test_a_shifted_sequence_is_saved_as_it_then_is(context: mn.Context, tmp_path
     restored = context.restore(tmp_path / "saved")
     assert restored == [*IDS[:4], *IDS[14:]]
     assert np.array_equal(restored.logits, sequence.logits)
-    assert context.stats.tokens_evaluated == len(IDS) + 1  # one to have the shift done
+    assert context.stats.tokens_evaluated == len(IDS) + 1  # one to apply the shift
     sequence.extend([1])
     restored.extend([1])
     np.testing.assert_allclose(restored.logits, sequence.logits, atol=1e-3)
@@ -141,11 +141,11 @@ def test_saving_replaces_a_file_and_leaves_nothing_else(context: mn.Context, sav
 
 
 def refused(context: mn.Context, path: Path, words: str | None = None) -> None:
-    """A file that is refused leaves no cell taken, and no place."""
+    """Assert that a file is refused, and that this takes no cell and no sequence id."""
     with pytest.raises(mn.StateError, match=words):
         context.restore(path)
     assert context.cells_used == 0
-    for sequence in [context.sequence() for _ in range(context.n_seq)]:  # all places are free
+    for sequence in [context.sequence() for _ in range(context.n_seq)]:  # all ids are free
         sequence.close()
 
 
@@ -196,7 +196,7 @@ def test_a_file_whose_checksum_fits_and_whose_header_does_not(
 
 
 def parts(path: Path) -> tuple[dict[str, object], bytearray]:
-    """The header of a saved sequence, and what follows it."""
+    """Return the header of a saved sequence, and what follows it."""
     content = path.read_bytes()
     (size,) = struct.unpack_from("<I", content, 20)
     header: dict[str, object] = json.loads(content[24 : 24 + size])
@@ -204,7 +204,7 @@ def parts(path: Path) -> tuple[dict[str, object], bytearray]:
 
 
 def write(path: Path, header: bytes, body: bytes | bytearray) -> None:
-    """Write a file whose checksum fits, whatever else does not."""
+    """Write a file with a valid checksum, whatever its content."""
     content = path.read_bytes()[:20] + struct.pack("<I", len(header)) + header + body
     path.write_bytes(content + hashlib.blake2b(content, digest_size=32).digest())
 
@@ -281,7 +281,7 @@ def test_a_file_that_is_not_there(context: mn.Context, tmp_path: Path) -> None:
 
 
 def test_another_model(load_tiny: Callable[[TinyModel], mn.Model], saved: Path) -> None:
-    """Also one of the same shape: only its weights differ."""
+    """The first has the same shape and differs only in its weights."""
     for other in (TinyModel(seed=2), TinyModel(n_layer=2), TinyModel("mamba")):
         with make(load_tiny(other)) as context:
             refused(context, saved, "was saved from another model")
