@@ -110,7 +110,7 @@ def test_sequences_agree_with_a_fresh_evaluation(
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("shared", [False, True], ids=["cells of its own", "shared cells"])
 @pytest.mark.parametrize("shape", [TinyModel(), TinyModel("jamba")], ids=["attention", "hybrid"])
-def test_a_shift_that_is_interrupted_is_done_or_not(
+def test_an_interrupted_shift_is_done_completely_or_not_at_all(
     load_tiny: Callable[[TinyModel], mn.Model], alarm: Callable[[float], None], shape: TinyModel, shared: bool
 ) -> None:
     choice = random.Random(1)
@@ -201,7 +201,7 @@ def on_alarm() -> Iterator[Callable[[Callable[[], None]], None]]:
 
 
 @pytest.mark.parametrize("use", ["extend", "logits", "truncate", "close"])
-def test_what_a_handler_asks_for_during_a_call_is_refused_or_waits(
+def test_calls_from_a_signal_handler_during_a_call_are_refused_or_deferred(
     tiny: mn.Model, on_alarm: Callable[[Callable[[], None]], None], use: str
 ) -> None:
     choice = random.Random(1)
@@ -253,7 +253,7 @@ def test_what_a_handler_asks_for_during_a_call_is_refused_or_waits(
         assert refused or use == "close"
 
 
-def test_a_handler_during_a_call_that_a_callback_makes_is_refused(
+def test_a_signal_handler_during_a_call_from_a_callback_is_refused(
     tiny: mn.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context, cache = open_up(tiny, n_ctx=64, n_seq=3, n_threads=1)
@@ -277,7 +277,7 @@ def test_a_handler_during_a_call_that_a_callback_makes_is_refused(
         assert [one, other, third] == [[1, 2], [3, 4], [5]]
 
 
-def test_what_the_garbage_collector_closes_during_a_call_is_released_after_it(tiny: mn.Model) -> None:
+def test_sequences_collected_during_a_call_are_released_after_it(tiny: mn.Model) -> None:
     choice = random.Random(1)
 
     class Chat:
