@@ -1,8 +1,8 @@
 """Generate the cffi module and its type stub from llama.cpp's headers, at build time.
 
 The C preprocessor expands `llama.h` and our `hooks.h`. Their declarations are parsed and passed to cffi in API mode, in
-which the C compiler supplies every struct layout, enumerator and constant. No declaration is written by hand, so a new
-pin changes the binding with no work here.
+which the C compiler supplies every struct layout, enumerator and constant. No declaration is written by hand, so moving
+the pin updates the binding.
 """
 
 import argparse
@@ -121,7 +121,7 @@ def statements(text: str) -> Iterator[str]:
 
 
 def read_api(text: str, macros: str) -> Api:
-    """Parse the declarations, except deprecated and static ones, and functions that are not wanted."""
+    """Parse the declarations, except deprecated and static ones and functions that are not bound."""
     attribute = re.compile(r'__attribute__\s*\(\((?:[^()"]|"(?:\\.|[^"\\])*"|\([^()]*\))*\)\)')
     kept = [
         re.sub(r"\b(__extension__|_Noreturn|__?restrict|restrict)\b", "", attribute.sub("", statement))
