@@ -1,8 +1,8 @@
-"""What the KV cache's bookkeeping costs, and batched decoding against upstream's: `pytest bench/test_cache.py`.
+"""The cost of the KV cache's bookkeeping, and batched decoding against upstream's: `pytest bench/test_cache.py`.
 
-Bars: 5 microseconds to append a token to 100,000; 1 millisecond for a fork, a truncation, and finding the longest
-prefix among 64 sequences of 8,000 tokens; 0.97 of the speed of `llama-batched-bench` with a batch of eight sequences.
-The last needs upstream's tools: see CONTRIBUTING.md. `MINERVA_TOOLS` names their folder.
+Bars: 5 microseconds to append a token to 100,000; 1 millisecond for a fork, a truncation, or finding the longest prefix
+among 64 sequences of 8,000 tokens; 0.97 of the speed of `llama-batched-bench` with eight sequences. The last one needs
+upstream's tools, whose folder `MINERVA_TOOLS` names: see CONTRIBUTING.md.
 """
 
 import json
@@ -56,16 +56,16 @@ def pool(opened: tuple[mn.Context, KVCache]) -> SlotPool:
 
 @pytest.fixture(scope="module")
 def many(opened: tuple[mn.Context, KVCache]) -> list[mn.Sequence]:
-    """64 sequences of 8,000 tokens; each shares one token more with the rest than the one before: the worst case."""
+    """64 sequences of 8,000 tokens, each sharing a prefix one token longer than the one before: the worst case."""
     text = np.random.default_rng(1).integers(0, 200, N_TOKENS).tolist()
     context = opened[0]
     first = context.sequence()
     first.extend(text)
-    sequences = [first.fork(N_TOKENS - N_SEQUENCES + index) for index in range(N_SEQUENCES)]
+    sequences = [first.fork(N_TOKENS - N_SEQUENCES + shared) for shared in range(N_SEQUENCES)]
     first.close()
     context.clear_cache()
-    for index, sequence in enumerate(sequences):
-        sequence.extend([255] * (N_SEQUENCES - index))
+    for shared, sequence in enumerate(sequences):
+        sequence.extend([255] * (N_SEQUENCES - shared))
     return sequences
 
 
@@ -129,7 +129,7 @@ def batched_bench() -> Path:
 
 @pytest.mark.parametrize("n_threads", [1, 2])
 @pytest.mark.parametrize("model_file", ROUNDS, ids="-".join)
-def test_a_batch_of_eight_sequences_against_upstream(
+def test_eight_sequences_against_upstream(
     benchmark: BenchmarkFixture, batched_bench: Path, model_file: tuple[str, str], n_threads: int
 ) -> None:
     path = models.make(*model_file)
@@ -160,7 +160,7 @@ def test_a_batch_of_eight_sequences_against_upstream(
 
     ratios: list[float] = []
     speeds: list[float] = []
-    outside: list[float] = []  # of `llama_decode`, in seconds per token
+    outside: list[float] = []  # seconds per token outside `llama_decode`
 
     def round_() -> None:
         own, theirs = (ours(), upstream()) if len(ratios) % 2 else (upstream(), ours())[::-1]

@@ -1,6 +1,5 @@
 """A model: the weights and the vocabulary of a GGUF file."""
 
-import hashlib
 import inspect
 import math
 import operator
@@ -294,6 +293,8 @@ def _resolve_gpu_layers(gpu_layers: Literal["auto"] | int, has_device: bool) -> 
 
 
 def _fingerprint(path: Path) -> str:
+    import hashlib  # which loads OpenSSL: not to be part of every start
+
     digest = hashlib.blake2b(digest_size=32)
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)

@@ -269,17 +269,6 @@ def folded(line: str, width: int | None, indent: str = "") -> list[str]:
     return parts
 
 
-def _wrapped(line: str, width: int) -> list[str]:
-    """Break a line between its figures: after a comma, a semicolon or a colon, never within one."""
-    parts = [""]
-    for piece in re.split(r"(?<=[,;:]) ", line):
-        if parts[-1] and len(parts[-1]) + 1 + len(piece) > width:
-            parts.append(f"  {piece}")
-        else:
-            parts[-1] = f"{parts[-1]} {piece}" if parts[-1] else piece
-    return parts
-
-
 def _console(file: TextIO, width: int | None = None) -> "Console":
     """Return a console that prints text unchanged and, like `print`, raises `BrokenPipeError` if nobody reads it."""
     from rich.console import Console
@@ -335,9 +324,6 @@ SETTINGS = {
 def cells(row: Row, names: Iterable[str]) -> list[str]:
     """Return the text of each column of a row."""
     return [_cell(row, name) for name in names]
-
-
-_FLASH_ATTENTION = {-1: "auto", 0: "off", 1: "on"}  # llama-bench's numbers
 
 
 def _cell(row: Row, name: str) -> str:
@@ -420,10 +406,10 @@ def details(row: Row) -> list[str]:
         )
     if row["roofline_share"]:
         lines.append(
-            f"the limit: {row['roofline_ts']:,.1f} t/s, which is {row['memory_bandwidth'] / 1e9:,.1f} GB/s "
-            f"for {row['weight_bytes_per_token'] / 1e6:,.1f} MB of weights and "
+            f"the limit: {row['roofline_ts']:,.1f} t/s at {row['memory_bandwidth'] / 1e9:,.1f} GB/s, "
+            f"with {row['weight_bytes_per_token'] / 1e6:,.1f} MB of weights and "
             f"{row['kv_bytes_per_token'] / 1e6:,.1f} MB of keys and values per token"
-            + (" (not binding: they fit into the CPU's cache)" if row["fits_cache"] else "")
+            + ("; not binding, because they fit into the CPU's cache" if row["fits_cache"] else "")
         )
     if row["first_tokens_ns"]:
         lines.append(f"the first tokens: {', '.join(map(duration, row['first_tokens_ns']))}")

@@ -5,7 +5,7 @@ Every way to grow a list goes: mark the slots, find room, share what others have
 """
 
 import logging
-import secrets
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -122,7 +122,7 @@ class KVCache:
     def distrust(self) -> None:
         """Trust nothing that is cached: somebody else is about to use libllama's context."""
         self._in_buffer = ()
-        self.pool.distrust(self.key._replace(encoded=None, raw=secrets.token_hex(8)))
+        self.pool.distrust(self.key._replace(encoded=None, raw=os.urandom(8).hex()))
 
     def forget_everything(self) -> None:
         """Empty the memory: what sequences hold is re-evaluated when logits are asked for."""

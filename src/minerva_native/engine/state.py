@@ -5,10 +5,7 @@ after the last token (float32, if they were known), libllama's state, and a BLAK
 little-endian.
 """
 
-import hashlib
-import json
 import os
-import secrets
 import stat
 import struct
 from collections.abc import Iterable, Mapping
@@ -39,6 +36,8 @@ def write(path: Path, payload: Payload, requirements: Mapping[str, Any], model_n
         "n_pure": payload.n_exact,
         "n_logits": n_logits,
     }
+    import json
+
     written = json.dumps(header).encode()
     parts: list[bytes | memoryview] = [_LEAD.pack(_MAGIC, _VERSION, len(written)), written]
     parts.append(payload.tokens.astype("<i4").tobytes())
@@ -77,6 +76,12 @@ def read(path: Path, requirements: Mapping[str, Any], n_vocab: int) -> Payload:
     )
 
 
+def _new_digest() -> Any:
+    import hashlib  # which loads OpenSSL: not to be part of every start
+
+    return hashlib.blake2b(digest_size=_DIGEST_BYTES)
+
+
 def _difference(path: Path, name: str, header: dict[str, Any], here: object) -> str:
     if name == "fingerprint":
         return f"{path} was saved from another model ({header['model']})"
@@ -100,8 +105,8 @@ def _write_atomically(path: Path, parts: "Iterable[bytes | memoryview]") -> None
         if not stat.S_ISREG(status.st_mode):
             raise OSError(f"{path} is not a regular file: a sequence is saved to a file of its own")
         mode = stat.S_IMODE(status.st_mode)
-    temporary = path.with_name(f".{secrets.token_hex(8)}.part")
-    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    temporary = path.with_name(f".{os.urandom(8).hex()}.part")
+    digest = _new_digest()
     try:
         with temporary.open("xb") as file:
             for part in parts:
@@ -125,6 +130,8 @@ def _write_atomically(path: Path, parts: "Iterable[bytes | memoryview]") -> None
 
 def _read_verified(path: Path) -> tuple[dict[str, Any], memoryview]:
     """Return the header of a saved sequence, and what follows it, once the digest is proven."""
+    import json
+
     content = memoryview(path.read_bytes())
     if len(content) < _LEAD.size or bytes(content[: len(_MAGIC)]) != _MAGIC[: len(content)]:
         raise StateError(f"{path} is not a saved sequence")
@@ -132,7 +139,9 @@ def _read_verified(path: Path) -> tuple[dict[str, Any], memoryview]:
     if version != _VERSION:
         raise StateError(f"{path} has version {version} of the format, and this reads version {_VERSION}")
     body, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
-    if hashlib.blake2b(body, digest_size=_DIGEST_BYTES).digest() != digest:
+    expected = _new_digest()
+    expected.update(body)
+    if expected.digest() != digest:
         raise StateError(f"{path} is damaged or cut short: its checksum does not match")
     start = _LEAD.size + header_bytes
     try:
