@@ -2,8 +2,8 @@
 
     python bench/generations.py {minerva,llama-cpp-python} MODEL THREADS TOKENS CHAIN
 
-generates TOKENS tokens after a warm-up and prints how many tokens it made per second. Both loops run as they come, with
-no copies added; flash attention is off in both, and neither stops at an end token.
+generates TOKENS tokens after a warm-up and prints the tokens per second. Both loops run as they are, with no copies
+added. Flash attention is off in both, and neither stops at an end token.
 """
 
 import os

@@ -2,7 +2,7 @@
 
     python bench/models.py llama-3.2-1b q4_0
 
-makes a file in the user's cache folder, or in that which `MINERVA_BENCH_MODELS` names, unless it is already there, and
+makes a file in the user's cache folder (or the one that `MINERVA_BENCH_MODELS` names) unless it is already there, and
 prints its path. The tokenizers are real: they come from the vocabulary files of the pinned source.
 """
 
@@ -45,7 +45,7 @@ TYPES = {
     "q4_k": Type(gguf.GGMLQuantizationType.Q4_K, gguf.LlamaFileType.MOSTLY_Q4_K_S, 258.0),
     "f16": Type(gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16, 1.0),
 }
-MINIMUM = 7.5  # of q4_k: a block's scale of minimums over its scale of numbers, for a mean of 0
+MINIMUM = 7.5  # q4_k: a block's scale of minimums divided by its scale of numbers, for a mean of 0
 
 # Makes logits as peaked as real ones: 95% of the probability on about 100 of 128,256 tokens. Samplers depend on that.
 OUTPUT_NORM = 6.0
@@ -98,7 +98,7 @@ def make(name: str, kind: str) -> Path:
 
 
 def write(path: Path, shape: Shape, kind: str) -> None:
-    """Write a model to a file, a tensor at a time."""
+    """Write a model to a file, one tensor at a time."""
     from rich.console import Console
     from rich.progress import track
 
@@ -146,7 +146,7 @@ def add(writer: gguf.GGUFWriter, key: str, value: Key) -> None:
 
 
 def hyperparameters(shape: Shape) -> dict[str, Key]:
-    """Return the keys of the file, without the architecture in front."""
+    """Return the keys of the file, without the architecture before each."""
     return {
         "context_length": shape.n_ctx_train,
         "embedding_length": shape.n_embd,

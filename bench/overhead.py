@@ -1,4 +1,4 @@
-"""What this package adds to a token, against another installed state of it, in turns.
+"""Compare the time of a token with that of another installed version of this package, in alternating runs.
 
     python bench/overhead.py --against /path/to/other/bin/python --pairs 9
 

@@ -15,7 +15,7 @@ from tiny_models import TinyModel
 
 ROOT = Path(__file__).parents[1]
 
-# A shell starts background jobs with Ctrl-C ignored, and what the tests start would inherit that.
+# A shell starts background jobs with Ctrl-C ignored, and processes that the tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

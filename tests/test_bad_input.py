@@ -166,7 +166,7 @@ def test_ids_that_are_not_tokens(sequence: mn.Sequence, call: str, ids: Any, err
 @pytest.mark.parametrize(
     ("token", "error"), [(-1, ValueError), (10**6, ValueError), (1.5, TypeError), ("a", TypeError)]
 )
-def test_a_token_that_is_not_one(sequence: mn.Sequence, token: Any, error: type[Exception]) -> None:
+def test_an_id_that_is_not_a_token(sequence: mn.Sequence, token: Any, error: type[Exception]) -> None:
     tokenizer = sequence.context.model.tokenizer
     for call in (sequence.append, tokenizer.is_end, tokenizer.is_control, tokenizer.stream().feed):
         with pytest.raises(error):
@@ -200,7 +200,7 @@ def test_truncating_and_rewinding_out_of_range(sequence: mn.Sequence, n: int) ->
     assert sequence.tokens == [5, 6, 7]
 
 
-def test_more_sequences_than_there_is_room_for(demo: mn.Model) -> None:
+def test_more_sequences_than_n_seq(demo: mn.Model) -> None:
     with demo.context(n_ctx=64, n_seq=2, n_threads=1) as context:
         first, second = context.sequence(), context.sequence()
         with pytest.raises(mn.ContextError, match="all 2 sequences"):

@@ -1,4 +1,4 @@
-"""The build as a user runs it: flags reach llama.cpp, and what is wrong with a source is said in one sentence."""
+"""The build as a user runs it: flags reach llama.cpp, and an error is one sentence that says what to do."""
 
 import os
 import re
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def failed_build(tmp_path: Path, *settings: str, **environment: str) -> str:
-    """Run a build with settings that is meant to stop early; return what it printed, on one line."""
+    """Run a build that should fail, with some settings; return what it printed, on one line."""
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path / "wheels"), str(ROOT)]
     settings = (f"build-dir={tmp_path / 'build'}", *settings)
     command += [f"--config-settings={setting}" for setting in settings]  # pip before 23.1 knows no short form
@@ -43,7 +43,7 @@ def test_flags_from_both_places_reach_llama_cpps_cmake_untouched(tmp_path: Path)
     assert "CUDA ON, Vulkan ON, native OFF" in output
 
 
-def test_the_build_says_what_it_is_of() -> None:
+def test_build_info_describes_the_build() -> None:
     info = mn.build_info()
     assert info["llama_cpp_source"] in ("pinned", "custom")
     assert "GGML_CPU" in info["options"]
@@ -57,7 +57,7 @@ def test_ggml_names_the_pinned_commit_as_its_own() -> None:
         assert text(lib.ggml_commit()) == info["llama_cpp"]
 
 
-def test_upstreams_licence_travels_with_the_package() -> None:
+def test_upstreams_licence_is_in_the_package() -> None:
     from minerva_native._binding import _llama
 
     licence = Path(_llama.__file__).with_name("LICENSE.llama.cpp").read_text()

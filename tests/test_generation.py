@@ -1,6 +1,6 @@
-"""The decode loop: what a step holds, and every reason to finish.
+"""The decode loop: what a step contains, and every reason to finish.
 
-Where a test needs certain tokens, a logit processor dictates them; all else is the real thing.
+If a test needs certain tokens, a logit processor forces them. Everything else is real.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,7 +32,7 @@ def sequence(context: mn.Context) -> mn.Sequence:
 
 
 class Dictate:
-    """A logit processor that leaves one token to choose: the next of a list."""
+    """A logit processor that allows only one token: the next one of a list."""
 
     def __init__(self, tokens: Sequence[int]):
         self._rest = iter(tokens)
@@ -49,7 +49,7 @@ def dictate(*tokens: str | int) -> mn.Sampler:
 
 
 def letters(text: str) -> mn.Sampler:
-    """Dictates a text character by character."""
+    """Return a sampler that generates a text character by character."""
     return dictate(*text.replace(" ", "Ġ").replace("\n", "Ċ"))
 
 
@@ -76,7 +76,7 @@ def test_each_step_is_one_token_of_the_sequence(sequence: mn.Sequence) -> None:
     assert sequence.tokens == [*prompt, *ids("h", "e", "Ġw")]
 
 
-def test_a_step_is_given_before_its_token_is_evaluated(sequence: mn.Sequence) -> None:
+def test_a_step_is_yielded_before_its_token_is_evaluated(sequence: mn.Sequence) -> None:
     generation = mn.generate(sequence, dictate("h", "e"), max_tokens=2)
     evaluated = sequence.context.stats.tokens_evaluated
     next(generation)
@@ -85,7 +85,7 @@ def test_a_step_is_given_before_its_token_is_evaluated(sequence: mn.Sequence) ->
     assert sequence.context.stats.tokens_evaluated == evaluated + 1
 
 
-def test_nothing_is_sampled_before_a_step_is_asked_for(sequence: mn.Sequence) -> None:
+def test_nothing_is_sampled_before_a_step_is_requested(sequence: mn.Sequence) -> None:
     mn.generate(sequence, dictate(), max_tokens=5)
     assert len(sequence) == 5
 
@@ -99,7 +99,7 @@ def test_a_step_says_how_long_it_took(sequence: mn.Sequence) -> None:
     assert all(step.seconds > 0.0 for step in mn.generate(sequence, greedy(), max_tokens=3))
 
 
-def test_without_a_sampler_a_default_one_draws(sequence: mn.Sequence) -> None:
+def test_without_a_sampler_the_default_one_is_used(sequence: mn.Sequence) -> None:
     assert [step.finish_reason for step in mn.generate(sequence, max_tokens=1)] != [None]
 
 
@@ -114,7 +114,7 @@ def test_the_sampler_is_given_the_whole_sequence(sequence: mn.Sequence) -> None:
 
 
 def expected_logprobs(sequence: mn.Sequence, n_steps: int) -> list[float]:
-    """Greedy choices and their log-probabilities, by hand."""
+    """Append greedy choices by hand, and return their log-probabilities."""
     logprobs = []
     for _ in range(n_steps):
         logits = sequence.logits.astype(np.float64)
@@ -151,12 +151,12 @@ def test_a_logprob_is_the_models_own_whatever_the_sampler_did(sequence: mn.Seque
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 7])
-def test_max_tokens_are_made_and_no_more(sequence: mn.Sequence, max_tokens: int) -> None:
+def test_a_generation_ends_after_max_tokens(sequence: mn.Sequence, max_tokens: int) -> None:
     steps = list(mn.generate(sequence, dictate(*"abcdefgh"), max_tokens=max_tokens))
     assert [step.finish_reason for step in steps] == [None] * (max_tokens - 1) + ["length"]
 
 
-def test_no_tokens_are_made_where_none_are_wanted(sequence: mn.Sequence) -> None:
+def test_max_tokens_0_generates_nothing(sequence: mn.Sequence) -> None:
     assert list(mn.generate(sequence, greedy(), max_tokens=0)) == []
     assert len(sequence) == 5
 
@@ -193,12 +193,12 @@ def test_an_end_token_ends_a_generation_and_has_no_text(sequence: mn.Sequence, e
     assert sequence.tokens[-1] == end
 
 
-def test_a_control_token_that_is_no_end_has_no_text_and_goes_on(sequence: mn.Sequence) -> None:
+def test_any_other_control_token_has_no_text_and_ends_nothing(sequence: mn.Sequence) -> None:
     steps = list(mn.generate(sequence, dictate("a", START_OF_TURN, "b"), max_tokens=3))
     assert [step.text for step in steps] == ["a", "", "b"]
 
 
-def test_an_end_token_at_the_last_place_is_an_end(sequence: mn.Sequence) -> None:
+def test_an_end_token_at_max_tokens_is_an_end(sequence: mn.Sequence) -> None:
     steps = list(mn.generate(sequence, dictate("a", END), max_tokens=2))
     assert steps[-1].finish_reason == "end"
 
@@ -220,7 +220,7 @@ def test_an_end_token_at_the_last_place_is_an_end(sequence: mn.Sequence) -> None
         ("User: hi", ["User:", "user:"], ""),
     ],
 )
-def test_nothing_of_a_stop_string_is_given_out(sequence: mn.Sequence, text: str, stop: list[str], shown: str) -> None:
+def test_no_part_of_a_stop_string_is_in_the_text(sequence: mn.Sequence, text: str, stop: list[str], shown: str) -> None:
     steps = list(mn.generate(sequence, letters(text), max_tokens=20, stop=stop))
     assert text_of(steps) == shown
     assert steps[-1].finish_reason == "stop"
@@ -243,13 +243,13 @@ def test_a_stop_string_may_be_a_character_of_several_tokens(sequence: mn.Sequenc
     assert len(steps) == 4
 
 
-def test_text_that_only_began_like_a_stop_string_is_given_out_when_that_is_clear(sequence: mn.Sequence) -> None:
+def test_text_that_only_begins_like_a_stop_string_is_released_when_it_differs(sequence: mn.Sequence) -> None:
     steps = list(mn.generate(sequence, letters("abxabc"), max_tokens=6, stop=["abc"]))
     assert [step.text for step in steps] == ["", "", "abx", "", "", ""]
 
 
 @pytest.mark.parametrize("last", ["b", END])
-def test_text_held_back_for_a_stop_string_is_given_out_at_the_end(sequence: mn.Sequence, last: str | int) -> None:
+def test_text_held_back_for_a_stop_string_is_released_at_the_end(sequence: mn.Sequence, last: str | int) -> None:
     steps = list(mn.generate(sequence, dictate("x", "a", last), max_tokens=3, stop=["abc", "ac"]))
     assert text_of(steps) == ("xab" if last == "b" else "xa")
     assert [step.text for step in steps][:2] == ["x", ""]
@@ -270,7 +270,7 @@ def test_the_prompt_does_not_count_for_a_stop_string(sequence: mn.Sequence) -> N
     assert text_of(steps) == "cd"
 
 
-def test_a_stop_string_that_never_comes_changes_no_text(sequence: mn.Sequence) -> None:
+def test_a_stop_string_that_never_occurs_does_not_change_the_text(sequence: mn.Sequence) -> None:
     steps = list(mn.generate(sequence, greedy(), max_tokens=30, stop=["the end of all things"]))
     decoded = sequence.context.model.tokenizer.decode([step.token for step in steps])
     assert text_of(steps) == decoded
@@ -279,7 +279,7 @@ def test_a_stop_string_that_never_comes_changes_no_text(sequence: mn.Sequence) -
 # Finishing: cancelled
 
 
-def test_a_cancelled_generation_ends_with_the_step_that_is_being_made(sequence: mn.Sequence) -> None:
+def test_a_cancelled_generation_ends_with_the_current_step(sequence: mn.Sequence) -> None:
     cancel = Event()
     steps = []
     for step in mn.generate(sequence, dictate(*"abcdefgh"), max_tokens=8, cancel=cancel):
@@ -290,14 +290,14 @@ def test_a_cancelled_generation_ends_with_the_step_that_is_being_made(sequence: 
     assert [step.finish_reason for step in steps] == [None, None, None, "cancelled"]
 
 
-def test_text_held_back_is_given_out_when_cancelled(sequence: mn.Sequence) -> None:
+def test_text_held_back_is_released_when_cancelled(sequence: mn.Sequence) -> None:
     cancel = Event()
     cancel.set()
     steps = list(mn.generate(sequence, letters("abc"), max_tokens=8, stop=["abc"], cancel=cancel))
     assert [(step.text, step.finish_reason) for step in steps] == [("a", "cancelled")]
 
 
-def test_a_cancelled_generation_can_be_taken_up_again(sequence: mn.Sequence) -> None:
+def test_a_cancelled_generation_can_be_continued(sequence: mn.Sequence) -> None:
     expected = [step.token for step in mn.generate(sequence, greedy(), max_tokens=6)]
     sequence.truncate(5)
     cancel = Event()
@@ -320,7 +320,7 @@ def test_a_rewind_between_steps_takes_the_generation_back(sequence: mn.Sequence)
     assert tokens == expected * 2
 
 
-def test_a_token_chosen_again_after_a_rewind_is_what_the_next_step_follows(sequence: mn.Sequence) -> None:
+def test_the_next_step_follows_a_token_replaced_after_a_rewind(sequence: mn.Sequence) -> None:
     generation = mn.generate(sequence, greedy(), max_tokens=2)
     next(generation)
     sequence.rewind(1)
@@ -331,7 +331,7 @@ def test_a_token_chosen_again_after_a_rewind_is_what_the_next_step_follows(seque
     assert second.token == int(sequence.logits.argmax())
 
 
-def test_tokens_put_in_between_steps_are_followed(sequence: mn.Sequence) -> None:
+def test_the_next_step_follows_tokens_added_between_steps(sequence: mn.Sequence) -> None:
     generation = mn.generate(sequence, dictate("a", "b"), max_tokens=2)
     next(generation)
     sequence.extend(ids("the", "ing"))
@@ -339,7 +339,7 @@ def test_tokens_put_in_between_steps_are_followed(sequence: mn.Sequence) -> None
     assert sequence.tokens[5:] == ids("a", "the", "ing", "b")
 
 
-def test_a_generation_left_early_leaves_a_sequence_that_works(sequence: mn.Sequence) -> None:
+def test_a_sequence_can_be_used_after_its_generation_is_left_early(sequence: mn.Sequence) -> None:
     for step in mn.generate(sequence, dictate(*"abc"), max_tokens=3):
         if step.text == "b":
             break
@@ -347,7 +347,7 @@ def test_a_generation_left_early_leaves_a_sequence_that_works(sequence: mn.Seque
     assert text_of(list(mn.generate(sequence, dictate("c"), max_tokens=1))) == "c"
 
 
-# Wrong arguments, which are refused before anything is asked of the generation
+# Invalid arguments, which are refused before the first step is requested
 
 
 def test_an_empty_sequence_cannot_be_continued(context: mn.Context) -> None:
@@ -395,7 +395,7 @@ def test_one_seed_gives_one_story(demo: mn.Model) -> None:
     assert len(stories) == 2
 
 
-def test_a_chooser_may_return_numpys_integers(tiny: mn.Model) -> None:
+def test_a_sampler_may_return_a_numpy_integer(tiny: mn.Model) -> None:
     with tiny.context(n_ctx=64, n_threads=1) as context, context.sequence() as sequence:
         sequence.extend([1, 2])
         step = next(mn.generate(sequence, lambda logits, tokens: logits.argmax()))  # type: ignore[arg-type,return-value]
@@ -409,7 +409,7 @@ def test_stop_may_be_any_iterable(demo: mn.Model) -> None:
         assert steps[-1].finish_reason == "stop"
 
 
-def test_a_decoder_of_ones_own_turns_tokens_into_text(sequence: mn.Sequence) -> None:
+def test_a_custom_decoder_turns_tokens_into_text(sequence: mn.Sequence) -> None:
     class Shouting:
         def __init__(self) -> None:
             self._stream = sequence.context.model.tokenizer.stream()
@@ -424,7 +424,7 @@ def test_a_decoder_of_ones_own_turns_tokens_into_text(sequence: mn.Sequence) -> 
     assert text_of(steps) == "HE!"
 
 
-def test_a_decoder_can_go_on_during_a_character(sequence: mn.Sequence) -> None:
+def test_a_decoder_can_continue_in_the_middle_of_a_character(sequence: mn.Sequence) -> None:
     decoder = sequence.context.model.tokenizer.stream()
     first, *rest = [TOKENS.index(token) for token in ("Ã", "¤")]  # the two bytes of a letter
     assert decoder.feed(first) == ""

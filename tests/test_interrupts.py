@@ -1,4 +1,4 @@
-"""A signal handler may raise between any two lines of this package: no sequence may ever contradict its tokens."""
+"""A signal handler may raise between any two lines of this package: logits must always be those of the tokens."""
 
 import gc
 import random
@@ -24,7 +24,7 @@ class Interrupt(Exception):
 
 @pytest.fixture
 def alarm() -> Iterator[Callable[[float], None]]:
-    """Gives a function that has `Interrupt` raised after a time in seconds; 0 calls it off."""
+    """A function that schedules an `Interrupt` after some seconds; 0 cancels it."""
 
     def raise_interrupt(number: int, frame: object) -> None:
         raise Interrupt
@@ -38,10 +38,10 @@ def alarm() -> Iterator[Callable[[float], None]]:
 
 
 def use(sequences: list[mn.Sequence], choice: random.Random) -> None:
-    """Do one thing to one of the sequences, or to several."""
+    """Do a random operation on one of the sequences, or on several."""
     index = choice.randrange(len(sequences))
     sequence = sequences[index]
-    ids = [choice.randrange(100, 103) for _ in range(choice.randrange(1, 20))]  # few, so that texts begin alike
+    ids = [choice.randrange(100, 103) for _ in range(choice.randrange(1, 20))]  # few, for shared prefixes
     names = ["extend", "append", "truncate", "rewind", "score", "logits", "generate", "assign", "fork", "close"]
     name = choice.choice([*names, "together", "a token each"])
     if name in ("extend", "score"):
@@ -67,7 +67,7 @@ def use(sequences: list[mn.Sequence], choice: random.Random) -> None:
             pass
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the handler raises in a __del__, too
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the handler may raise in a __del__
 @pytest.mark.parametrize(
     "shape",
     [TinyModel(), TinyModel("gemma2", tied=True), TinyModel("mamba"), TinyModel("jamba")],
@@ -80,7 +80,7 @@ def test_sequences_agree_with_a_fresh_evaluation(
     options: dict[str, Any] = {"n_ctx": 900, "n_threads": 1, "kv_type": "f32", "flash_attention": "off"}
     model = load_tiny(shape)
     with (
-        # An interrupt between two lines may lose a place, so there are many.
+        # An interrupt between two lines may leak a sequence id, so there are many.
         model.context(**options, n_seq=60, n_ubatch=16, swa_full=False, checkpoint_interval=8) as context,
         model.context(**options, prefix_cache=False) as other_context,
     ):
@@ -110,7 +110,7 @@ def test_sequences_agree_with_a_fresh_evaluation(
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("shared", [False, True], ids=["cells of its own", "shared cells"])
 @pytest.mark.parametrize("shape", [TinyModel(), TinyModel("jamba")], ids=["attention", "hybrid"])
-def test_a_shift_that_is_interrupted_is_done_or_not(
+def test_an_interrupted_shift_is_done_completely_or_not_at_all(
     load_tiny: Callable[[TinyModel], mn.Model], alarm: Callable[[float], None], shape: TinyModel, shared: bool
 ) -> None:
     choice = random.Random(1)
@@ -189,7 +189,7 @@ def test_saving_and_restoring_can_be_interrupted(
 
 @pytest.fixture
 def on_alarm() -> Iterator[Callable[[Callable[[], None]], None]]:
-    """Gives a function that sets what is called when `ITIMER_REAL` runs out."""
+    """A function that sets what is called when `ITIMER_REAL` expires."""
     previous = signal.getsignal(signal.SIGALRM)
 
     def set_handler(function: Callable[[], None]) -> None:
@@ -201,7 +201,7 @@ def on_alarm() -> Iterator[Callable[[Callable[[], None]], None]]:
 
 
 @pytest.mark.parametrize("use", ["extend", "logits", "truncate", "close"])
-def test_what_a_handler_asks_for_during_a_call_is_refused_or_waits(
+def test_calls_from_a_signal_handler_during_a_call_are_refused_or_deferred(
     tiny: mn.Model, on_alarm: Callable[[Callable[[], None]], None], use: str
 ) -> None:
     choice = random.Random(1)
@@ -253,7 +253,7 @@ def test_what_a_handler_asks_for_during_a_call_is_refused_or_waits(
         assert refused or use == "close"
 
 
-def test_a_handler_during_a_call_that_a_callback_makes_is_refused(
+def test_a_signal_handler_during_a_call_from_a_callback_is_refused(
     tiny: mn.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context, cache = open_up(tiny, n_ctx=64, n_seq=3, n_threads=1)
@@ -277,7 +277,7 @@ def test_a_handler_during_a_call_that_a_callback_makes_is_refused(
         assert [one, other, third] == [[1, 2], [3, 4], [5]]
 
 
-def test_what_the_garbage_collector_closes_during_a_call_is_released_after_it(tiny: mn.Model) -> None:
+def test_sequences_collected_during_a_call_are_released_after_it(tiny: mn.Model) -> None:
     choice = random.Random(1)
 
     class Chat:
@@ -296,7 +296,7 @@ def test_what_the_garbage_collector_closes_during_a_call_is_released_after_it(ti
         try:
             for step in range(1500):
                 if not step % 50:
-                    gc.collect()  # what has grown old
+                    gc.collect()  # the old generation too
                 ids = [choice.randrange(40, 43) for _ in range(choice.randrange(2, 30))]
                 Chat(ids)
                 sequence.assign(ids[::-1])

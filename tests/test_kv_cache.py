@@ -1,4 +1,4 @@
-"""What the KV cache spares: forks, reuse across sequences, shifts, checkpoints, a full context. Work is counted."""
+"""What the KV cache saves: forks, shared prefixes, shifts, checkpoints, a full context. Work is counted, not timed."""
 
 import threading
 from array import array
@@ -25,7 +25,7 @@ Logits = npt.NDArray[np.float32]
 IDS = list(range(20, 60))
 OTHER = list(range(100, 130))
 MAMBA, JAMBA, GEMMA = TinyModel("mamba"), TinyModel("jamba"), TinyModel("gemma2", tied=True)
-RWKV, LFM = TinyModel("rwkv7"), TinyModel("lfm2", n_layer=4)  # which is a hybrid with a sliding window
+RWKV, LFM = TinyModel("rwkv7"), TinyModel("lfm2", n_layer=4)  # LFM is a hybrid with a sliding window
 
 Load = Callable[[TinyModel], mn.Model]
 
@@ -69,7 +69,7 @@ def evaluated_by(context: mn.Context, action: Callable[[], object]) -> int:
     return context.stats.tokens_evaluated - before
 
 
-# A list
+# Reading tokens
 
 
 def test_a_sequence_reads_like_a_list(sequence: mn.Sequence) -> None:
@@ -84,7 +84,7 @@ def test_a_sequence_reads_like_a_list(sequence: mn.Sequence) -> None:
         _ = sequence[len(IDS)]
 
 
-def test_sequences_are_equal_where_their_tokens_are(context: mn.Context, sequence: mn.Sequence) -> None:
+def test_sequences_with_the_same_tokens_are_equal(context: mn.Context, sequence: mn.Sequence) -> None:
     other = context.sequence()
     sequence.extend(IDS)
     other.extend(IDS)
@@ -106,14 +106,16 @@ def test_a_fork_costs_no_evaluation_and_no_cell(context: mn.Context, sequence: m
     assert context.cells_used == used == len(IDS)
 
 
-def test_a_fork_of_the_whole_has_the_logits_at_once(context: mn.Context, sequence: mn.Sequence) -> None:
+def test_a_fork_of_a_whole_sequence_has_its_logits_without_evaluation(
+    context: mn.Context, sequence: mn.Sequence
+) -> None:
     sequence.extend(IDS)
     fork = sequence.fork()
     assert evaluated_by(context, lambda: fork.logits) == 0
     assert np.array_equal(fork.logits, sequence.logits)
 
 
-def test_forks_go_their_own_ways(tiny: mn.Model, context: mn.Context, sequence: mn.Sequence) -> None:
+def test_forks_are_independent_of_each_other(tiny: mn.Model, context: mn.Context, sequence: mn.Sequence) -> None:
     sequence.extend(IDS)
     forks = [sequence.fork(), sequence.fork(20)]
     sequence.extend([1])
@@ -125,7 +127,7 @@ def test_forks_go_their_own_ways(tiny: mn.Model, context: mn.Context, sequence: 
     assert context.cells_used == len(IDS) + 3
 
 
-def test_a_fork_outlives_what_it_was_forked_from(tiny: mn.Model, context: mn.Context, sequence: mn.Sequence) -> None:
+def test_a_fork_outlives_its_source(tiny: mn.Model, context: mn.Context, sequence: mn.Sequence) -> None:
     sequence.extend(IDS)
     fork = sequence.fork(30)
     sequence.truncate(0)
@@ -135,7 +137,7 @@ def test_a_fork_outlives_what_it_was_forked_from(tiny: mn.Model, context: mn.Con
     assert_same(fork.logits, fresh(tiny, IDS[:30]))
 
 
-def test_tokens_that_wait_are_forked_too(tiny: mn.Model, context: mn.Context, sequence: mn.Sequence) -> None:
+def test_waiting_tokens_are_forked_too(tiny: mn.Model, context: mn.Context, sequence: mn.Sequence) -> None:
     sequence.extend(IDS)
     sequence.append(7)
     fork = sequence.fork()
@@ -144,7 +146,7 @@ def test_tokens_that_wait_are_forked_too(tiny: mn.Model, context: mn.Context, se
     assert_same(fork.logits, fresh(tiny, [*IDS, 7]))
 
 
-def test_there_are_no_more_forks_than_places(sequence: mn.Sequence) -> None:
+def test_a_fork_counts_against_n_seq(sequence: mn.Sequence) -> None:
     sequence.extend(IDS)
     forks = [sequence.fork() for _ in range(3)]
     with pytest.raises(mn.ContextError, match="all 4 sequences"):
@@ -154,7 +156,7 @@ def test_there_are_no_more_forks_than_places(sequence: mn.Sequence) -> None:
 
 
 @pytest.mark.parametrize("n", [-1, len(IDS) + 1])
-def test_a_fork_of_what_is_not_there(sequence: mn.Sequence, n: int) -> None:
+def test_a_fork_out_of_range(sequence: mn.Sequence, n: int) -> None:
     sequence.extend(IDS)
     with pytest.raises(ValueError, match="from 0 to the sequence's length 40"):
         sequence.fork(n)
@@ -174,10 +176,10 @@ def test_parallel_continuations_share_the_cells_of_their_prompt(tiny: mn.Model) 
             assert_same(fork.logits, fresh(tiny, [*IDS, *range(number, number + 5)]))
 
 
-# Several in one batch
+# Several sequences in one batch
 
 
-def test_sequences_extended_together_are_as_if_extended_alone(tiny: mn.Model) -> None:
+def test_sequences_extended_together_equal_sequences_extended_alone(tiny: mn.Model) -> None:
     texts = [IDS, OTHER, IDS[:3], [5]]
     with make(tiny, n_batch=16) as context:
         sequences = [context.sequence() for _ in texts]
@@ -193,7 +195,7 @@ def test_sequences_extended_together_are_as_if_extended_alone(tiny: mn.Model) ->
             assert_same(sequence.logits, fresh(tiny, text))
 
 
-def test_a_token_each_is_taken_back_when_interrupted(tiny: mn.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_batch_of_one_token_each_is_rolled_back(tiny: mn.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     context, cache = make_open(tiny)
     sequences = [context.sequence(), context.sequence()]
     context.extend(dict(zip(sequences, [IDS, OTHER], strict=True)))
@@ -212,7 +214,7 @@ def test_a_token_each_is_taken_back_when_interrupted(tiny: mn.Model, monkeypatch
         assert_same(sequence.logits, fresh(tiny, [*text, 7]))
 
 
-def test_when_one_text_does_not_fit_none_is_added(context: mn.Context) -> None:
+def test_if_one_text_does_not_fit_none_is_added(context: mn.Context) -> None:
     one, other = context.sequence(), context.sequence()
     one.extend(IDS)
     logits = one.logits
@@ -228,14 +230,14 @@ def test_a_sequence_of_another_context_is_refused(tiny: mn.Model, context: mn.Co
         context.extend({stranger.sequence(): [1]})
 
 
-def test_extending_nothing_together_is_no_work(context: mn.Context, sequence: mn.Sequence) -> None:
+def test_extending_by_nothing_evaluates_nothing(context: mn.Context, sequence: mn.Sequence) -> None:
     assert context.extend({}) == context.extend({sequence: []}) == 0
     sequence.extend(IDS)
     assert context.extend({}) == 0
 
 
 @pytest.mark.parametrize("on_full", ["shift", "truncate"])
-def test_what_on_full_has_made_of_a_list_has_no_logits_of_before(tiny: mn.Model, on_full: str) -> None:
+def test_a_sequence_changed_by_on_full_does_not_keep_its_old_logits(tiny: mn.Model, on_full: str) -> None:
     def truncate(full: mn.Sequence, lacking: int) -> None:
         if full is one:
             full.truncate(10)
@@ -266,7 +268,7 @@ def test_a_chat_evaluates_every_token_once(context: mn.Context, sequence: mn.Seq
     assert context.stats.tokens_evaluated == len(chat) == 200
 
 
-def test_a_chat_whose_every_turn_is_a_new_sequence_evaluates_every_token_once(context: mn.Context) -> None:
+def test_a_chat_with_a_new_sequence_every_turn_evaluates_every_token_once(context: mn.Context) -> None:
     chat: list[int] = []
     for turn in range(20):
         chat += [turn * 5 % 200 + token for token in range(6)]
@@ -296,7 +298,7 @@ def test_switching_between_closed_conversations_evaluates_nothing_twice(tiny: mn
             assert_same(sequence.logits, fresh(tiny, text))
 
 
-def test_the_only_place_is_reused_too(tiny: mn.Model) -> None:
+def test_a_context_of_one_sequence_reuses_a_prefix_too(tiny: mn.Model) -> None:
     with make(tiny, n_seq=1) as context:
         context.sequence().extend(IDS)
         again = context.sequence()
@@ -314,7 +316,7 @@ def test_an_edit_in_the_middle_evaluates_from_the_edit(
     assert_same(sequence.logits, fresh(tiny, edited))
 
 
-def test_assigning_a_beginning_evaluates_nothing(context: mn.Context, sequence: mn.Sequence) -> None:
+def test_assigning_a_prefix_evaluates_nothing(context: mn.Context, sequence: mn.Sequence) -> None:
     sequence.extend(IDS)
     assert sequence.assign(IDS[:10]) == 0
     assert sequence == IDS[:10]
@@ -331,7 +333,7 @@ def test_an_assignment_that_fails_changes_nothing(tiny: mn.Model, sequence: mn.S
     assert_same(sequence.logits, fresh(tiny, IDS))
 
 
-def test_scoring_after_an_assignment_that_was_interrupted(
+def test_scoring_after_an_interrupted_assignment(
     tiny: mn.Model, sequence: mn.Sequence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sequence.extend(IDS)
@@ -350,7 +352,7 @@ def test_scoring_after_an_assignment_that_was_interrupted(
     assert_same(sequence.logits, fresh(tiny, [*IDS, 1, 2]))
 
 
-def test_a_beginning_that_an_open_sequence_has_is_shared(tiny: mn.Model, context: mn.Context) -> None:
+def test_a_prefix_of_an_open_sequence_is_shared(tiny: mn.Model, context: mn.Context) -> None:
     one, other = context.sequence(), context.sequence()
     one.extend(IDS)
     assert other.extend([*IDS[:30], 1, 2]) == 2
@@ -358,7 +360,7 @@ def test_a_beginning_that_an_open_sequence_has_is_shared(tiny: mn.Model, context
     assert_same(other.logits, fresh(tiny, [*IDS[:30], 1, 2]))
 
 
-def test_what_was_shifted_is_no_beginning_for_others(
+def test_shifted_tokens_are_not_a_prefix_for_other_sequences(
     tiny: mn.Model, context: mn.Context, sequence: mn.Sequence
 ) -> None:
     sequence.extend(IDS)
@@ -377,26 +379,26 @@ def test_without_a_prefix_cache_everything_is_evaluated(tiny: mn.Model) -> None:
         assert context.stats.tokens_reused == 0
 
 
-def test_a_cleared_cache_is_re_evaluated(context: mn.Context) -> None:
+def test_nothing_is_reused_after_clear_cache(context: mn.Context) -> None:
     context.sequence().extend(IDS)
     context.clear_cache()
     assert context.sequence().extend(IDS) == len(IDS)
 
 
-def test_closed_sequences_make_room_oldest_first(tiny: mn.Model) -> None:
+def test_closed_sequences_are_evicted_oldest_first(tiny: mn.Model) -> None:
     with make(tiny, n_ctx=100, n_seq=8) as context:
         for text in (IDS, OTHER):
             with context.sequence() as sequence:
                 sequence.extend(text)
         assert context.cells_used == 0
         with context.sequence() as sequence:
-            assert sequence.extend([6] * 60) == 60  # takes the cells of the first
+            assert sequence.extend([6] * 60) == 60  # evicts the first
         assert evaluated_by(context, lambda: context.sequence().extend([*OTHER, 1])) == 1
         context.clear_cache()
         assert evaluated_by(context, lambda: context.sequence().extend(IDS)) == len(IDS)
 
 
-def test_closed_sequences_give_their_places_up(tiny: mn.Model) -> None:
+def test_closed_sequences_are_evicted_when_ids_run_out(tiny: mn.Model) -> None:
     with make(tiny, n_seq=2) as context:
         for first in range(6):
             context.sequence().extend([first, 1, 2, 3])
@@ -404,7 +406,7 @@ def test_closed_sequences_give_their_places_up(tiny: mn.Model) -> None:
         assert context.sequence().extend([2, 1, 2, 3, 4]) == 5
 
 
-def test_a_pinned_sequence_stays_when_room_is_needed(tiny: mn.Model) -> None:
+def test_a_pinned_sequence_is_not_evicted(tiny: mn.Model) -> None:
     with make(tiny, n_ctx=100, n_seq=3) as context:
         with context.sequence() as system:
             system.extend(IDS)
@@ -445,7 +447,7 @@ def test_a_shift_to_the_end_is_a_truncation(tiny: mn.Model, sequence: mn.Sequenc
 
 
 @pytest.mark.parametrize("keep", [10, 35, 41])
-def test_tokens_that_wait_are_shifted_too(tiny: mn.Model, sequence: mn.Sequence, keep: int) -> None:
+def test_waiting_tokens_are_shifted_too(tiny: mn.Model, sequence: mn.Sequence, keep: int) -> None:
     sequence.extend(IDS)
     for token in range(5):
         sequence.append(token)
@@ -453,17 +455,17 @@ def test_tokens_that_wait_are_shifted_too(tiny: mn.Model, sequence: mn.Sequence,
     text = [*IDS, *range(5)]
     del text[keep : keep + 3]
     assert sequence == text
-    if keep == 41:  # all that was evaluated is as it was
+    if keep == 41:  # no evaluated token is discarded or moved
         assert_same(sequence.logits, fresh(tiny, text))
 
 
-def test_a_shift_leaves_no_checkpoint_of_what_it_discards(load_tiny: Load) -> None:
+def test_a_shift_leaves_no_checkpoint_of_discarded_tokens(load_tiny: Load) -> None:
     with make(load_tiny(MAMBA), checkpoint_interval=10) as context:
         sequence = context.sequence()
         sequence.extend(IDS)
         for token in range(5):
             sequence.append(token)
-        sequence.shift(10, 32)  # all that is evaluated after the tenth, and some that waits
+        sequence.shift(10, 32)  # all evaluated tokens after the tenth, and some that wait
         text = [*IDS[:10], 2, 3, 4]
         assert sequence == text
         sequence.extend(OTHER)
@@ -478,7 +480,7 @@ def test_a_shift_outside_the_sequence(sequence: mn.Sequence, keep: int, discard:
         sequence.shift(keep, discard)
 
 
-def test_a_shift_leaves_those_that_share_its_cells_alone(tiny: mn.Model, sequence: mn.Sequence) -> None:
+def test_a_shift_does_not_change_sequences_that_share_its_cells(tiny: mn.Model, sequence: mn.Sequence) -> None:
     sequence.extend(IDS)
     fork = sequence.fork()
     sequence.shift(4, 10)
@@ -504,7 +506,7 @@ def test_a_shift_of_shared_cells_needs_room(tiny: mn.Model) -> None:
         assert_same(fork.logits, fresh(tiny, IDS))
 
 
-def test_a_memory_that_cannot_shift_says_so(load_tiny: Load) -> None:
+def test_shifting_a_memory_that_cannot_shift_is_an_error(load_tiny: Load) -> None:
     with make(load_tiny(GEMMA), n_ctx=1024, swa_full=False) as context:
         assert not context.memory.can_shift
         sequence = context.sequence()
@@ -514,10 +516,10 @@ def test_a_memory_that_cannot_shift_says_so(load_tiny: Load) -> None:
         assert sequence == IDS
 
 
-def test_a_shift_that_a_failed_decode_may_have_begun_is_evaluated_again(
+def test_a_failed_decode_that_may_have_begun_a_shift_leads_to_re_evaluation(
     tiny: mn.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some of the keys may have been rotated: none of them is trusted, nor those of a fork."""
+    """Some of the keys may be rotated already, so none of them is used, nor those of a fork."""
     context, cache = make_open(tiny)
     sequence, other = context.sequence(), context.sequence()
     sequence.extend(IDS)
@@ -532,8 +534,8 @@ def test_a_shift_that_a_failed_decode_may_have_begun_is_evaluated_again(
 
 
 @pytest.mark.parametrize("model", [TinyModel(), JAMBA], ids=["attention", "hybrid"])
-def test_a_shifted_sequence_leaves_nothing_to_others(load_tiny: Load, tmp_path: Path, model: TinyModel) -> None:
-    """Not by way of a save, which has the shift done, nor of what it goes back to."""
+def test_a_shifted_sequence_is_not_reused_after_its_shift(load_tiny: Load, tmp_path: Path, model: TinyModel) -> None:
+    """Not even after a save, which applies the shift, or after a rewind."""
     with make(load_tiny(model), checkpoint_interval=8) as context:
         sequence = context.sequence()
         sequence.extend(IDS)
@@ -552,7 +554,7 @@ def test_a_shifted_sequence_leaves_nothing_to_others(load_tiny: Load, tmp_path: 
 # A full context
 
 
-def test_a_full_context_says_how_full_it_is(context: mn.Context, sequence: mn.Sequence) -> None:
+def test_the_error_for_a_full_context_says_how_full_it_is(context: mn.Context, sequence: mn.Sequence) -> None:
     sequence.extend([5] * 200)
     with pytest.raises(mn.ContextFullError, match="200 of n_ctx=256 cells are used, 57 more are wanted, 56 are free"):
         sequence.extend([6] * 57)
@@ -570,7 +572,7 @@ def test_a_full_context_can_shift(tiny: mn.Model, grow: str) -> None:
         assert context.stats.tokens_discarded == 18
 
 
-def test_a_text_longer_than_the_context_is_refused_also_where_it_may_shift(tiny: mn.Model) -> None:
+def test_a_text_longer_than_the_context_is_refused_even_with_shifts(tiny: mn.Model) -> None:
     with make(tiny, n_ctx=40, on_full="shift") as context:
         sequence = context.sequence()
         sequence.extend([1, 2, 3])
@@ -579,7 +581,7 @@ def test_a_text_longer_than_the_context_is_refused_also_where_it_may_shift(tiny:
         assert sequence == [1, 2, 3]
 
 
-def test_generation_goes_on_where_the_context_shifts(demo: mn.Model) -> None:
+def test_generation_continues_while_the_context_shifts(demo: mn.Model) -> None:
     with demo.context(n_ctx=32, n_threads=1, on_full="shift") as context:
         sequence = context.sequence()
         sequence.extend(demo.tokenizer.encode("Once upon a time"))
@@ -589,7 +591,7 @@ def test_generation_goes_on_where_the_context_shifts(demo: mn.Model) -> None:
         assert context.stats.tokens_discarded > 0
 
 
-def test_a_shift_is_not_hindered_by_what_closed_sequences_share(tiny: mn.Model) -> None:
+def test_a_context_can_shift_cells_that_closed_sequences_share(tiny: mn.Model) -> None:
     with make(tiny, n_ctx=60, on_full="shift") as context:
         with context.sequence() as closed:
             closed.extend(IDS)
@@ -599,7 +601,7 @@ def test_a_shift_is_not_hindered_by_what_closed_sequences_share(tiny: mn.Model) 
         assert sequence == [*IDS[:4], *IDS[17:30], 1, *[2] * 35]
 
 
-def test_a_shift_that_would_free_nothing_is_not_made(tiny: mn.Model) -> None:
+def test_a_full_context_does_not_shift_if_that_frees_nothing(tiny: mn.Model) -> None:
     with make(tiny, n_ctx=100, on_full="shift") as context:
         sequence = context.sequence()
         sequence.extend(IDS)
@@ -613,7 +615,7 @@ def test_a_shift_that_would_free_nothing_is_not_made(tiny: mn.Model) -> None:
 @pytest.mark.parametrize(
     "on_full", ["shift", lambda sequence, lacking: sequence.truncate(3)], ids=["shift", "function"]
 )
-def test_an_assignment_never_makes_another_text(tiny: mn.Model, on_full: Any) -> None:
+def test_on_full_cannot_change_the_text_of_an_assignment(tiny: mn.Model, on_full: Any) -> None:
     with make(tiny, n_ctx=100, on_full=on_full) as context:
         other, sequence = context.sequence(), context.sequence()
         other.extend([9] * 50)
@@ -624,7 +626,7 @@ def test_an_assignment_never_makes_another_text(tiny: mn.Model, on_full: Any) ->
         assert_same(sequence.logits, fresh(tiny, IDS))
 
 
-def test_a_function_may_close_what_is_being_extended(tiny: mn.Model) -> None:
+def test_on_full_may_close_a_sequence_that_is_being_extended(tiny: mn.Model) -> None:
     sequences: list[mn.Sequence] = []
     with make(tiny, n_ctx=100, n_seq=2, on_full=lambda sequence, lacking: sequences[0].close()) as context:
         one, other = sequences[:] = [context.sequence(), context.sequence()]
@@ -636,14 +638,14 @@ def test_a_function_may_close_what_is_being_extended(tiny: mn.Model) -> None:
         assert context.extend({both[0]: [1], both[1]: [2]}) == 2
 
 
-def test_progress_may_look_at_what_is_evaluated(tiny: mn.Model) -> None:
+def test_on_progress_may_read_the_logits(tiny: mn.Model) -> None:
     with make(tiny, n_batch=8) as context:
         sequence = context.sequence()
         sequence.extend(IDS, on_progress=lambda done, total: sequence.logits)
         assert_same(sequence.logits, fresh(tiny, IDS))
 
 
-def test_what_nobody_refers_to_makes_room(tiny: mn.Model) -> None:
+def test_a_sequence_that_nobody_refers_to_is_evicted(tiny: mn.Model) -> None:
     with make(tiny, n_ctx=100) as context:
         sequence, gone = context.sequence(), context.sequence()
         gone.extend([5] * 60)
@@ -652,7 +654,7 @@ def test_what_nobody_refers_to_makes_room(tiny: mn.Model) -> None:
 
 
 @pytest.mark.parametrize("use", ["logits", "score"])
-def test_a_token_evaluated_again_takes_a_cell_of_its_own(tiny: mn.Model, use: str) -> None:
+def test_a_re_evaluated_token_takes_a_cell_of_its_own(tiny: mn.Model, use: str) -> None:
     with make(tiny, n_ctx=100) as context:
         sequence = context.sequence()
         sequence.extend([5] * (100 if use == "logits" else 95))
@@ -663,7 +665,7 @@ def test_a_token_evaluated_again_takes_a_cell_of_its_own(tiny: mn.Model, use: st
                 _ = fork.logits if use == "logits" else fork.score([1, 2, 3, 4, 5])
 
 
-def test_a_text_that_cannot_fit_drops_nothing(tiny: mn.Model) -> None:
+def test_a_text_that_cannot_fit_evicts_nothing(tiny: mn.Model) -> None:
     with make(tiny, n_ctx=100) as context:
         context.sequence().extend(IDS)
         with pytest.raises(mn.ContextFullError):
@@ -671,7 +673,7 @@ def test_a_text_that_cannot_fit_drops_nothing(tiny: mn.Model) -> None:
         assert context.sequence().extend([*IDS, 1]) == 1
 
 
-def test_going_back_in_a_fork_is_counted(load_tiny: Load) -> None:
+def test_cells_of_a_truncated_fork_are_counted(load_tiny: Load) -> None:
     with make(load_tiny(JAMBA)) as context:
         sequence = context.sequence()
         sequence.extend(list(range(100)))
@@ -686,8 +688,8 @@ def test_going_back_in_a_fork_is_counted(load_tiny: Load) -> None:
 @pytest.mark.parametrize(
     "model", [TinyModel(), GEMMA, TinyModel("qwen3moe"), JAMBA], ids=lambda model: model.architecture
 )
-def test_a_shift_of_all_that_is_kept_changes_nothing(load_tiny: Load, model: TinyModel) -> None:
-    # Rotary positions count by their distance alone: keys turned by as much as everything moves must do as before.
+def test_a_rope_shift_of_all_keys_changes_nothing(load_tiny: Load, model: TinyModel) -> None:
+    # With RoPE only the distance between positions matters: rotating all keys by the same angle must change nothing.
     context, cache = make_open(load_tiny(model), n_seq=2, prefix_cache=False)
     with context:
         moved, left = context.sequence(), context.sequence()
@@ -701,7 +703,7 @@ def test_a_shift_of_all_that_is_kept_changes_nothing(load_tiny: Load, model: Tin
 
 
 @pytest.mark.parametrize("model", [TinyModel("smollm3"), TinyModel("gpt2"), LFM], ids=lambda model: model.architecture)
-def test_keys_that_a_shift_would_make_wrong_are_not_shifted(load_tiny: Load, model: TinyModel) -> None:
+def test_keys_that_a_rope_shift_would_corrupt_are_not_shifted(load_tiny: Load, model: TinyModel) -> None:
     with make(load_tiny(model)) as context, context.sequence() as sequence:
         sequence.extend(IDS)
         assert not context.memory.can_shift
@@ -720,7 +722,7 @@ def test_a_context_has_no_more_cells_than_the_model_has_positions(
             sequence.append(5)
 
 
-def test_a_fork_of_what_was_shifted_is_shifted_without_a_checkpoint(load_tiny: Load) -> None:
+def test_a_fork_of_a_shifted_sequence_is_shifted_without_a_checkpoint(load_tiny: Load) -> None:
     with make(load_tiny(JAMBA), checkpoint_bytes=0) as context:
         sequence = context.sequence()
         sequence.extend(IDS)
@@ -764,7 +766,7 @@ def test_more_sequences_than_a_batch_has_tokens(tiny: mn.Model) -> None:
         assert_same(sequences[-1].logits, fresh(tiny, [5, 6]))
 
 
-def test_a_function_may_close_what_is_being_assigned(tiny: mn.Model) -> None:
+def test_on_full_may_close_a_sequence_that_is_being_assigned(tiny: mn.Model) -> None:
     with make(tiny, n_ctx=256, on_full=lambda sequence, lacking: sequence.close()) as context:
         other, sequence = context.sequence(), context.sequence()
         other.extend([9] * 150)
@@ -775,19 +777,19 @@ def test_a_function_may_close_what_is_being_assigned(tiny: mn.Model) -> None:
         other.extend([1] * 100)
 
 
-def test_cells_that_nobody_owns_are_found_when_they_are_missed(tiny: mn.Model) -> None:
+def test_leaked_cells_are_freed_when_room_is_needed(tiny: mn.Model) -> None:
     with make(tiny, n_ctx=256, n_seq=4) as context:
         sequence = context.sequence()
         sequence.extend([7] * 200)
         slot = slot_of(sequence)
-        slot.id, slot.n_cached = -1, 0  # as after an interrupt that struck between two lines
+        slot.id, slot.n_cached = -1, 0  # as after an interrupt between two lines
         sequence.truncate(0)
         other = context.sequence()
         other.extend([9] * 250)
         assert_same(other.logits, fresh(tiny, [9] * 250))
 
 
-def test_a_function_may_not_change_what_was_checked(tiny: mn.Model) -> None:
+def test_on_full_cannot_change_ids_after_their_check(tiny: mn.Model) -> None:
     ids = np.full(50, 5, np.int32)
 
     def make_room(sequence: mn.Sequence, lacking: int) -> None:
@@ -801,12 +803,12 @@ def test_a_function_may_not_change_what_was_checked(tiny: mn.Model) -> None:
 
 
 @pytest.mark.parametrize("texts", [None, [], {1: [2]}, {"a": [2]}], ids=str)
-def test_what_is_no_mapping_of_sequences(context: mn.Context, texts: Any) -> None:
+def test_only_mappings_of_sequences_are_accepted(context: mn.Context, texts: Any) -> None:
     with pytest.raises(TypeError):
         context.extend(texts)
 
 
-def test_a_context_of_split_cells_becomes_full(tiny: mn.Model) -> None:
+def test_a_context_without_unified_cells_becomes_full(tiny: mn.Model) -> None:
     with make(tiny, n_ctx=101, n_seq=2, kv_unified=False) as context:
         sequences = [context.sequence(), context.sequence()]
         for sequence in sequences:
@@ -816,7 +818,7 @@ def test_a_context_of_split_cells_becomes_full(tiny: mn.Model) -> None:
 
 
 def test_a_small_window_is_not_filled_by_forks(load_tiny: Load) -> None:
-    """libllama reuses the cells of what has left the window only while one sequence holds them."""
+    """libllama reuses the cells of tokens that have left the window only if a single sequence holds them."""
     model, text = load_tiny(GEMMA), [token * 7 % 250 for token in range(240)]
     with make(model, n_ctx=1024, n_ubatch=16, swa_full=False) as context:
         sequence = context.sequence()
@@ -840,7 +842,7 @@ def test_cells_after_a_fork_and_a_shift(context: mn.Context, sequence: mn.Sequen
     assert context.cells_used == 14
 
 
-def test_a_shift_of_shared_cells_keeps_logits_that_nobody_read(context: mn.Context, sequence: mn.Sequence) -> None:
+def test_a_shift_of_shared_cells_keeps_unread_logits(context: mn.Context, sequence: mn.Sequence) -> None:
     sequence.extend(IDS)
     fork = sequence.fork()
     fork.extend(OTHER)
@@ -848,7 +850,7 @@ def test_a_shift_of_shared_cells_keeps_logits_that_nobody_read(context: mn.Conte
     assert evaluated_by(context, lambda: fork.logits) == 0
 
 
-def test_what_was_shifted_is_copied_where_cells_are_not_shared(tiny: mn.Model) -> None:
+def test_the_prefix_of_a_shifted_sequence_is_copied_if_cells_are_not_shared(tiny: mn.Model) -> None:
     with make(tiny, n_ctx=400, n_seq=2, kv_unified=False) as context:
         sequence = context.sequence()
         sequence.extend([*IDS, *OTHER])
@@ -859,7 +861,7 @@ def test_what_was_shifted_is_copied_where_cells_are_not_shared(tiny: mn.Model) -
         assert_same(other.logits, fresh(tiny, [*IDS, 1]))
 
 
-def test_a_function_may_make_room(tiny: mn.Model) -> None:
+def test_on_full_may_make_room(tiny: mn.Model) -> None:
     calls: list[tuple[int, int]] = []
 
     def make_room(sequence: mn.Sequence, lacking: int) -> None:
@@ -875,7 +877,7 @@ def test_a_function_may_make_room(tiny: mn.Model) -> None:
         assert_same(sequence.logits, fresh(tiny, [*IDS[:10], 1, 2, 3]))
 
 
-def test_a_function_that_makes_no_room(tiny: mn.Model) -> None:
+def test_on_full_that_makes_no_room(tiny: mn.Model) -> None:
     with make(tiny, n_ctx=40, on_full=lambda sequence, lacking: None) as context:
         sequence = context.sequence()
         sequence.extend(IDS)
@@ -885,7 +887,7 @@ def test_a_function_that_makes_no_room(tiny: mn.Model) -> None:
         assert sequence == IDS
 
 
-def test_cells_of_its_own_are_not_taken_by_others(tiny: mn.Model) -> None:
+def test_without_unified_cells_no_sequence_takes_those_of_another(tiny: mn.Model) -> None:
     with make(tiny, n_ctx=100, n_seq=2, kv_unified=False) as context:
         one, other = context.sequence(), context.sequence()
         one.extend([5] * 50)
@@ -920,7 +922,7 @@ def test_a_memory_says_what_it_can_do(
 
 
 @pytest.mark.parametrize("model", [MAMBA, JAMBA], ids=["recurrent", "hybrid"])
-def test_going_back_evaluates_from_the_nearest_checkpoint(load_tiny: Load, model: TinyModel) -> None:
+def test_truncating_re_evaluates_from_the_nearest_checkpoint(load_tiny: Load, model: TinyModel) -> None:
     text = [token % 250 for token in range(200)]
     with make(load_tiny(model), checkpoint_interval=50) as context:
         sequence = context.sequence()
@@ -935,7 +937,7 @@ def test_going_back_evaluates_from_the_nearest_checkpoint(load_tiny: Load, model
 
 
 @pytest.mark.parametrize("model", [MAMBA, JAMBA], ids=["recurrent", "hybrid"])
-def test_going_back_to_the_end_of_a_prompt_evaluates_nothing(load_tiny: Load, model: TinyModel) -> None:
+def test_truncating_to_the_end_of_a_prompt_evaluates_nothing(load_tiny: Load, model: TinyModel) -> None:
     with make(load_tiny(model)) as context:
         sequence = context.sequence()
         sequence.extend(IDS)
@@ -951,15 +953,13 @@ def test_going_back_to_the_end_of_a_prompt_evaluates_nothing(load_tiny: Load, mo
 
 @pytest.mark.parametrize("n", [3, 18], ids=["no checkpoint", "a checkpoint"])
 @pytest.mark.parametrize("model", [MAMBA, JAMBA], ids=["recurrent", "hybrid"])
-def test_what_a_batch_that_was_cancelled_leaves_is_no_sequences_state(
-    load_tiny: Load, model: TinyModel, n: int
-) -> None:
+def test_a_cancelled_batch_leaves_no_state_in_any_sequence(load_tiny: Load, model: TinyModel, n: int) -> None:
     with make(load_tiny(model), n_batch=4, checkpoint_interval=8, prefix_cache=False) as context:
         one, closed, other = context.sequence(), context.sequence(), context.sequence()
         for sequence in (one, closed, other):
             sequence.extend(IDS[:n])
         closed.close()
-        with pytest.raises(mn.Cancelled):  # in the second batch, whose places are not all side by side
+        with pytest.raises(mn.Cancelled):  # in the second batch, whose sequence ids are not adjacent
             context.extend({one: [50] * 6, other: [51] * 2}, on_progress=lambda done, total: context.cancel())
         new = [context.sequence(), context.sequence()]
         for sequence in new:
@@ -977,7 +977,7 @@ def test_without_room_for_checkpoints_everything_is_re_evaluated(load_tiny: Load
         assert_same(sequence.logits, fresh(load_tiny(MAMBA), IDS[:30]))
 
 
-def test_checkpoints_keep_to_their_room_and_cover_the_text(load_tiny: Load) -> None:
+def test_checkpoints_stay_within_checkpoint_bytes_and_cover_the_text(load_tiny: Load) -> None:
     with make(load_tiny(MAMBA), checkpoint_interval=5, n_seq=1) as context:
         sequence = context.sequence()
         sequence.extend(IDS[:5])
@@ -1001,7 +1001,7 @@ def test_recurrent_conversations_are_reused_at_their_checkpoints(load_tiny: Load
         assert_same(sequence.logits, fresh(load_tiny(model), [*IDS, 1, 2]))
 
 
-def test_an_interrupt_while_forgetting_leaves_no_checkpoint_of_what_is_gone(
+def test_an_interrupted_rollback_leaves_no_checkpoint_of_discarded_tokens(
     load_tiny: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_tiny(GEMMA)
@@ -1021,7 +1021,7 @@ def test_an_interrupt_while_forgetting_leaves_no_checkpoint_of_what_is_gone(
         assert_same(sequence.logits, fresh(model, [*IDS, 1]))
 
 
-def test_a_window_that_has_dropped_what_is_needed_goes_back_to_a_checkpoint(load_tiny: Load) -> None:
+def test_truncating_to_before_a_sliding_window_goes_back_to_a_checkpoint(load_tiny: Load) -> None:
     text = [token * 7 % 250 for token in range(700)]
     options: dict[str, object] = {"n_ctx": 1024, "n_ubatch": 16, "n_seq": 1}
     with make(load_tiny(GEMMA), **options, swa_full=False, checkpoint_interval=64) as context:
@@ -1047,7 +1047,7 @@ def test_quantised_keys_and_values(tiny: mn.Model, kv_type: str | tuple[str, str
         sequence.extend(IDS)
         exact = fresh(tiny, IDS)
         error = np.linalg.norm(sequence.logits - exact) / np.linalg.norm(exact)
-        assert error < (0.5 if "q4_0" in context.kv_type else 0.03)  # another text's are 1.4 away
+        assert error < (0.5 if "q4_0" in context.kv_type else 0.03)  # the error of another text's logits is 1.4
         assert sequence.fork(20).extend([1]) == 1
 
 
@@ -1055,7 +1055,7 @@ def test_quantised_keys_and_values(tiny: mn.Model, kv_type: str | tuple[str, str
     ("key_type", "head_size", "can_shift"),
     [("f32", 32, True), ("bf16", 64, False), ("q8_0", 32, False), ("q8_0", 64, True)],
 )
-def test_keys_that_libllama_cannot_turn_are_not_shifted(
+def test_keys_that_libllama_cannot_rotate_are_not_shifted(
     load_tiny: Load, key_type: str, head_size: int, can_shift: bool
 ) -> None:
     model = load_tiny(TinyModel(n_embd=4 * head_size, n_layer=1))
@@ -1087,7 +1087,7 @@ def test_keys_that_libllama_cannot_turn_are_not_shifted(
         ({"n_ctx": 6, "kv_unified": False}, ValueError, "less than 2 cells"),
     ],
 )
-def test_options_that_cannot_be(tiny: mn.Model, options: dict[str, object], error: type[Exception], words: str) -> None:
+def test_invalid_options(tiny: mn.Model, options: dict[str, object], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         make(tiny, **options)
 
@@ -1099,7 +1099,7 @@ def test_options_that_cannot_be(tiny: mn.Model, options: dict[str, object], erro
         ({"kv_unified": False, "n_seq": 2}, "with one sequence only"),
     ],
 )
-def test_what_libllama_cannot_do_with_an_encoder_decoder(
+def test_options_that_libllama_does_not_support_for_an_encoder_decoder(
     load_tiny: Load, options: dict[str, object], words: str
 ) -> None:
     with pytest.raises(mn.ContextError, match=words):
@@ -1115,7 +1115,7 @@ def test_a_type_whose_blocks_do_not_divide_a_head(load_tiny: Load) -> None:
 # Threads
 
 
-def test_forks_can_be_used_from_threads(tiny: mn.Model, context: mn.Context, sequence: mn.Sequence) -> None:
+def test_forks_can_be_used_in_several_threads(tiny: mn.Model, context: mn.Context, sequence: mn.Sequence) -> None:
     sequence.extend(IDS)
     forks = [sequence.fork() for _ in range(3)]
 
@@ -1136,7 +1136,7 @@ def test_forks_can_be_used_from_threads(tiny: mn.Model, context: mn.Context, seq
 # The bookkeeping itself
 
 
-def test_cells_that_are_shared_are_counted_once() -> None:
+def test_shared_cells_are_counted_once() -> None:
     class Fake:
         def __init__(self, n: int, runs: list[tuple[int, int]]):
             self.tokens, self.runs = array("i", [0] * n), runs
@@ -1145,7 +1145,7 @@ def test_cells_that_are_shared_are_counted_once() -> None:
     assert count_cells(slots) == 4 + 3 + 3 + 2 + 0
 
 
-def test_runs_are_clipped_to_the_tokens_that_are_left() -> None:
+def test_runs_are_clipped_to_the_remaining_tokens() -> None:
     assert clipped([(1, 4), (2, 3)], 7) == [(1, 4), (2, 3)]
     assert clipped([(1, 4), (2, 3)], 5) == [(1, 4), (2, 1)]
     assert clipped([(1, 4), (2, 3)], 4) == [(1, 4)]
@@ -1155,5 +1155,5 @@ def test_runs_are_clipped_to_the_tokens_that_are_left() -> None:
 @pytest.mark.parametrize(
     ("one", "other", "n"), [([], [1], 0), ([1, 2], [1, 2, 3], 2), ([1, 2], [1, 3], 1), ([1], [2], 0)]
 )
-def test_what_two_texts_have_in_common(one: list[int], other: list[int], n: int) -> None:
+def test_the_common_prefix_of_two_texts(one: list[int], other: list[int], n: int) -> None:
     assert common_prefix(np.array(one, np.int32), np.array(other, np.int32)) == n

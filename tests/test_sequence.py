@@ -1,4 +1,4 @@
-"""A sequence is a list of tokens that happens to be evaluated: what changes it, and how much work each change is.
+"""A sequence is a list of tokens: what changes it, and how much work each change takes.
 
 Work is counted (`Context.stats.tokens_evaluated`), never timed.
 """
@@ -40,7 +40,7 @@ def make_context(model: mn.Model, n_ctx: int = N_CTX, n_seq: int = 1, n_batch: i
 
 @pytest.fixture
 def fresh_logits(tiny: mn.Model) -> Callable[[list[int]], Logits]:
-    """Gives the logits after a text that nothing but one `extend` of a new context ever touched."""
+    """A function that returns the logits of a text after a single `extend` in a new context."""
 
     def logits(ids: list[int]) -> Logits:
         with make_context(tiny) as context, context.sequence() as sequence:
@@ -51,7 +51,7 @@ def fresh_logits(tiny: mn.Model) -> Callable[[list[int]], Logits]:
 
 
 def assert_same(logits: Logits, expected: Logits) -> None:
-    """Equal but for the order in which a batch of another size adds things up."""
+    """Assert that logits are equal, up to rounding: the order of additions depends on the batch size."""
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
 
 
@@ -76,13 +76,13 @@ def test_extending_adds_the_tokens_in_order(sequence: mn.Sequence) -> None:
     assert sequence.tokens == IDS[:7]
 
 
-def test_extending_evaluates_each_token_once_and_says_how_many(context: mn.Context, sequence: mn.Sequence) -> None:
+def test_extending_evaluates_each_token_once_and_returns_how_many(context: mn.Context, sequence: mn.Sequence) -> None:
     assert sequence.extend(IDS) == len(IDS)
     assert context.stats.tokens_evaluated == len(IDS)
     assert evaluated_by(context, lambda: sequence.extend(IDS[:5])) == 5
 
 
-def test_extending_by_nothing_is_no_work(context: mn.Context, sequence: mn.Sequence) -> None:
+def test_extending_by_nothing_evaluates_nothing(context: mn.Context, sequence: mn.Sequence) -> None:
     assert sequence.extend([]) == 0
     assert context.stats.decode_calls == 0
 
@@ -122,7 +122,7 @@ def test_extending_counts_the_tokens_that_were_waiting(sequence: mn.Sequence) ->
     assert sequence.extend([8, 9]) == 3
 
 
-def test_a_sequence_can_be_appended_to_from_empty(
+def test_an_empty_sequence_can_be_appended_to(
     sequence: mn.Sequence, fresh_logits: Callable[[list[int]], Logits]
 ) -> None:
     for token in IDS:
@@ -139,12 +139,12 @@ def test_logits_are_one_float32_for_each_token_of_the_vocabulary(sequence: mn.Se
     assert sequence.logits.dtype == np.float32
 
 
-def test_reading_logits_after_extending_is_no_further_work(context: mn.Context, sequence: mn.Sequence) -> None:
+def test_reading_logits_after_extending_evaluates_nothing(context: mn.Context, sequence: mn.Sequence) -> None:
     sequence.extend(IDS)
     assert evaluated_by(context, lambda: sequence.logits) == 0
 
 
-def test_reading_logits_again_is_no_work_and_gives_the_same(context: mn.Context, sequence: mn.Sequence) -> None:
+def test_reading_logits_again_evaluates_nothing_and_gives_the_same(context: mn.Context, sequence: mn.Sequence) -> None:
     sequence.extend(IDS)
     sequence.append(7)
     first = sequence.logits
@@ -152,19 +152,19 @@ def test_reading_logits_again_is_no_work_and_gives_the_same(context: mn.Context,
     assert np.array_equal(sequence.logits, first)
 
 
-def test_logits_that_nobody_read_are_not_those_after_an_append(tiny: mn.Model) -> None:
+def test_unread_logits_are_not_mistaken_for_those_after_an_append(tiny: mn.Model) -> None:
     with tiny.context(n_ctx=64, n_seq=2, n_threads=1) as context:
         first, second = context.sequence(), context.sequence()
         first.extend([1, 2, 3])
         first.append(4)
-        second.extend([5, 6])  # makes the context save what it has not read
+        second.extend([5, 6])  # makes the context save the unread logits
         late = first.logits.copy()
         second.truncate(0)
         second.extend([1, 2, 3, 4])
         np.testing.assert_allclose(late, second.logits, atol=0.05)
 
 
-def test_logits_stay_as_they_were_whatever_is_evaluated_later(context: mn.Context, sequence: mn.Sequence) -> None:
+def test_logits_that_were_read_never_change(context: mn.Context, sequence: mn.Sequence) -> None:
     sequence.extend(IDS)
     kept = sequence.logits
     copy = kept.copy()
@@ -189,14 +189,14 @@ def test_truncating_keeps_the_first_tokens(sequence: mn.Sequence) -> None:
     assert sequence.tokens == IDS[:10]
 
 
-def test_rewinding_forgets_the_last_tokens(sequence: mn.Sequence) -> None:
+def test_rewinding_removes_the_last_tokens(sequence: mn.Sequence) -> None:
     sequence.extend(IDS)
     sequence.rewind(4)
     assert sequence.tokens == IDS[:-4]
 
 
 @pytest.mark.parametrize("n", [0, 1, 23])
-def test_truncating_is_no_work(context: mn.Context, sequence: mn.Sequence, n: int) -> None:
+def test_truncating_evaluates_nothing(context: mn.Context, sequence: mn.Sequence, n: int) -> None:
     sequence.extend(IDS)
     assert evaluated_by(context, lambda: sequence.truncate(n)) == 0
 
@@ -216,13 +216,13 @@ def test_logits_after_a_rewind_are_those_of_the_shorter_text(
     assert_same(sequence.logits, fresh_logits(IDS[:-5]))
 
 
-def test_extending_after_a_rewind_evaluates_the_new_tokens_alone(context: mn.Context, sequence: mn.Sequence) -> None:
+def test_extending_after_a_rewind_evaluates_only_the_new_tokens(context: mn.Context, sequence: mn.Sequence) -> None:
     sequence.extend(IDS)
     sequence.rewind(5)
     assert evaluated_by(context, lambda: sequence.extend([1, 2])) == 2
 
 
-def test_what_follows_a_rewind_knows_nothing_of_what_was_forgotten(
+def test_removed_tokens_do_not_affect_what_follows_a_rewind(
     sequence: mn.Sequence, fresh_logits: Callable[[list[int]], Logits]
 ) -> None:
     sequence.extend(IDS)
@@ -231,7 +231,7 @@ def test_what_follows_a_rewind_knows_nothing_of_what_was_forgotten(
     assert_same(sequence.logits, fresh_logits([*IDS[:-10], 1, 2, 3]))
 
 
-def test_rewinding_tokens_that_were_never_evaluated_is_no_work(context: mn.Context, sequence: mn.Sequence) -> None:
+def test_rewinding_waiting_tokens_evaluates_at_most_one_token(context: mn.Context, sequence: mn.Sequence) -> None:
     sequence.extend(IDS)
     before = sequence.logits
     sequence.append(7)
@@ -241,14 +241,14 @@ def test_rewinding_tokens_that_were_never_evaluated_is_no_work(context: mn.Conte
     assert_same(sequence.logits, before)
 
 
-def test_truncating_to_the_length_that_is_there_changes_nothing(context: mn.Context, sequence: mn.Sequence) -> None:
+def test_truncating_to_the_current_length_changes_nothing(context: mn.Context, sequence: mn.Sequence) -> None:
     sequence.extend(IDS)
     sequence.truncate(len(IDS))
     sequence.rewind(0)
     assert evaluated_by(context, lambda: sequence.logits) == 0
 
 
-def test_a_sequence_cut_to_nothing_starts_over(
+def test_a_sequence_truncated_to_0_starts_over(
     sequence: mn.Sequence, fresh_logits: Callable[[list[int]], Logits]
 ) -> None:
     sequence.extend(IDS)
@@ -298,7 +298,7 @@ def test_scores_are_the_log_probabilities_of_each_token_after_those_before(
         assert scores[position] == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_first_token_of_all_has_no_score(sequence: mn.Sequence) -> None:
+def test_the_first_token_of_a_sequence_has_no_score(sequence: mn.Sequence) -> None:
     scores = sequence.score(IDS)
     assert np.isnan(scores[0])
     assert np.isfinite(scores[1:]).all()
@@ -332,7 +332,7 @@ def test_scores_do_not_depend_on_the_size_of_the_chunks(tiny: mn.Model, sequence
         np.testing.assert_allclose(context.sequence().score(IDS), sequence.score(IDS), atol=1e-4)
 
 
-def test_scoring_nothing_is_no_work(context: mn.Context, sequence: mn.Sequence) -> None:
+def test_scoring_nothing_evaluates_nothing(context: mn.Context, sequence: mn.Sequence) -> None:
     assert sequence.score([]).shape == (0,)
     assert context.stats.decode_calls == 0
 
@@ -343,7 +343,7 @@ def log_softmax(logits: Logits) -> npt.NDArray[np.float64]:
     return normed
 
 
-# The end of the context
+# A full context
 
 
 @pytest.mark.parametrize("n_ctx", [2, 31, 60, 256, 300])
@@ -377,7 +377,7 @@ def test_a_truncated_sequence_has_room_again(sequence: mn.Sequence) -> None:
     assert sequence.extend([6] * (N_CTX - 10)) == N_CTX - 10
 
 
-def test_tokens_that_wait_to_be_evaluated_take_their_room_at_once(context: mn.Context, sequence: mn.Sequence) -> None:
+def test_waiting_tokens_take_their_cells_immediately(context: mn.Context, sequence: mn.Sequence) -> None:
     for _ in range(N_CTX):
         sequence.append(5)
     assert context.is_full
@@ -388,14 +388,14 @@ def test_tokens_that_wait_to_be_evaluated_take_their_room_at_once(context: mn.Co
 
 @pytest.mark.parametrize("grow", ["extend", "score"])
 @pytest.mark.parametrize("wrong", [[5, -1], [5, len(TOKENS)], [5, 2**40], [5, 1.5], [5, None], "the"])
-def test_ids_that_are_no_tokens_change_nothing(sequence: mn.Sequence, grow: str, wrong: list[int]) -> None:
+def test_invalid_token_ids_change_nothing(sequence: mn.Sequence, grow: str, wrong: list[int]) -> None:
     sequence.extend(IDS)
     with pytest.raises((TypeError, ValueError)):
         getattr(sequence, grow)(wrong)
     assert sequence.tokens == IDS
 
 
-def test_a_prompt_that_its_progress_report_stops_leaves_the_sequence_as_it_was(
+def test_an_exception_in_on_progress_leaves_the_sequence_as_it_was(
     tiny: mn.Model, fresh_logits: Callable[[list[int]], Logits]
 ) -> None:
     class Stop(Exception):
@@ -447,7 +447,7 @@ def pair(tiny: mn.Model) -> Iterator[tuple[mn.Sequence, mn.Sequence]]:
         yield context.sequence(), context.sequence()
 
 
-def test_sequences_that_take_turns_do_not_see_each_other(
+def test_sequences_that_take_turns_do_not_affect_each_other(
     pair: tuple[mn.Sequence, mn.Sequence], fresh_logits: Callable[[list[int]], Logits]
 ) -> None:
     one, other = pair
@@ -458,7 +458,7 @@ def test_sequences_that_take_turns_do_not_see_each_other(
     assert_same(other.logits, fresh_logits([token + 100 for token in IDS]))
 
 
-def test_logits_read_late_are_those_of_the_sequence_that_is_asked(
+def test_logits_read_late_are_those_of_their_own_sequence(
     pair: tuple[mn.Sequence, mn.Sequence], fresh_logits: Callable[[list[int]], Logits]
 ) -> None:
     one, other = pair
@@ -471,7 +471,7 @@ def test_logits_read_late_are_those_of_the_sequence_that_is_asked(
     assert one.context.stats.tokens_evaluated == evaluated
 
 
-def test_cutting_one_sequence_leaves_the_other_alone(
+def test_truncating_one_sequence_does_not_change_the_other(
     pair: tuple[mn.Sequence, mn.Sequence], fresh_logits: Callable[[list[int]], Logits]
 ) -> None:
     one, other = pair
@@ -482,7 +482,7 @@ def test_cutting_one_sequence_leaves_the_other_alone(
     assert_same(other.logits, fresh_logits([*IDS[:10], 7]))
 
 
-def test_sequences_share_the_room_of_their_context(pair: tuple[mn.Sequence, mn.Sequence]) -> None:
+def test_sequences_share_the_cells_of_their_context(pair: tuple[mn.Sequence, mn.Sequence]) -> None:
     one, other = pair
     one.extend([5] * (N_CTX - 4))
     with pytest.raises(mn.ContextFullError, match="5 more are wanted, 4 are free"):
@@ -512,10 +512,10 @@ def test_threads_that_share_a_context_get_the_logits_of_their_own_sequence(
         assert_same(got[number], fresh_logits([token + number for token in IDS]))
 
 
-# The end of a sequence
+# Closing
 
 
-def test_closing_gives_the_cells_and_the_place_back(context: mn.Context) -> None:
+def test_closing_frees_the_cells_and_the_sequence_id(context: mn.Context) -> None:
     sequence = context.sequence()
     sequence.extend(IDS)
     sequence.close()
@@ -525,7 +525,7 @@ def test_closing_gives_the_cells_and_the_place_back(context: mn.Context) -> None
     context.sequence().extend([5] * N_CTX)
 
 
-def test_leaving_the_with_block_closes(context: mn.Context) -> None:
+def test_leaving_the_with_block_closes_the_sequence(context: mn.Context) -> None:
     with context.sequence() as sequence:
         sequence.extend(IDS)
     assert sequence.closed
@@ -544,7 +544,7 @@ def test_leaving_the_with_block_closes(context: mn.Context) -> None:
     ids=["extend", "append", "score", "logits", "truncate", "rewind"],
 )
 @pytest.mark.parametrize("close", ["sequence", "context"])
-def test_a_closed_sequence_says_so(
+def test_using_a_closed_sequence(
     context: mn.Context, sequence: mn.Sequence, close: str, use: Callable[[mn.Sequence], object]
 ) -> None:
     sequence.extend(IDS)
@@ -560,7 +560,7 @@ def test_the_tokens_of_a_closed_sequence_can_still_be_read(sequence: mn.Sequence
 
 
 @pytest.mark.parametrize("read", [False, True], ids=["with unread logits", "with read logits"])
-def test_a_sequence_that_nobody_refers_to_gives_its_place_back(context: mn.Context, read: bool) -> None:
+def test_a_garbage_collected_sequence_frees_its_id(context: mn.Context, read: bool) -> None:
     for _ in range(3):
         sequence = context.sequence()
         sequence.extend([5] * N_CTX)
@@ -571,7 +571,7 @@ def test_a_sequence_that_nobody_refers_to_gives_its_place_back(context: mn.Conte
     assert context.cells_used == 0
 
 
-def test_a_sequence_in_a_place_that_was_used_knows_nothing_of_the_one_before(
+def test_a_sequence_with_a_reused_id_inherits_nothing(
     context: mn.Context, fresh_logits: Callable[[list[int]], Logits]
 ) -> None:
     first = context.sequence()
@@ -612,7 +612,7 @@ def test_a_score_that_does_not_fit_evaluates_nothing(tiny: mn.Model) -> None:
 
 
 @pytest.mark.parametrize("close", ["sequence", "context"])
-def test_closing_from_within_a_call_ends_the_call_and_nothing_else(tiny: mn.Model, close: str) -> None:
+def test_closing_during_a_call_ends_only_that_call(tiny: mn.Model, close: str) -> None:
     with tiny.context(n_ctx=64, n_batch=4, n_threads=1) as context, context.sequence() as sequence:
 
         def close_it(done: int, total: int) -> None:
@@ -624,7 +624,7 @@ def test_closing_from_within_a_call_ends_the_call_and_nothing_else(tiny: mn.Mode
             assert context.sequence().extend([1, 2]) == 2
 
 
-def test_what_owns_memory_cannot_be_copied(tiny: mn.Model) -> None:
+def test_models_contexts_and_sequences_cannot_be_copied(tiny: mn.Model) -> None:
     with tiny.context(n_ctx=16, n_threads=1) as context, context.sequence() as sequence:
         for thing in (tiny, context, sequence):
             with pytest.raises(TypeError, match="cannot be copied"):
@@ -634,7 +634,9 @@ def test_what_owns_memory_cannot_be_copied(tiny: mn.Model) -> None:
 # One token at a time
 
 
-def test_one_token_at_a_time_is_as_all_at_once(tiny: mn.Model, context: mn.Context, sequence: mn.Sequence) -> None:
+def test_one_token_at_a_time_gives_the_same_logits_as_one_batch(
+    tiny: mn.Model, context: mn.Context, sequence: mn.Sequence
+) -> None:
     for token in IDS:
         assert evaluated_by(context, lambda token=token: sequence.extend([token])) == 1  # type: ignore[misc]
     assert sequence == IDS
@@ -644,7 +646,7 @@ def test_one_token_at_a_time_is_as_all_at_once(tiny: mn.Model, context: mn.Conte
     assert context.stats.decode_calls == len(IDS)
 
 
-def test_one_token_after_tokens_that_wait_evaluates_them_too(context: mn.Context, sequence: mn.Sequence) -> None:
+def test_extending_by_one_token_evaluates_waiting_tokens_too(context: mn.Context, sequence: mn.Sequence) -> None:
     sequence.extend(IDS)
     sequence.append(5)
     assert sequence.extend([6]) == 2
@@ -652,7 +654,7 @@ def test_one_token_after_tokens_that_wait_evaluates_them_too(context: mn.Context
 
 
 @pytest.mark.parametrize("token", [-1, 10**6, True, 1.5, "a"])
-def test_one_token_that_is_none_changes_nothing(context: mn.Context, sequence: mn.Sequence, token: object) -> None:
+def test_one_invalid_token_changes_nothing(context: mn.Context, sequence: mn.Sequence, token: object) -> None:
     sequence.extend(IDS)
     with pytest.raises((TypeError, ValueError)):
         sequence.extend([token])  # type: ignore[list-item]
@@ -666,7 +668,7 @@ def test_one_token_too_many(context: mn.Context, sequence: mn.Sequence) -> None:
     assert len(sequence) == N_CTX
 
 
-def test_one_token_is_progress_too(sequence: mn.Sequence) -> None:
+def test_progress_is_reported_for_one_token_too(sequence: mn.Sequence) -> None:
     seen: list[tuple[int, int]] = []
     sequence.extend(IDS)
     sequence.extend([5], on_progress=lambda done, total: seen.append((done, total)))
@@ -680,11 +682,11 @@ def test_reading_logits_is_timed(context: mn.Context, sequence: mn.Sequence) -> 
     assert context.stats.logits_seconds > 0
 
 
-def test_a_sequence_says_how_many_bytes_it_takes(tiny: mn.Model, sequence: mn.Sequence) -> None:
+def test_size_bytes_is_the_size_of_the_cells(tiny: mn.Model, sequence: mn.Sequence) -> None:
     assert sequence.size_bytes == 0
     sequence.extend(IDS)
     one = sequence.size_bytes / len(IDS)
-    # 3 layers, keys and values of 2 heads of 32, in float32; besides, libllama writes the position of each cell.
+    # 3 layers, keys and values of 2 heads of 32, in float32. libllama also writes the position of each cell.
     assert one == pytest.approx(3 * 2 * 2 * 32 * 4, rel=0.02)
     sequence.truncate(12)
     assert sequence.size_bytes == pytest.approx(12 * one, rel=0.02)

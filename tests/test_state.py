@@ -1,4 +1,4 @@
-"""Saved sequences: what is restored is what was saved, and a file that is not whole restores nothing."""
+"""Saved sequences: a restored sequence equals the saved one, and a damaged file restores nothing."""
 
 import contextlib
 import hashlib
@@ -50,7 +50,7 @@ def saved(context: mn.Context, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("options", [{}, {"kv_unified": False}, {"kv_type": "q8_0"}], ids=str)
-def test_a_restored_sequence_is_the_one_that_was_saved(
+def test_a_restored_sequence_equals_the_saved_one(
     load_tiny: Callable[[TinyModel], mn.Model], tmp_path: Path, name: str, options: dict[str, object]
 ) -> None:
     model = load_tiny(KINDS[name])
@@ -71,7 +71,7 @@ def test_a_restored_sequence_is_the_one_that_was_saved(
 
 
 @pytest.mark.parametrize("name", ["recurrent", "hybrid"])
-def test_what_was_shifted_and_restored_can_be_come_back_to(
+def test_a_shifted_and_restored_sequence_can_be_rewound_to(
     load_tiny: Callable[[TinyModel], mn.Model], tmp_path: Path, name: str
 ) -> None:
     with make(load_tiny(KINDS[name])) as context:
@@ -89,7 +89,7 @@ def test_what_was_shifted_and_restored_can_be_come_back_to(
         assert context.stats.tokens_evaluated == before
 
 
-def test_tokens_that_wait_and_logits_that_are_not_known(context: mn.Context, tmp_path: Path) -> None:
+def test_waiting_tokens_and_unknown_logits(context: mn.Context, tmp_path: Path) -> None:
     sequence = context.sequence()
     sequence.extend(IDS)
     sequence.truncate(30)
@@ -107,7 +107,7 @@ def test_an_empty_sequence(context: mn.Context, tmp_path: Path) -> None:
     assert restored.extend(IDS) == len(IDS)
 
 
-def test_a_shifted_sequence_is_saved_as_it_then_is(context: mn.Context, tmp_path: Path) -> None:
+def test_a_shifted_sequence_is_saved_as_it_is_after_the_shift(context: mn.Context, tmp_path: Path) -> None:
     sequence = context.sequence()
     sequence.extend(IDS)
     sequence.shift(4, 10)
@@ -115,7 +115,7 @@ def test_a_shifted_sequence_is_saved_as_it_then_is(context: mn.Context, tmp_path
     restored = context.restore(tmp_path / "saved")
     assert restored == [*IDS[:4], *IDS[14:]]
     assert np.array_equal(restored.logits, sequence.logits)
-    assert context.stats.tokens_evaluated == len(IDS) + 1  # one to have the shift done
+    assert context.stats.tokens_evaluated == len(IDS) + 1  # one to apply the shift
     sequence.extend([1])
     restored.extend([1])
     np.testing.assert_allclose(restored.logits, sequence.logits, atol=1e-3)
@@ -141,16 +141,16 @@ def test_saving_replaces_a_file_and_leaves_nothing_else(context: mn.Context, sav
 
 
 def refused(context: mn.Context, path: Path, words: str | None = None) -> None:
-    """A file that is refused leaves no cell taken, and no place."""
+    """Assert that a file is refused, and that this takes no cell and no sequence id."""
     with pytest.raises(mn.StateError, match=words):
         context.restore(path)
     assert context.cells_used == 0
-    for sequence in [context.sequence() for _ in range(context.n_seq)]:  # all places are free
+    for sequence in [context.sequence() for _ in range(context.n_seq)]:  # all ids are free
         sequence.close()
 
 
 @pytest.mark.parametrize("fiftieth", range(50))
-def test_a_file_that_was_cut_is_refused(context: mn.Context, saved: Path, fiftieth: int) -> None:
+def test_a_truncated_file_is_refused(context: mn.Context, saved: Path, fiftieth: int) -> None:
     content = saved.read_bytes()
     saved.write_bytes(content[: len(content) * fiftieth // 50])
     refused(context, saved)
@@ -186,7 +186,7 @@ def test_a_file_with_any_byte_changed_is_refused(context: mn.Context, saved: Pat
     ],
     ids=str,
 )
-def test_a_file_whose_checksum_fits_and_whose_header_does_not(
+def test_a_file_with_a_valid_checksum_and_an_invalid_header(
     context: mn.Context, saved: Path, change: dict[str, object]
 ) -> None:
     header, body = parts(saved)
@@ -196,7 +196,7 @@ def test_a_file_whose_checksum_fits_and_whose_header_does_not(
 
 
 def parts(path: Path) -> tuple[dict[str, object], bytearray]:
-    """The header of a saved sequence, and what follows it."""
+    """Return the header of a saved sequence, and what follows it."""
     content = path.read_bytes()
     (size,) = struct.unpack_from("<I", content, 20)
     header: dict[str, object] = json.loads(content[24 : 24 + size])
@@ -204,18 +204,18 @@ def parts(path: Path) -> tuple[dict[str, object], bytearray]:
 
 
 def write(path: Path, header: bytes, body: bytes | bytearray) -> None:
-    """Write a file whose checksum fits, whatever else does not."""
+    """Write a file with a valid checksum, whatever its content."""
     content = path.read_bytes()[:20] + struct.pack("<I", len(header)) + header + body
     path.write_bytes(content + hashlib.blake2b(content, digest_size=32).digest())
 
 
-def test_a_header_that_is_nested_without_end(context: mn.Context, saved: Path) -> None:
+def test_a_header_that_is_nested_too_deeply(context: mn.Context, saved: Path) -> None:
     write(saved, b"[" * 100_000, b"")
     refused(context, saved, "no header")
 
 
 @pytest.mark.parametrize("token", [-1, 10**6])
-def test_a_file_with_what_is_no_token(context: mn.Context, saved: Path, token: int) -> None:
+def test_a_file_with_an_invalid_token(context: mn.Context, saved: Path, token: int) -> None:
     header, body = parts(saved)
     struct.pack_into("<i", body, 12, token)
     write(saved, json.dumps(header).encode(), body)
@@ -223,7 +223,7 @@ def test_a_file_with_what_is_no_token(context: mn.Context, saved: Path, token: i
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_state_that_is_nonsense_leaves_nothing_behind(
+def test_a_corrupt_state_leaves_nothing_behind(
     load_tiny: Callable[[TinyModel], mn.Model], tmp_path: Path, name: str
 ) -> None:
     choice = random.Random(1)
@@ -247,7 +247,7 @@ def test_a_state_that_is_nonsense_leaves_nothing_behind(
             np.testing.assert_allclose(sequence.logits, expected, rtol=0, atol=1e-3 * np.abs(expected).max())
 
 
-def test_keys_of_another_form(tiny: mn.Model, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_that_are_rotated_differently(tiny: mn.Model, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setenv("LLAMA_ATTN_ROT_DISABLE", "1")
         with make(tiny) as context:
@@ -275,13 +275,13 @@ def test_a_file_of_another_kind(context: mn.Context, demo: mn.Model) -> None:
     refused(context, demo.path, "is not a saved sequence")
 
 
-def test_a_file_that_is_not_there(context: mn.Context, tmp_path: Path) -> None:
+def test_a_missing_file(context: mn.Context, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         context.restore(tmp_path / "nothing")
 
 
 def test_another_model(load_tiny: Callable[[TinyModel], mn.Model], saved: Path) -> None:
-    """Also one of the same shape: only its weights differ."""
+    """The first has the same shape and differs only in its weights."""
     for other in (TinyModel(seed=2), TinyModel(n_layer=2), TinyModel("mamba")):
         with make(load_tiny(other)) as context:
             refused(context, saved, "was saved from another model")
@@ -296,17 +296,17 @@ def test_another_model(load_tiny: Callable[[TinyModel], mn.Model], saved: Path) 
         ({"flash_attention": "off"}, "V transposition"),
     ],
 )
-def test_other_parameters(tiny: mn.Model, saved: Path, options: dict[str, object], words: str) -> None:
+def test_other_options(tiny: mn.Model, saved: Path, options: dict[str, object], words: str) -> None:
     with make(tiny, **options) as context:
         refused(context, saved, words)
 
 
-def test_a_context_with_other_sizes_will_do(tiny: mn.Model, saved: Path) -> None:
+def test_a_context_of_another_size_is_accepted(tiny: mn.Model, saved: Path) -> None:
     with make(tiny, n_ctx=64, n_seq=1, n_batch=8) as context:
         assert context.restore(saved) == IDS
 
 
-def test_no_room(tiny: mn.Model, saved: Path) -> None:
+def test_a_context_without_room(tiny: mn.Model, saved: Path) -> None:
     with make(tiny, n_ctx=39) as context:
         with pytest.raises(mn.ContextFullError, match="0 of n_ctx=39 cells are used, 40 more are wanted, 39 are free"):
             context.restore(saved)
@@ -317,13 +317,13 @@ def test_no_room(tiny: mn.Model, saved: Path) -> None:
         assert both[0] == []
 
 
-def test_a_restored_sequence_is_a_beginning_for_others(tiny: mn.Model, saved: Path) -> None:
+def test_a_restored_sequence_is_a_prefix_for_others(tiny: mn.Model, saved: Path) -> None:
     with make(tiny, prefix_cache=True) as context:
         context.restore(saved)
         assert context.sequence().extend([*IDS, 1]) == 1
 
 
-def test_a_folder_that_is_not_there(context: mn.Context, tmp_path: Path) -> None:
+def test_a_missing_folder(context: mn.Context, tmp_path: Path) -> None:
     sequence = context.sequence()
     sequence.extend(IDS)
     with pytest.raises(FileNotFoundError):

@@ -52,7 +52,7 @@ def test_a_character_without_a_token_becomes_its_bytes(tokenizer: mn.Tokenizer) 
     assert tokenizer.encode("🦙", add_special=False) == ids("ðŁ", "¦", "Ļ")
 
 
-def test_the_model_decides_what_is_added_around_a_text(tokenizer: mn.Tokenizer, tmp_path: Path) -> None:
+def test_the_model_decides_which_special_tokens_are_added(tokenizer: mn.Tokenizer, tmp_path: Path) -> None:
     assert tokenizer.encode("a") == [END, *ids("a")]
     assert with_keys(tmp_path / "none.gguf", add_bos_token=False).encode("a") == ids("a")
     assert with_keys(tmp_path / "both.gguf", add_eos_token=True).encode("a") == [END, *ids("a"), END]
@@ -62,7 +62,7 @@ def test_nothing_is_added_without_add_special(tokenizer: mn.Tokenizer) -> None:
     assert tokenizer.encode("a", add_special=False) == ids("a")
 
 
-def test_names_of_special_tokens_in_a_text_are_text(tokenizer: mn.Tokenizer) -> None:
+def test_names_of_special_tokens_are_encoded_as_text_by_default(tokenizer: mn.Tokenizer) -> None:
     encoded = tokenizer.encode("<|im_end|>", add_special=False)
     assert END_OF_TURN not in encoded
     assert tokenizer.decode(encoded) == "<|im_end|>"
@@ -73,7 +73,7 @@ def test_names_of_special_tokens_become_tokens_with_parse_special(tokenizer: mn.
     assert encoded == [START_OF_TURN, *ids("a"), END_OF_TURN]
 
 
-def test_an_empty_text_has_no_tokens_but_the_added_ones(tokenizer: mn.Tokenizer) -> None:
+def test_an_empty_text_has_only_the_added_tokens(tokenizer: mn.Tokenizer) -> None:
     assert tokenizer.encode("", add_special=False) == []
     assert tokenizer.encode("") == [END]
 
@@ -94,7 +94,7 @@ def test_a_long_text_comes_back(tokenizer: mn.Tokenizer) -> None:
 
 
 @pytest.mark.parametrize(("text", "index"), [("\ud800", 0), ("ab\udfff", 2), ("\ud83e\udd99", 0)])
-def test_a_lone_surrogate_is_refused_with_its_place(tokenizer: mn.Tokenizer, text: str, index: int) -> None:
+def test_a_lone_surrogate_is_refused_with_its_index(tokenizer: mn.Tokenizer, text: str, index: int) -> None:
     with pytest.raises(mn.TokenizerError, match=f"surrogate at index {index}"):
         tokenizer.encode(text)
 
@@ -126,12 +126,12 @@ def test_bytes_that_are_not_a_character_are_kept_as_bytes_and_replaced_in_text(t
 
 
 @pytest.mark.parametrize("text", ["llama", " llama", "  llama", "\nllama", ""])
-def test_the_space_that_a_vocabulary_puts_first_does_not_come_back(spm: mn.Tokenizer, text: str) -> None:
+def test_the_space_that_a_vocabulary_puts_before_a_text_is_removed(spm: mn.Tokenizer, text: str) -> None:
     assert spm.decode(spm.encode(text)) == text
     assert spm.decode(spm.encode(text, add_special=False)) == text
 
 
-def test_the_space_after_a_control_token_does_not_come_back_either(spm: mn.Tokenizer) -> None:
+def test_the_space_after_a_control_token_is_removed_too(spm: mn.Tokenizer) -> None:
     assert spm.decode(spm.encode("one</s>two", parse_special=True)) == "onetwo"
     assert spm.decode(spm.encode("one</s>two", parse_special=True), special=True) == "<s>one</s>two"
 

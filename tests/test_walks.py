@@ -1,8 +1,8 @@
 """Random walks over every operation on several sequences, on each kind of memory, against evaluations from scratch.
 
-After every step the tokens of all sequences are as a plain list would be, and the logits are those of a context that
-evaluated the same tokens and nothing else. A shifted sequence is by nature not what a fresh evaluation gives: it is
-compared with the same removals and shifts made by hand, by calls of libllama in an order of their own.
+After every step, each sequence must equal a plain list with the same changes, and have the logits of a context that
+evaluated the same tokens and nothing else. A shifted sequence differs from a fresh evaluation by nature: it is compared
+with the same removals and shifts made by hand, with plain libllama calls.
 """
 
 import itertools
@@ -29,9 +29,9 @@ from tiny_models import TinyModel
 Logits = npt.NDArray[np.float32]
 
 WALKS_OF_EACH, STEPS = 60, 40
-N_CTX, N_SEQ, MAX_TOKENS = 256, 4, 80  # of libllama's cells, which it makes 256 of, not one is to spare
-TOLERANCE = 1e-3  # of the logits' size: batches of other sizes add in another order, and keys and values are float16
-FEW = st.sampled_from([40, 41, 42])  # so few that texts often begin alike
+N_CTX, N_SEQ, MAX_TOKENS = 256, 4, 80  # libllama rounds n_ctx up to a multiple of 256: it has no cell to spare
+TOLERANCE = 1e-3  # relative: the order of additions depends on the batch size, and keys and values are float16
+FEW = st.sampled_from([40, 41, 42])  # so few that texts often share a prefix
 QUESTION = list(range(100, 108))  # for the encoder, if there is one
 TEXT = st.lists(FEW, min_size=1, max_size=24)
 TEXT_EACH = st.lists(TEXT, min_size=N_SEQ, max_size=N_SEQ)
@@ -45,7 +45,7 @@ class Kind(NamedTuple):
     options: Mapping[str, Any] = MappingProxyType({})
 
 
-# The router of a mixture of experts leaps at small differences, so that one keeps its keys and values in float32.
+# A small difference can make a mixture of experts choose another expert, so its keys and values are in float32.
 KINDS = {
     "attention": Kind(TinyModel()),
     "attention in cells of its own": Kind(TinyModel(), {"kv_unified": False, "n_ctx": N_SEQ * 80}),
@@ -66,7 +66,7 @@ OPTIONS: dict[str, Any] = {"n_threads": 1, "n_batch": 16, "n_ubatch": 8, "flash_
 
 
 class ByHand:
-    """Runs programs by libllama's calls: ("evaluate", tokens), ("cut", n), ("redo",), ("shift", keep, discard)"""
+    """Runs programs with libllama calls: ("evaluate", tokens), ("cut", n), ("redo",) and ("shift", keep, discard)."""
 
     def __init__(self, model: mn.Model, options: Mapping[str, Any]):
         unshared = {"kv_unified": True, "n_ctx": 256, "swa_full": True}
@@ -75,7 +75,7 @@ class ByHand:
         self.known: dict[tuple[Any, ...], Logits | None] = {}
 
     def logits(self, program: list[tuple[Any, ...]]) -> Logits | None:
-        """The logits after a program; None if a sliding window had dropped what comes into it again."""
+        """Return the logits after a program, or None if a sliding window has dropped tokens that come into it again."""
         key = tuple(program)
         if key not in self.known:
             self.known[key] = self._run(program)
@@ -116,7 +116,7 @@ class ByHand:
         return logits
 
     def _holds(self, memory: Any, n: int) -> bool:
-        """Whether a window holds what comes after the first n tokens attends to."""
+        """Return whether the window, if there is one, still holds what the token after the first n attends to."""
         window = self.context.memory.window
         return not window or 0 <= lib.llama_memory_seq_pos_min(memory, 0) <= max(0, n + 1 - window)
 
@@ -129,19 +129,25 @@ class ByHand:
 
 
 class Text:
-    """What a sequence should hold, and how that came about."""
+    """What a sequence should hold, and how it came to hold that.
+
+    Attributes:
+        tokens: the tokens.
+        shifts: the program that leads to them, if the sequence was ever shifted.
+        waits: whether not to compare the logits yet, because reading them would evaluate tokens that should wait.
+    """
 
     def __init__(self, tokens: list[int], program: list[tuple[Any, ...]] | None = None):
         self.tokens = tokens
-        self.shifts = program  # once shifted
-        self.waits = False  # whether its logits are not looked at yet, as that would evaluate what should wait
+        self.shifts = program
+        self.waits = False
 
     @property
     def program(self) -> list[tuple[Any, ...]]:
         return [("evaluate", tuple(self.tokens))] if self.shifts is None else self.shifts
 
     def look(self, starts_over: bool) -> None:
-        """Logits were asked for: after a cut, that takes evaluating the last token again, or a window all of it."""
+        """Record that the logits were read: after a cut, that re-evaluates the last token, or everything."""
         self.waits = False
         if starts_over:
             self.shifts = None
@@ -159,11 +165,11 @@ class Text:
         if removed and self.shifts is not None:
             if can_truncate and n:
                 self.shifts = [*self.shifts, ("cut", n)]
-            else:  # a recurrent state goes back to after the last shift, or to before the first
+            else:  # a recurrent state goes back to a point after the last shift, or before the first
                 self.shifts = self._without(removed)
 
     def _without(self, removed: int) -> list[tuple[Any, ...]] | None:
-        """The program without its last tokens; None where some of them are from before a shift."""
+        """Return the program without its last tokens, or None if some of them are from before a shift."""
         program = list(self.shifts or [])
         while removed and program[-1][0] == "evaluate":
             ids = program.pop()[1]
@@ -181,9 +187,9 @@ class Text:
 
 
 class Walk(stateful.RuleBasedStateMachine):
-    """Sequences of one context beside the texts that they should hold."""
+    """The sequences of one context, and the texts that they should hold."""
 
-    finished = 0  # walks of all steps
+    finished = 0  # walks that made all their steps
 
     def __init__(self, model: mn.Model, by_hand: ByHand, options: Mapping[str, Any], folder: Path):
         super().__init__()
@@ -207,7 +213,7 @@ class Walk(stateful.RuleBasedStateMachine):
         return data.draw(st.sampled_from(list(self.texts.items())), label="sequence")
 
     def attempt(self, change: Callable[[], Any], text: Text) -> int | None:
-        """How many tokens a change evaluates; None if there is no room: then nothing may have changed."""
+        """Return how many tokens a change evaluates, or None if there is no room: then nothing may have changed."""
         before = self.context.stats.tokens_evaluated
         try:
             change()
@@ -221,14 +227,14 @@ class Walk(stateful.RuleBasedStateMachine):
         return self.context.stats.tokens_evaluated - before
 
     def has_place(self) -> bool:
-        """Whether open and pinned sequences leave a place."""
+        """Return whether open and pinned sequences leave a sequence id free."""
         return len(self.texts) + sum(slot.pinned for slot in self.cache.pool.finished) < N_SEQ
 
     def look(self, sequence: mn.Sequence, text: Text) -> Logits | None:
-        """The logits of a sequence, if there is room to have them."""
+        """Return the logits of a sequence, or None if there is no room to evaluate what they need."""
         if self.attempt(lambda: sequence.logits, text) is None:
             return None
-        # The slot says whether it started over; the logits have to be those of what it says.
+        # The slot says whether it started over, and the logits must agree with that.
         text.look(slot_of(sequence).n_exact is None)
         return sequence.logits
 
@@ -300,7 +306,7 @@ class Walk(stateful.RuleBasedStateMachine):
             1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text.tokens, ids, strict=False))
         )
         if self.attempt(lambda: sequence.assign(ids), text) is not None:
-            if common < len(text.tokens):  # it starts over, from what is as a fresh evaluation gives it
+            if common < len(text.tokens):  # it starts over, from a prefix that was never shifted
                 text.tokens, text.shifts = ids, None
             elif ids[common:]:
                 text.extend(ids[common:])
@@ -312,8 +318,8 @@ class Walk(stateful.RuleBasedStateMachine):
             return
         keep = data.draw(st.integers(0, len(text.tokens) - 2), label="keep")
         discard = data.draw(st.integers(1, len(text.tokens) - keep - 1), label="discard")
-        # What waits is evaluated before, and something right after, so that both sides do so at the same points. Having
-        # logits is not enough for that: after a failed decode they are known, and the state is not.
+        # Evaluate the waiting tokens before the shift and a token right after it, so that both sides evaluate at the
+        # same points. Reading the logits is not enough: after a failed decode they are known, but the state is not.
         if self.look(sequence, text) is None or self.attempt(lambda: sequence.extend([41]), text) is None:
             return
         text.extend([41])
@@ -338,7 +344,7 @@ class Walk(stateful.RuleBasedStateMachine):
     def save_and_restore(self, data: st.DataObject) -> None:
         sequence, text = self.pick(data)
         if self.attempt(lambda: sequence.save(self.folder / "sequence"), Text([])) is None:
-            return  # after a shift, it takes a cell to have that done
+            return  # after a shift, saving needs a free cell to apply it
         copy = text.copy()
         self.attempt(lambda: self.texts.update({self.context.restore(self.folder / "sequence"): copy}), copy)
         copy.waits = text.waits
@@ -354,7 +360,7 @@ class Walk(stateful.RuleBasedStateMachine):
             return
         except mn.ContextFullError:
             return
-        text.extend(ids)  # it took no more than one call
+        text.extend(ids)  # it needed only one batch, so nothing was left to cancel
         text.waits = False
 
     @stateful.precondition(lambda self: len(self.texts) > 1)
@@ -407,7 +413,7 @@ class Walk(stateful.RuleBasedStateMachine):
         for sequence, text in self.texts.items():
             if text.tokens and not text.waits:
                 logits = self.look(sequence, text)
-                if logits is None:  # what it shared has to be evaluated again, and there is no room for that
+                if logits is None:  # a cell that it shares must be re-evaluated, and there is no room for that
                     continue
                 expected = self.by_hand.logits(text.program)
                 if expected is None:
@@ -430,7 +436,7 @@ def test_random_walks(name: str, load_tiny: Callable[[TinyModel], mn.Model], tmp
             max_examples=2 * WALKS_OF_EACH,  # some end early
             stateful_step_count=STEPS,
             suppress_health_check=list(hypothesis.HealthCheck),
-            phases=[hypothesis.Phase.generate],  # shrinking takes minutes, and the walk is printed as it was
+            phases=[hypothesis.Phase.generate],  # no shrinking, which takes minutes: the walk is printed as it is
         ),
     )
     assert Walk.finished >= WALKS_OF_EACH

@@ -97,7 +97,7 @@ class GGUF:
             return [_tensor_info(gguf, index, start) for index in range(lib.gguf_get_n_tensors(gguf))]
 
     def has_tensor(self, name: str) -> bool:
-        """Return whether there is a tensor of that name."""
+        """Return whether the file has a tensor with that name."""
         with self._handle as gguf:
             return bool(lib.gguf_find_tensor(gguf, name.encode()) >= 0)
 

@@ -48,7 +48,7 @@ class Tokenizer:
 
     Attributes:
         type: "spm", "bpe", "wpm", "ugm", "rwkv", "plamo2", "other", or "none" if the model has no vocabulary.
-        n_vocab: how many token ids there are.
+        n_vocab: the number of token ids.
         bos: the id of the token for the beginning of a sequence, or None if there is none.
         eos: the id of the token for the end of a sequence, or None.
         eot: the id of the token for the end of a turn, or None.
@@ -97,6 +97,9 @@ class Tokenizer:
             add_special: add the special tokens that the model expects around a text (BOS, EOS).
             parse_special: treat the names of special tokens in the text, such as `<|im_start|>`, as those tokens. Leave
                 it off for text from others.
+
+        Raises:
+            TokenizerError: the vocabulary cannot encode the text.
         """
         if not isinstance(text, str):
             raise TypeError(f"text must be a str, not {type(text).__name__}")
@@ -293,7 +296,7 @@ class StreamDecoder:
         return text
 
     def flush(self) -> str:
-        """Return what is left at the end: U+FFFD if the last character is incomplete, otherwise nothing."""
+        """End the text: return U+FFFD if the last character is incomplete, otherwise nothing."""
         self._mid_character = False
         return self._decoder.decode(b"", final=True)
 

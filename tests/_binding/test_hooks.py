@@ -1,4 +1,4 @@
-"""The C side of the package: a step of decoding in one call, and how a computation is asked to stop."""
+"""The C side of the package: decoding steps of a single call, and the check whether to stop a computation."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +12,7 @@ from minerva_native._binding import ffi, lib
 
 
 class Bare:
-    """A context of libllama's, with nothing around it."""
+    """A bare libllama context."""
 
     def __init__(self, model: mn.Model, **options: Any):
         parameters = lib.llama_context_default_params()
@@ -37,7 +37,7 @@ def bare(demo: mn.Model) -> Iterator[Bare]:
 
 
 @pytest.mark.parametrize("count", [1, 5, 33, 64])
-def test_row_i_belongs_to_token_i_when_each_sequence_takes_one(bare: Bare, demo: mn.Model, count: int) -> None:
+def test_row_i_belongs_to_token_i_in_a_batch_of_one_token_per_sequence(bare: Bare, demo: mn.Model, count: int) -> None:
     tokens = [20 + index for index in range(count)]
     ids = list(range(count))[::-1]
     assert lib.minerva_decode_each(bare.decoder, count, tokens, [0] * count, ids) == 0
@@ -56,7 +56,7 @@ def test_the_decoder_points_at_the_last_row(bare: Bare) -> None:
 
 
 @pytest.mark.parametrize(("answer", "code"), [(False, 0), (True, 2)])
-def test_a_computation_asks_the_object_behind_its_handle_whether_to_stop(bare: Bare, answer: bool, code: int) -> None:
+def test_the_object_behind_the_handle_decides_whether_to_stop(bare: Bare, answer: bool, code: int) -> None:
     class Watch:
         asked = 0
 

@@ -88,7 +88,7 @@ def test_a_lossy_vocabulary_gives_normalised_text_back(name: str, vocabulary: Ca
 def test_decode_gives_the_bytes_of_llama_detokenize_for_any_ids(
     name: str, special: bool, vocabulary_model: Callable[[str], mn.Model]
 ) -> None:
-    # Without control tokens: after one, libllama leaves in the space that SentencePiece puts before a text.
+    # Control tokens are left out: after one, libllama keeps the space that SentencePiece puts before a text.
     model = vocabulary_model(name)
     tokenizer = model.tokenizer
     for seed in range(20):

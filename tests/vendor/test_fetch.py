@@ -96,7 +96,7 @@ def test_nothing_is_unpacked_after_a_wrong_checksum(fetch: ModuleType, archive: 
         fetch.verify(archive, "0" * 64)
 
 
-def test_an_index_without_the_archive_gives_one_sentence_with_what_to_do(
+def test_the_error_for_a_missing_archive_is_one_sentence_that_says_what_to_do(
     fetch: ModuleType, wheelhouse: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(fetch.FetchError, match="MINERVA_LLAMA_CPP_DIR") as caught:
@@ -121,7 +121,7 @@ def test_no_path_leaves_the_folder(fetch: ModuleType, tmp_path: Path, name: str)
     assert list(tmp_path.rglob("escaped.h")) == []
 
 
-def test_no_link_is_made(fetch: ModuleType, tmp_path: Path) -> None:
+def test_links_are_not_unpacked(fetch: ModuleType, tmp_path: Path) -> None:
     links = {"vendor/llama.cpp/include/link.h": str(tmp_path)}
     archive = write_archive(tmp_path / "evil.tar.gz", {"vendor/llama.cpp/include/llama.h": ""}, links)
     fetch.unpack(archive, tmp_path / "source")

@@ -1,7 +1,7 @@
 """Fetch the pinned llama.cpp source through pip, verify it, and unpack what the build and the tests need.
 
 `python vendor/llama.cpp/fetch.py` prints the folder that holds the source. A folder that already holds the pinned
-source is left alone, so only the first build touches the package index.
+source is left unchanged, so only the first build uses the package index.
 """
 
 import argparse

@@ -1,6 +1,7 @@
-"""What C calls back into: the log, the progress of a load, and the question whether to go on computing.
+"""Callbacks from C: the log, the progress of a load, and the check whether to stop a computation.
 
-These may come on any thread. No exception crosses C: it ends the call, or waits, and is raised when C has returned.
+They may run on any thread. No exception crosses C: it ends the C call if it can, and is raised after that call has
+returned.
 """
 
 import atexit
@@ -18,7 +19,7 @@ logger.addHandler(logging.NullHandler())
 
 LEVELS = {
     lib.GGML_LOG_LEVEL_DEBUG: logging.DEBUG,
-    lib.GGML_LOG_LEVEL_INFO: logging.DEBUG,  # what libllama calls information is a developer's detail here
+    lib.GGML_LOG_LEVEL_INFO: logging.DEBUG,  # libllama's information is too detailed for this package's users
     lib.GGML_LOG_LEVEL_WARN: logging.WARNING,
     lib.GGML_LOG_LEVEL_ERROR: logging.ERROR,
 }
@@ -28,25 +29,32 @@ _LAST_ERRORS = 8
 
 
 class _Watch(Protocol):
-    """What a context hands to its computations as `minerva_abort_state.data`."""
+    """What the handle in `minerva_abort_state.data` refers to."""
 
     def is_cancelled(self) -> bool:
-        """Say whether to stop."""
+        """Return whether the computation should stop."""
 
 
 class _Thread(threading.local):
-    """What the callbacks of one thread's current call have to remember."""
+    """What the log callback remembers for one thread.
+
+    Attributes:
+        errors: the list that `captured_errors` fills, if it is in use.
+        line: the log line so far, if it is incomplete.
+        level: the level of that line.
+        last_errors: the last error lines, each with its time by `time.perf_counter`.
+    """
 
     errors: list[str] | None = None
     line = ""
     level = logging.DEBUG
-    last_errors: tuple[tuple[float, str], ...] = ()  # when they came, by `time.perf_counter`, and what they said
+    last_errors: tuple[tuple[float, str], ...] = ()
 
 
 _thread = _Thread()
 
 kept: dict[int, BaseException] = {}
-"""What exceptions in callbacks have left behind, by thread; nearly always empty, so that looking costs nothing."""
+"""Exceptions from callbacks that are still to be raised, by thread. Nearly always empty, so a check costs nothing."""
 
 
 def _keep(kind: object, exception: BaseException, traceback: object) -> None:
@@ -54,13 +62,13 @@ def _keep(kind: object, exception: BaseException, traceback: object) -> None:
 
 
 def _keep_interrupt(kind: object, exception: BaseException, traceback: object) -> None:
-    # Ctrl-C may strike anywhere, also here; a log handler that fails is its owner's affair.
+    # A KeyboardInterrupt may be raised anywhere, also here. An error in a log handler is its owner's problem.
     if not isinstance(exception, Exception):
         kept[threading.get_ident()] = exception
 
 
 def raise_kept() -> None:
-    """Raise what an exception in a callback of this thread has left behind, if any."""
+    """Raise the exception that a callback on this thread has left, if there is one."""
     exception = kept.pop(threading.get_ident(), None)
     if exception is not None:
         raise exception
@@ -68,9 +76,9 @@ def raise_kept() -> None:
 
 @ffi.def_extern(name="minerva_on_poll", error=True, onerror=_keep)
 def _on_poll(handle: object) -> bool:
-    """Say whether to stop a computation: the object behind the handle, if there is one, knows by `is_cancelled()`.
+    """Return whether to stop a computation: `is_cancelled()` of the object behind the handle, if there is one.
 
-    Entering Python also lets pending signal handlers run: an exception that one raises stops the computation too.
+    Entering Python also runs pending signal handlers. If one raises an exception, that stops the computation too.
     """
     if handle == ffi.NULL:
         return False
@@ -111,16 +119,16 @@ def captured_errors() -> Iterator[list[str]]:
 
 
 def reason(errors: list[str], otherwise: str) -> str:
-    """Say why a call failed, in libllama's words: the first line is the cause, later ones its echoes."""
+    """Return why a call failed, in libllama's words: the first line is the cause, later ones only follow from it."""
     return errors[0].partition(": ")[2] or errors[0] if errors else otherwise
 
 
 def logged_since(when: float) -> str:
-    """Return what libllama has logged as an error on this thread since then, as the end of a sentence."""
+    """Return the errors that libllama has logged on this thread since `when`, as the end of a sentence."""
     errors = [line for then, line in _thread.last_errors if then >= when]
     return f": {' '.join(reason(errors, '').split())}" if errors else ""
 
 
 lib.llama_log_set(lib.minerva_log, ffi.NULL)
-# A library thread that logs while the interpreter is torn down must not enter it.
+# A library thread may still log while the interpreter shuts down, and must not enter it.
 atexit.register(lib.minerva_mute)

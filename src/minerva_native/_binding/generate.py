@@ -1,8 +1,8 @@
-"""Build-time generator: the C API of the llama.cpp at hand becomes a cffi module and a type stub.
+"""Generate the cffi module and its type stub from llama.cpp's headers, at build time.
 
-The C preprocessor expands `llama.h` and our `hooks.h`; their declarations are parsed and handed to cffi in API mode,
-in which the C compiler supplies every struct layout, enumerator and constant. No declaration is written here, so moving
-the pin moves the binding.
+The C preprocessor expands `llama.h` and our `hooks.h`. Their declarations are parsed and passed to cffi in API mode, in
+which the C compiler supplies every struct layout, enumerator and constant. No declaration is written by hand, so moving
+the pin updates the binding.
 """
 
 import argparse
@@ -18,15 +18,15 @@ from pycparser import c_ast, c_generator, c_parser
 
 HEADERS = ("ggml.h", "ggml-backend.h", "ggml-cpu.h", "ggml-opt.h", "gguf.h", "llama.h")
 
-# Of ggml.h only what the engine needs: types and their sizes, logging, versions, clocks, CPU thread pools, tensors.
-# Every function of the other headers is bound.
+# What the engine needs of ggml.h: types and their sizes, logging, versions, clocks, CPU thread pools, tensors. Of the
+# other headers, every function is bound.
 GGML_FUNCTIONS = re.compile(
     r"ggml_(log|time|cycles|type|threadpool|is_quantized|blck_size|row_size|quantize|ftype|version|commit|status"
     r"|abort|set_abort|fp16|fp32|bf16|nbytes|nelements|get_name|get_no_alloc|init|free|get_first_tensor|get_next_tensor"
     r"|get_tensor|new_tensor|tensor_overhead)\w*"
 )
 
-# Declared by the pinned headers and defined nowhere in its source: binding it would leave the module unloadable.
+# Declared in the pinned headers but not defined in the source: the module could not be loaded if it were bound.
 UNDEFINED = {"ggml_threadpool_get_n_threads"}
 
 # The standard types that upstream's headers use; cffi knows them all.
@@ -36,11 +36,11 @@ PRELUDE_NAMES = (
 )
 PRELUDE = "".join(f"typedef int {name};\n" for name in PRELUDE_NAMES)
 
-# Ours, beside this file. It is read with upstream's headers; what it marks so is defined in Python.
+# Our header, next to this file, is parsed with upstream's. Functions that it marks are defined in Python.
 HOOKS = Path(__file__).with_name("hooks.h")
 PYTHON_MARK = "MINERVA_PYTHON"
 
-STUB_HEAD = '''"""Generated at build time from the C headers: what the compiled binding holds."""
+STUB_HEAD = '''"""The compiled binding's types, generated from the C headers at build time."""
 
 from collections.abc import Callable
 from typing import Any, Final, TypeAlias
@@ -77,19 +77,26 @@ class Lib:'''
 
 
 class Api(NamedTuple):
-    """What the headers declare, in their order."""
+    """The declarations of the headers, in order.
+
+    Attributes:
+        types: C declarations of types.
+        functions: functions that C defines.
+        callbacks: functions that Python defines.
+        constants: names of enumerators and of integer macros.
+    """
 
     types: list[str]
     functions: list[c_ast.Decl]
-    callbacks: list[c_ast.Decl]  # functions that Python defines
+    callbacks: list[c_ast.Decl]
     constants: list[str]
 
 
 def preprocess(compiler: str, include_dirs: list[Path], *options: str) -> str:
-    """Expand the headers with the C preprocessor and return the lines that are upstream's or ours, not the system's."""
+    """Expand the headers with the C preprocessor; return the lines of upstream's headers and ours, not the system's."""
     source = "".join(f"#include <{name}>\n" for name in (*HEADERS, HOOKS.name))
     include_dirs = [*include_dirs, HOOKS.parent]
-    mark = f"-D{PYTHON_MARK}={PYTHON_MARK}"  # survives its own expansion
+    mark = f"-D{PYTHON_MARK}={PYTHON_MARK}"  # expands to itself, so that the mark is still there afterwards
     command = [compiler, "-E", mark, *options, *(f"-I{path}" for path in include_dirs), "-x", "c", "-"]
     text = subprocess.run(command, input=source, stdout=subprocess.PIPE, text=True, check=True).stdout
     kept, ours = [], False
@@ -114,7 +121,7 @@ def statements(text: str) -> Iterator[str]:
 
 
 def read_api(text: str, macros: str) -> Api:
-    """Parse the declarations, less what is deprecated, static, or not a value of the C API."""
+    """Parse the declarations, except deprecated and static ones and functions that are not bound."""
     attribute = re.compile(r'__attribute__\s*\(\((?:[^()"]|"(?:\\.|[^"\\])*"|\([^()]*\))*\)\)')
     kept = [
         re.sub(r"\b(__extension__|_Noreturn|__?restrict|restrict)\b", "", attribute.sub("", statement))
@@ -142,7 +149,7 @@ def read_api(text: str, macros: str) -> Api:
 
 
 def integer_macros(text: str) -> list[str]:
-    """Return the names of the macros whose value is an integer, by way of other macros or not."""
+    """Return the names of the macros whose value is an integer, directly or through other macros."""
     value = r"\(?\s*(-?\w+)\s*\)?"
     macros = dict(re.findall(rf"^#define\s+((?:LLAMA|GGML|GGUF|MINERVA)_\w+)[ \t]+{value}[ \t]*$", text, re.M))
 
@@ -155,27 +162,27 @@ def integer_macros(text: str) -> list[str]:
 
 
 def is_wanted(name: str) -> bool:
-    """Say whether a function belongs to the binding."""
+    """Return whether a function is bound."""
     whole = name.startswith(("llama_", "gguf_", "ggml_backend_", "ggml_opt_", "ggml_cpu_", "minerva_"))
     return (whole or bool(GGML_FUNCTIONS.fullmatch(name))) and name not in UNDEFINED
 
 
 class EnumeratorNames(c_ast.NodeVisitor):
-    """Collects the names that enumerations define."""
+    """A visitor that collects the names of enumerators."""
 
     def collect(self, node: c_ast.Node) -> list[str]:
-        """Return the enumerators below `node`."""
+        """Return the names of the enumerators in `node`."""
         self.names: list[str] = []
         self.visit(node)
         return self.names
 
     def visit_Enumerator(self, node: c_ast.Enumerator) -> None:
-        """Take one name."""
+        """Collect one name."""
         self.names.append(node.name)
 
 
 class TypeWriter(c_generator.CGenerator):
-    """Writes a declaration so that the C compiler, not this file, decides values, bounds and layouts."""
+    """A writer of declarations that leaves values, array bounds and layouts to the C compiler."""
 
     depth = 0
 
@@ -195,7 +202,7 @@ class TypeWriter(c_generator.CGenerator):
         return self.visit_members("union", node)
 
     def visit_members(self, kind: str, node: c_ast.Struct | c_ast.Union) -> str:
-        """Write a struct or union; one without a name inside another must be complete for cffi."""
+        """Write a struct or union. cffi requires an anonymous one inside another to be complete."""
         if node.decls is None:
             return f"{kind} {node.name}"
         self.depth += 1
@@ -205,12 +212,12 @@ class TypeWriter(c_generator.CGenerator):
         return f"{kind} {node.name or ''} {{\n{members}{open_end} }}"
 
     def visit_BinaryOp(self, node: c_ast.BinaryOp) -> str:
-        """An array bound that is an expression: the compiler knows it."""
+        """Leave an array bound that is an expression to the compiler."""
         return "..."
 
 
 def write_cdef(api: Api) -> str:
-    """Render the declarations for `ffi.cdef`."""
+    """Return the declarations for `ffi.cdef`."""
     writer = TypeWriter()
     functions = [re.sub(r"^extern ", "", writer.visit(function)) + ";" for function in api.functions]
     functions += [f'extern "Python+C" {writer.visit(callback)};' for callback in api.callbacks]
@@ -220,7 +227,7 @@ def write_cdef(api: Api) -> str:
 
 
 def write_stub(api: Api) -> str:
-    """Render the type stub: `lib` with every function and constant, `ffi` as far as typing can follow it."""
+    """Return the type stub: `lib` with every function and constant, and `ffi` as far as it can be typed."""
     functions = [stub_function(function) for function in api.functions]
     constants = [f"    {name}: Final[int]" for name in dict.fromkeys(api.constants)]
     callbacks = [f"    {callback.name}: CData" for callback in api.callbacks]
@@ -228,7 +235,7 @@ def write_stub(api: Api) -> str:
 
 
 def stub_function(function: c_ast.Decl) -> str:
-    """Render one function as a method whose arguments can only be given by position, as cffi has it."""
+    """Return the stub of one function: a method with positional-only arguments, because cffi takes no keywords."""
     arguments = ["self"]
     variadic = False
     for number, parameter in enumerate(function.type.args.params if function.type.args else ()):
@@ -243,7 +250,7 @@ def stub_function(function: c_ast.Decl) -> str:
 
 
 def names_of(node: c_ast.Node) -> list[str]:
-    """Return the type names of a plain declaration, or nothing for pointers, structs and arrays."""
+    """Return the type names of a plain declaration, or an empty list for pointers, structs and arrays."""
     if isinstance(node, c_ast.TypeDecl):
         if isinstance(node.type, c_ast.IdentifierType):
             return list(node.type.names)
@@ -252,7 +259,7 @@ def names_of(node: c_ast.Node) -> list[str]:
 
 
 def python_type(node: c_ast.Node, argument: bool) -> str:
-    """Map a C type to what cffi takes or gives."""
+    """Return the Python type that cffi accepts for an argument of a C type, or returns for a result."""
     names = names_of(node)
     if names == ["void"]:
         return "None"
@@ -279,13 +286,13 @@ def write_module(path: Path, api: Api) -> None:
 
 
 def write_if_changed(path: Path, text: str) -> None:
-    """Keep the time stamp of a file that is right already, so that nothing is compiled again for it."""
+    """Write a file, but leave it and its time stamp alone if it has this text, so that nothing is recompiled."""
     if not path.is_file() or path.read_text() != text:
         path.write_text(text)
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
-    """Run as the build's script."""
+    """Run as a script, as the build does."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cc", required=True, help="the C compiler")
     parser.add_argument("--include", type=Path, action="append", required=True, help="a folder of upstream headers")

@@ -9,7 +9,7 @@ namespace {
 
 std::atomic<bool> muted{false};
 
-// Where nodes are so small that reading the clock would cost something, most of them do without.
+// If nodes are so small that reading the clock matters, only one in `SMALL_NODES` + 1 reads it.
 constexpr int SMALL_NODES = 16;
 constexpr int64_t SMALL_NODES_US = 1000;
 
@@ -21,8 +21,8 @@ void minerva_log(enum ggml_log_level level, const char * text, void * /* data */
     }
 }
 
-// libllama asks this at every node of the compute graph, while all its threads wait: Python is consulted a few times a
-// second.
+// libllama calls this at every node of the compute graph, while all its threads wait, so Python is polled at most once
+// per `poll_interval_us`.
 bool minerva_abort(void * data) {
     auto * state = static_cast<minerva_abort_state *>(data);
     if (state->cancelled || muted) {
@@ -64,7 +64,7 @@ int32_t minerva_decode_one(minerva_decoder * decoder, int32_t token, int32_t pos
 
 int32_t minerva_decode_each(minerva_decoder * decoder, int32_t count, const int32_t * tokens, const int32_t * positions,
                             const int32_t * sequence_ids) {
-    constexpr int32_t few = 32;  // whose columns need no memory from the heap
+    constexpr int32_t few = 32;  // up to this many tokens, the batch's columns need no heap memory
     int32_t few_sizes[few];
     int32_t * few_ids[few];
     int8_t few_outputs[few];

@@ -1,12 +1,12 @@
-// The C side of this package: what libllama calls back into, and the steps of the engine that are one call from Python.
+// The C side of this package: the callbacks for libllama, and decoding steps that take a single call from Python.
 //
-// The generator reads this header as it reads upstream's, so each declaration stands here and nowhere else.
+// The generator parses this header like upstream's, so nothing has to be declared a second time in Python.
 #ifndef MINERVA_HOOKS_H
 #define MINERVA_HOOKS_H
 
 #include <llama.h>
 
-// Marks what Python defines (see callbacks.py) and C calls.
+// Marks functions that Python defines (see callbacks.py) and C calls.
 #ifndef MINERVA_PYTHON
 #define MINERVA_PYTHON
 #endif
@@ -21,7 +21,8 @@ MINERVA_PYTHON void minerva_on_log(int level, const char * text);
 MINERVA_PYTHON bool minerva_on_progress(float progress, void * handle);
 MINERVA_PYTHON bool minerva_on_poll(void * data);
 
-// When a computation looks up: the `abort_callback_data` of a context whose `abort_callback` is `minerva_abort`.
+// When to check whether a computation should stop: the `abort_callback_data` of a context whose `abort_callback` is
+// `minerva_abort`.
 typedef struct {
     volatile int cancelled;
     int64_t poll_interval_us;
@@ -34,15 +35,16 @@ typedef struct {
 void minerva_log(enum ggml_log_level level, const char * text, void * data);
 bool minerva_abort(void * state);
 
-// The interpreter is going away: no library thread may enter it, to log or to ask, and computations stop.
+// Called when the interpreter shuts down: no library thread may enter it any more, to log or to poll, and computations
+// stop.
 void minerva_mute(void);
 
 // ---- Decoding -------------------------------------------------------------------------------------------------------
-// Between two tokens nothing is warm and each call from Python costs, so a step is one call.
+// Between two tokens the CPU's caches are cold and each call from Python is slow, so a step is a single call.
 
 typedef struct {
     struct llama_context * context;
-    float * logits;  // after the last token of the last batch: libllama's memory
+    float * logits;  // after the last token of the last batch; the memory is libllama's
 } minerva_decoder;
 
 // All return what `llama_decode` returns.
