@@ -174,7 +174,7 @@ class Sequence(AbstractSequence[int]):
             new = self._tokenizer.as_array(ids)
             if not slot.tokens:
                 raise EmptySequenceError("the sequence is empty: there are no logits before the first token")
-            rows = np.empty((len(new) + 1, self._n_vocab), np.float32)
+            rows = np.full((len(new) + 1, self._n_vocab), np.nan, np.float32)
             cache.read_rows(slot, new, rows.__setitem__, cancel)
             return rows
 

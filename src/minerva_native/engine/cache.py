@@ -296,7 +296,7 @@ class KVCache:
         with self._rollback() as undo:
             undo.mark(slot, whole=True)
             if n < len(before):
-                if not self._options.prefix_cache:
+                if not self._options.prefix_cache and not callable(self._options.on_full):
                     needed = len(new) - n
                     if self.pool.used_after_cut(slot, n) + needed > self._options.n_cells:
                         raise self._full(len(new), slot)
@@ -324,15 +324,15 @@ class KVCache:
         is_counted = self.pool.spare >= len(new)
         if not is_counted:
             self._keep_logits(slot)
-        with self._rollback() as undo:
-            undo.mark(slot)
-            self._add(slot, new)
-            reused = self._attach_prefix(slot)
-            if is_counted or not self.pool.reserve(slot, 0):
-                self.stats.tokens_reused += reused
-                return True
-            undo.now()
-            return False
+        undo = self._rollback()  # an error is the caller's to undo
+        undo.mark(slot)
+        self._add(slot, new)
+        reused = self._attach_prefix(slot)
+        if is_counted or not self.pool.reserve(slot, 0):
+            self.stats.tokens_reused += reused
+            return True
+        undo.now()
+        return False
 
     def _add(self, slot: Slot, new: Ids) -> None:
         self.pool.spare -= len(new)
@@ -513,14 +513,14 @@ class KVCache:
         start = len(slot.tokens)  # `on_full` may have changed it
         if start and not new.size:
             self.evaluate([slot], cancel=cancel)
-        if start and slot.has_logits:
-            on_row(0, self._copied_logits(slot))
-        elif start and not slot.n_waiting:
+        if start and not slot.has_logits and not slot.n_waiting:
             slot.rollback(start - 1)  # so that its logits are a row of the pass
-        if not new.size:
-            return
         if self.pool.spare < len(new):  # the last token may take a cell of its own now
             self._make_room(slot, len(new), exactly=True)
+        if start and slot.has_logits:
+            on_row(0, self._copied_logits(slot))
+        if not new.size:
+            return
         n_rows = max(1, min(self._stride, _ROWS_BYTES // (4 * self.runner.n_vocab)))
         batch, index = self.runner.batch, int(slot.has_logits or not start)
         self.runner.begin(cancel)
@@ -793,7 +793,7 @@ class _Rollback:
         elif mark.tokens is not None:
             if slot.tokens != mark.tokens or not slot.in_sync or self._parted.get(slot) is not None:
                 self._pool.take_back(slot, self._parted.get(slot), mark.tokens)
-        else:
+        elif slot.n_cuts == mark.n_cuts:  # else a callback has made the list another
             slot.cut(mark.n)
             if slot.n_cached == mark.n:
                 is_there = mark.row is not None and mark.n_calls == self._stats.decode_calls

@@ -113,11 +113,11 @@ class SlotPool:
 
     def release(self, slot: Slot) -> None:
         """Take a slot out of use: what it holds stays as long as there is room for it."""
-        in_sync = slot.in_sync
+        slot.settle()
         slot.close()
         if slot in self.open:
             self.open.remove(slot)
-        if self._prefix_cache and in_sync:
+        if self._prefix_cache:
             self.keep(slot)
         else:
             self.drop(slot)
@@ -243,7 +243,7 @@ class SlotPool:
         slot.cut(n)
         slot.add(np.array(tokens[n:], np.int32))
         self.recount()
-        if kept is not None and kept in self.finished:
+        if kept is not None and kept in self.finished and kept.key == slot.key:
             self.finished.remove(kept)
             logits = kept.logits
             slot.take(kept, kept.n_cached)
@@ -285,6 +285,9 @@ class SlotPool:
 
     def used_after_cut(self, slot: Slot, n: int) -> int:
         """Return how many cells open sequences would take if a slot were cut to `n` tokens."""
+        if not self._cells.facts.can_share:
+            return n
+        self.collect()
         cut = _Cut(slot.tokens[:n], clipped(slot.runs, n))
         return count_cells([*(other for other in self.open if other is not slot), cut])
 

@@ -57,6 +57,7 @@ class Mark(NamedTuple):
     logits: Logits | None
     row: int | None
     n_calls: int
+    n_cuts: int = 0
 
 
 def _nobody_yet() -> object:
@@ -106,6 +107,7 @@ class Slot:
         self.checkpoints: list[Checkpoint] = []
         self.key = key
         self.pinned = False
+        self.n_cuts = 0
         self.closed = False
         self.owner: Callable[[], object] | None = _nobody_yet
 
@@ -152,7 +154,7 @@ class Slot:
 
     def mark(self, n_calls: int, whole: bool = False) -> Mark:
         """Return what the slot is; `whole` if the call may change more of the list than add to it."""
-        return Mark(len(self.tokens), self.tokens[:] if whole else None, self.logits, self.row, n_calls)
+        return Mark(len(self.tokens), self.tokens[:] if whole else None, self.logits, self.row, n_calls, self.n_cuts)
 
     def append(self, token: int) -> None:
         """Add a token to the list."""
@@ -167,6 +169,7 @@ class Slot:
     def cut(self, n: int) -> None:
         """Make list and cache end after the first `n` tokens."""
         self.forget_logits()
+        self.n_cuts += 1
         agree = self.in_sync and n >= self.n_cached
         self.in_sync = False
         self.n_cached, self.n_seen = min(n, self.n_cached), min(n, self.n_seen)
@@ -318,6 +321,7 @@ class Slot:
     def rekey(self, key: ReuseKey) -> None:
         """Depend on something else from now on: the slot holds no cells."""
         self.key = key
+        self.n_cuts += 1
 
     def rewrite(self, state: State) -> str:
         """Hold the same tokens in cells that nobody shares, from a state that was read; return why not, or nothing."""
@@ -350,6 +354,7 @@ class Slot:
         n, logits, row = self.n_cached, self.logits, self.row
         n_exact = keep if self.n_exact is None else min(keep, self.n_exact)
         self.in_sync, self.n_cached = False, keep
+        self.n_cuts += 1
         self._keep_checkpoints(n_exact)
         del self.tokens[keep : keep + discard]
         if not self._cells.shift(self.id, n, keep, discard):
