@@ -168,7 +168,20 @@ def test_a_line_is_folded_between_figures() -> None:
         "    loop 43.8 us; together 99.0% of 256 us",
     ]
     assert report.folded(line, 200, "  ") == [f"  {line}"]
-    assert report.folded(line, None) == [line]
+    assert report.folded(line, None) == report.folded(line, 0) == [line]
+
+
+def test_a_word_longer_than_a_line_is_not_broken() -> None:
+    assert report.folded("llama: a-file-with-a-very-long-name.gguf, 1 MiB", 20) == [
+        "llama:",
+        "  a-file-with-a-very-long-name.gguf,",
+        "  1 MiB",
+    ]
+
+
+@pytest.mark.parametrize("line", ["", "a, "])
+def test_a_line_without_a_last_figure_is_folded(line: str) -> None:
+    assert report.folded(line, 20) == [line.strip()]
 
 
 @pytest.mark.parametrize("width", range(20, 90))

@@ -101,6 +101,16 @@ def test_what_is_around_the_table_fits_a_terminal(
     assert not [line for line in around if re.search(r"(loop|text)$", line)], "a name is apart from its figure"
 
 
+def test_a_terminal_of_unknown_width_is_not_an_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "0")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    output = Output(capsys)
+    assert output.status == 0
+    assert "tg8" in output.out
+
+
 def test_every_combination_of_lists_is_tested(capsys: pytest.CaptureFixture[str]) -> None:
     output = Output(
         capsys, "-o", "jsonl", "-ctk", "f16,q8_0", "-fa", "on", "-d", "0", "-d", "2,4", "-p", "8", "-n", "0"

@@ -252,20 +252,20 @@ def folded(line: str, width: int | None, indent: str = "") -> list[str]:
     """Fold a line into `width` columns, at the commas and semicolons between its figures.
 
     Every part is indented, those after the first by two more. A figure that is too long for a line is folded between
-    words. If the width is None, the line is not folded.
+    words, and a word that is too long runs over the edge. If the width is None or 0, the line is not folded.
     """
-    if width is None:
+    if not width:
         return [indent + line]
+    wrapper = textwrap.TextWrapper(
+        width, subsequent_indent=f"{indent}  ", break_long_words=False, break_on_hyphens=False
+    )
     parts = [indent]
     for figure in re.split(r"(?<=[,;]) ", line):
-        space = "" if parts[-1].isspace() or not parts[-1] else " "
-        if space and len(parts[-1]) + 1 + len(figure) > width:
-            parts.append(f"{indent}  ")
-            space = ""
-        *full, last = textwrap.wrap(
-            figure, width, initial_indent=parts[-1] + space, subsequent_indent=f"{indent}  ", break_on_hyphens=False
-        )
-        parts[-1:] = [*full, last]
+        wrapper.initial_indent = f"{parts[-1]} " if parts[-1].strip() else parts[-1]
+        if parts[-1].strip() and len(wrapper.initial_indent) + len(figure) > width:
+            parts.append("")
+            wrapper.initial_indent = wrapper.subsequent_indent
+        parts[-1:] = wrapper.wrap(figure) or parts[-1:]
     return parts
 
 
