@@ -8,8 +8,10 @@ Reading logits and greedy sampling are timed with a vocabulary of 128,256; the b
 """
 
 import statistics
+import threading
 import time
 from collections.abc import Iterator
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +20,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import minerva_native as mn
 import models
+from engine_room import open_up
 from tiny_models import TinyModel, write_gguf
 
 N_VOCAB = 128_256
@@ -113,3 +116,65 @@ def test_appending_and_rewinding_a_token(benchmark: BenchmarkFixture, wide: mn.S
         wide.rewind(1)
 
     benchmark(append_and_rewind)
+
+
+@pytest.mark.parametrize("path", ["extend_by_one", "extend_each_by_one"])
+def test_what_a_fast_path_saves(benchmark: BenchmarkFixture, path: str) -> None:
+    """`us_with` and `us_without` it, a token outside `llama_decode`, in turns, and `saved`, the median of the pairs."""
+    n_seq = 1 if path == "extend_by_one" else 8
+    with mn.Model.demo() as model:
+        context, cache = open_up(model, n_ctx=2048, n_seq=n_seq, n_threads=1, prefix_cache=False)
+        with context:
+            sequences = [context.sequence() for _ in range(n_seq)]
+
+            def outside() -> float:
+                for number, sequence in enumerate(sequences):
+                    sequence.truncate(0)
+                    sequence.extend([1, 5, 6 + number])
+                before, decoding = time.perf_counter(), context.stats.decode_seconds
+                for step in range(N_TOKENS):
+                    if n_seq == 1:
+                        sequences[0].extend([step + 10])
+                    else:
+                        context.extend({sequence: [step + 10] for sequence in sequences})
+                spent = time.perf_counter() - before - context.stats.decode_seconds + decoding
+                return 1e6 * spent / N_TOKENS / n_seq
+
+            pairs: list[tuple[float, float]] = []
+
+            def pair() -> None:
+                fast = outside()
+                with mock.patch.object(cache, path, return_value=False):
+                    pairs.append((fast, outside()))
+
+            benchmark.pedantic(pair, rounds=15, warmup_rounds=1)
+    benchmark.extra_info["us_with"] = round(statistics.median(fast for fast, _ in pairs), 2)
+    benchmark.extra_info["us_without"] = round(statistics.median(slow for _, slow in pairs), 2)
+    benchmark.extra_info["saved"] = round(statistics.median(1 - fast / slow for fast, slow in pairs), 2)
+
+
+def test_cancelling_a_prompt(benchmark: BenchmarkFixture) -> None:
+    """`ms` from setting a cancel token to `Cancelled`, on a CPU in the middle of a prompt: median and maximum."""
+    delays: list[float] = []
+    prompt = [token % 30_000 for token in range(6000)]
+    with (
+        mn.Model.load(models.make("wide-34m", "f16"), gpu_layers=0) as model,
+        model.context(n_ctx=8192, n_threads=2, prefix_cache=False) as context,
+        context.sequence() as sequence,
+    ):
+
+        def cancel() -> None:
+            token, set_at = threading.Event(), list[float]()
+
+            def set_token() -> None:
+                set_at.append(time.perf_counter())
+                token.set()
+
+            timer = threading.Timer(0.02 + 0.004 * (len(delays) % 10), set_token)
+            timer.start()
+            with pytest.raises(mn.Cancelled):
+                sequence.extend(prompt, cancel=token)
+            delays.append(1e3 * (time.perf_counter() - set_at[0]))
+
+        benchmark.pedantic(cancel, rounds=20)
+    benchmark.extra_info["ms"] = [round(statistics.median(delays), 1), round(max(delays), 1)]

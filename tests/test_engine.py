@@ -548,3 +548,111 @@ def test_cells_are_counted_right_after_a_shift_beyond_a_shared_prefix(context: m
     sequence.shift(10, 10)
     assert (len(sequence), len(fork)) == (30, 20)
     assert context.cells_used == 40  # ten of them shared
+
+
+# Callbacks that do more than they were asked for
+
+
+def test_a_failed_call_leaves_a_list_that_a_callback_has_rewritten(tiny: mn.Model) -> None:
+    def rewrite(sequence: mn.Sequence, lacking: int) -> None:
+        one.truncate(10)
+        one.extend(OTHER[:20])
+
+    with tiny.context(**{**OPTIONS, "n_ctx": 64}, on_full=rewrite) as context:
+        one, other = context.sequence(), context.sequence()
+        context.extend({one: IDS[:20], other: OTHER[:20]})
+        _ = one.logits
+        with pytest.raises(mn.ContextFullError):
+            context.extend({one: IDS[20:25], other: list(range(150, 200))})
+        assert one == [*IDS[:10], *OTHER[:20]]
+        assert_same(one.logits, fresh(tiny, list(one)))
+
+
+def test_progress_that_rewrites_a_list_and_fails_leaves_the_logits_of_what_is_there(tiny: mn.Model) -> None:
+    with tiny.context(**{**OPTIONS, "n_batch": 8}) as context:
+        sequence = context.sequence()
+        sequence.extend(IDS[:20])
+        _ = sequence.logits
+
+        def rewrite(done: int, total: int) -> None:
+            sequence.truncate(10)
+            sequence.extend(OTHER[:20])
+            raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            sequence.extend(IDS[20:40], on_progress=rewrite)
+        assert_same(sequence.logits, fresh(tiny, list(sequence)))
+
+
+def test_a_draft_has_its_first_row_although_on_full_evaluated_the_sequence(tiny: mn.Model) -> None:
+    def make_room(full: mn.Sequence, lacking: int) -> None:
+        fork.close()
+        _ = full.logits
+
+    with tiny.context(**{**OPTIONS, "n_ctx": 64}, on_full=make_room) as context:
+        sequence = context.sequence()
+        sequence.extend(list(range(50)))
+        fork = sequence.fork()
+        sequence.truncate(49)
+        rows = sequence.logits_after(OTHER[:14])
+        for number in (0, 1, 14):
+            assert_same(rows[number], fresh(tiny, [*range(49), *OTHER[:number]]))
+
+
+def test_a_draft_after_a_list_that_on_full_has_emptied_has_no_first_row(tiny: mn.Model) -> None:
+    with tiny.context(**{**OPTIONS, "n_ctx": 64}, on_full=lambda full, lacking: full.truncate(0)) as context:
+        sequence = context.sequence()
+        sequence.extend(list(range(60)))
+        rows = sequence.logits_after(OTHER[:10])
+        assert np.isnan(rows[0]).all()
+        assert_same(rows[10], fresh(tiny, OTHER[:10]))
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_cancelled_evaluation_leaves_its_cells_to_others(context: mn.Context, pinned: bool) -> None:
+    sequence = context.sequence()
+    sequence.extend(IDS)
+    sequence.pinned = pinned
+    append_all(sequence, OTHER)
+    with pytest.raises(mn.Cancelled):
+        context.evaluate([sequence], cancel=After(2))  # in the middle of the computation
+    sequence.close()
+    assert context.sequence().extend([*IDS, 3]) == 1
+
+
+@pytest.mark.parametrize("how", ["cells of its own", "abandoned", "on_full"])
+def test_an_assignment_without_a_prefix_cache_takes_the_room_that_there_is(tiny: mn.Model, how: str) -> None:
+    held: list[mn.Sequence] = []
+    options: dict[str, Any] = {**OPTIONS, "n_ctx": 100, "n_seq": 2, "prefix_cache": False}
+    if how == "cells of its own":
+        options |= {"n_ctx": 256, "kv_unified": False}
+    elif how == "on_full":
+        options["on_full"] = lambda full, lacking: held[0].close()
+    with tiny.context(**options) as context:
+        held.append(context.sequence())
+        sequence = context.sequence()
+        held[0].extend(list(range(100 if how == "cells of its own" else 60)))
+        sequence.extend(IDS[:30])
+        if how == "abandoned":
+            held.clear()
+            gc.collect()
+        text = [*IDS[:20], *range(100, 140)]
+        sequence.assign(text)
+        assert sequence == text
+        assert_same(sequence.logits, fresh(tiny, text))
+
+
+def test_undoing_an_assignment_takes_no_cells_of_another_key(tiny: mn.Model) -> None:
+    def make_room(full: mn.Sequence, lacking: int) -> None:
+        cache.rekey(ReuseKey(control_vector="one"))
+        set_control_vector(cache, 1)
+
+    context, cache = open_up(tiny, **{**OPTIONS, "n_ctx": 64}, on_full=make_room)
+    with context:
+        sequence = context.sequence()
+        sequence.extend(IDS)
+        plain = sequence.logits
+        with pytest.raises(mn.ContextFullError):
+            sequence.assign([5] * 100)
+        assert sequence == IDS
+        assert np.abs(sequence.logits - plain).max() > 0.1

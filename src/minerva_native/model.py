@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .context import Context
 
 DEMO_PATH = Path(__file__).parent / "demo" / "minerva-demo.gguf"
-"""Where the built-in model lies."""
+"""The path of the built-in model."""
 
 _SAMPLES, _SAMPLE_BYTES = 256, 4096  # of the model's file, for its fingerprint
 

@@ -227,7 +227,7 @@ class KVCache:
     def extend_by_one(self, slot: Slot, token: int) -> bool:
         """Add a valid token and evaluate it, if it is as simple as that; return whether it was.
 
-        The fast path of a decode loop: half the cost of `extend`.
+        The fast path of a decode loop (bench/test_loop.py measures what it saves).
         """
         pool = self.pool
         if slot.closed or slot.n_cached != len(slot.tokens) or not slot.in_sync or slot.id < 0 or pool.spare <= 0:
@@ -261,7 +261,7 @@ class KVCache:
     def extend_each_by_one(self, slots: list[Slot], tokens: list[int]) -> bool:
         """Add a valid token to each of several slots and evaluate all in one batch, if it is as simple as that.
 
-        The fast path of batched decoding: half the cost of `extend_each`.
+        The fast path of batched decoding (bench/test_loop.py measures what it saves).
         """
         pool = self.pool
         count = len(slots)
@@ -543,16 +543,15 @@ class KVCache:
 
     def encode(self, ids: list[int]) -> None:
         """Have the encoder read a text. libllama wants the memory to be empty: all answers are forgotten."""
-        self._in_buffer = ()
-        self.pool.forget_everything()
-        self.pool.rekey(self.key._replace(encoded=None))
+        self.forget_everything()
+        self.rekey(self.key._replace(encoded=None))
         self.runner.begin()
         since = time.perf_counter()
         code = self.runner.encode(ids)
         if code or callbacks.kept:
             self.runner.raise_for(code, len(ids), since)
         self.stats.tokens_encoded += len(ids)
-        self.pool.rekey(self.key._replace(encoded=tuple(ids)))
+        self.rekey(self.key._replace(encoded=tuple(ids)))
 
     def _check_encoded(self) -> None:
         if self.runner.has_encoder and self.key.encoded is None:
@@ -774,10 +773,10 @@ class _Rollback:
 
     def made(self, slot: Slot) -> None:
         """Discard this slot, which was not there before."""
-        self._marks[slot] = Mark(None, None, None, None, 0)
+        self._marks[slot] = Mark(None, None, None, None, 0, 0)
 
     def parted(self, slot: Slot, kept: Slot | None) -> None:
-        """Note where the cells of a slot have gone."""
+        """Note which finished slot now has the cells of a slot, to give them back."""
         self._parted[slot] = kept
 
     def now(self) -> None:

@@ -114,9 +114,7 @@ class SlotPool:
     def release(self, slot: Slot) -> None:
         """Take a slot out of use: what it holds stays as long as there is room for it."""
         slot.settle()
-        slot.close()
-        if slot in self.open:
-            self.open.remove(slot)
+        self._take_out(slot)
         if self._prefix_cache:
             self.keep(slot)
         else:
@@ -124,10 +122,13 @@ class SlotPool:
 
     def discard(self, slot: Slot) -> None:
         """Take a slot out of use that was just made, without leaving anything."""
+        self._take_out(slot)
+        self.drop(slot)
+
+    def _take_out(self, slot: Slot) -> None:
         slot.close()
         if slot in self.open:
             self.open.remove(slot)
-        self.drop(slot)
 
     def clear(self) -> None:
         """Close every slot: the context is closing."""
@@ -284,7 +285,7 @@ class SlotPool:
         return not slot.closed and not slot.is_abandoned
 
     def used_after_cut(self, slot: Slot, n: int) -> int:
-        """Return how many cells open sequences would take if a slot were cut to `n` tokens."""
+        """Return how many cells a slot would share the room with, itself included, if it were cut to `n` tokens."""
         if not self._cells.facts.can_share:
             return n
         self.collect()

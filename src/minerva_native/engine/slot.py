@@ -50,6 +50,7 @@ class Mark(NamedTuple):
         logits: its logits, if they were read.
         row: where its logits lay in libllama's buffer,
         n_calls: and how many calls of libllama's there had been: with the next, they lie there no more.
+        n_cuts: see `Slot`: if it has changed, a callback has made the list another one, which is left alone.
     """
 
     n: int | None
@@ -57,7 +58,7 @@ class Mark(NamedTuple):
     logits: Logits | None
     row: int | None
     n_calls: int
-    n_cuts: int = 0
+    n_cuts: int
 
 
 def _nobody_yet() -> object:
@@ -86,6 +87,7 @@ class Slot:
         runs: the shared runs that its first cells belong to; the cells after them are its own.
         checkpoints: states to go back to, by rising `n`.
         key: what the cells depend on besides the tokens.
+        n_cuts: how often tokens were taken out of the list, or what they mean changed.
         pinned: whether the cells stay when the sequence is closed.
         closed: whether the sequence was closed.
         owner: gives the sequence, or None once nobody refers to it.
