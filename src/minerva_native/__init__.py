@@ -14,6 +14,7 @@ Begin with `Model.load` or `Model.demo`, then `Model.context`, `Context.sequence
 from .context import Context, Memory, Stats
 from .devices import Device, available_cpus, build_info, cpu_quota, devices
 from .errors import (
+    BrokenContextError,
     BuildError,
     Cancelled,
     ClosedError,
@@ -46,6 +47,7 @@ __all__ = [
     "FLASH_ATTENTION",
     "GGUF",
     "KV_TYPES",
+    "BrokenContextError",
     "BuildError",
     "Cancelled",
     "ClosedError",

@@ -1,5 +1,6 @@
 """Ownership of C objects: each is freed once, and after everything that was made from it."""
 
+import os
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,12 @@ class Handle:
 
     `close` forbids further use. The object is freed once no thread is in a `with handle` block and all child handles
     are freed, so neither a call in another thread nor a context of a closed model ever sees freed memory.
+
+    A child process never frees what it has inherited: it has none of the threads, and a GPU's driver does not survive a
+    fork.
     """
 
-    __slots__ = ("_free", "_name", "_parent", "_users", "closed", "pointer")
+    __slots__ = ("_free", "_name", "_parent", "_process", "_users", "closed", "pointer")
 
     # One lock for all counts, which rarely change. Re-entrant, because a garbage collection may close another handle.
     # On the class, because a module's globals are gone when the last handles are collected at exit.
@@ -26,6 +30,7 @@ class Handle:
     def __init__(self, name: str, pointer: "CData", free: "Callable[[CData], object]", parent: "Handle | None" = None):
         self._name, self.pointer, self._free = name, pointer, free
         self._parent: Handle | None = None
+        self._process = os.getpid()
         self._users = 0
         self.closed = False
         if parent is not None:
@@ -62,10 +67,17 @@ class Handle:
 
     def _finish(self, pointer: Any) -> None:
         """Free the pointer, outside the lock: libllama logs while it frees, and log handlers have their own locks."""
-        if pointer is not None:
+        if pointer is not None and self._process == os.getpid():
             self._free(pointer)
             if self._parent is not None:
                 self._parent.__exit__()
 
     def __del__(self) -> None:
         self.close()
+
+    @classmethod
+    def _after_fork(cls) -> None:
+        cls._lock = threading.RLock()  # another thread may have held it
+
+
+os.register_at_fork(after_in_child=Handle._after_fork)

@@ -10,6 +10,7 @@
     |   +-- EmptySequenceError (also a ValueError)
     |   +-- ReentryError
     |   +-- DecodeError
+    |   +-- BrokenContextError
     +-- TokenizerError
     +-- SamplingError
     +-- StateError
@@ -76,6 +77,13 @@ class DecodeError(ContextError):
     def __init__(self, message: str, *, code: int = 0):
         super().__init__(message)
         self.code = code
+
+
+class BrokenContextError(ContextError):
+    """A computation failed in a way that leaves this context of no use; the model and other contexts go on.
+
+    Also raised for a context that a child process has inherited by `os.fork`.
+    """
 
 
 class TokenizerError(MinervaError):

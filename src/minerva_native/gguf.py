@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._binding import callbacks, ffi, lib, text
+from ._binding import callbacks, ffi, lib, text, thrown
 from ._handle import Handle
 from .errors import ModelLoadError
 
@@ -80,9 +80,9 @@ class GGUF:
         self.size_bytes = check_file(self.path)
         parameters = ffi.new("struct gguf_init_params *", {"no_alloc": True, "ctx": ffi.NULL})
         with callbacks.captured_errors() as errors:
-            pointer = lib.gguf_init_from_file(os.fsencode(self.path), parameters[0])
+            pointer = lib.minerva_gguf_init(os.fsencode(self.path), parameters)
         if pointer == ffi.NULL:
-            why = callbacks.reason(errors, "its header cannot be parsed")
+            why = thrown() or callbacks.reason(errors, "its header cannot be parsed")
             raise ModelLoadError(
                 f"{self.path} is a damaged or truncated GGUF file ({why}): download it again and compare its checksum"
             )

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, NoReturn, ParamSpec, Self
 
-from ._binding import BUILD_INFO, callbacks, ffi, lib, text
+from ._binding import BUILD_INFO, callbacks, ffi, lib, text, thrown
 from ._handle import Handle
 from .devices import has_gpu, select
 from .errors import Cancelled, DeviceError, ModelLoadError, StateError
@@ -84,7 +84,7 @@ class Model:
         gguf = GGUF(path)
         if check and not vocab_only:
             gguf.check_tensors()
-        parameters = lib.llama_model_default_params()
+        parameters = ffi.new("struct llama_model_params *", lib.llama_model_default_params())
         if isinstance(devices, str):
             raise TypeError(f"devices must be a list of names, not a str: [{devices!r}]")
         chosen = select(list(devices)) if devices is not None else ffi.NULL
@@ -102,16 +102,16 @@ class Model:
         parameters.n_gpu_layers = layers
         parameters.load_mode = lib.LLAMA_LOAD_MODE_AUTO if mmap else lib.LLAMA_LOAD_MODE_NONE
         parameters.vocab_only = vocab_only
-        parameters.progress_callback = lib.minerva_on_progress
+        parameters.progress_callback = lib.minerva_progress
         parameters.progress_callback_user_data = watcher
         with callbacks.captured_errors() as errors:
-            pointer = lib.llama_model_load_from_file(os.fsencode(path), parameters)
+            pointer = lib.minerva_model_load(os.fsencode(path), parameters)
         handle = Handle("Model", pointer, lib.llama_model_free) if pointer != ffi.NULL else None
         callbacks.raise_kept()
         if stopped:
             raise Cancelled("loading was stopped by on_progress")
         if handle is None:
-            why = callbacks.reason(errors, "libllama gives no reason")
+            why = thrown() or callbacks.reason(errors, "libllama gives no reason")
             raise ModelLoadError(
                 f"{path} cannot be loaded ({why}): check that the file is complete and that llama.cpp "
                 f"{BUILD_INFO['llama_cpp']} knows its architecture"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ._binding import ffi, lib
+from ._binding import ffi, lib, thrown
 from ._handle import Handle
 from .errors import TokenizerError
 
@@ -115,7 +115,7 @@ class Tokenizer:
             raise TokenizerError("the vocabulary has no tokens for some of the text's bytes")
         if add_special:
             self._require_special_tokens()
-        tokenize = lib.llama_tokenize
+        tokenize = lib.minerva_tokenize
         if self.type == "bpe" and _UNBROKEN.search(text) and (run := _longest_run(text)) > _LONG_RUN:
             if run > _LONGEST_RUN:
                 raise TokenizerError(
@@ -132,6 +132,8 @@ class Tokenizer:
                     if ids and min(ids) < 0:
                         raise TokenizerError("the vocabulary has no token for a part of the text, and no unknown token")
                     return ids
+                if count == lib.MINERVA_THREW:
+                    raise TokenizerError(f"the text of {len(data):,} bytes cannot be encoded ({thrown()})")
                 capacity = -count
 
     def decode(self, ids: TokenIds, special: bool = False) -> str:
@@ -250,9 +252,11 @@ class Tokenizer:
             with self._model:
                 while True:
                     buffer = ffi.new("char[]", size)
-                    count = lib.llama_token_to_piece(self._vocab, token, buffer, size, 0, special)
+                    count = lib.minerva_token_to_piece(self._vocab, token, buffer, size, special)
                     if count >= 0:
                         break
+                    if count == lib.MINERVA_THREW:
+                        raise TokenizerError(f"token {token} cannot be decoded ({thrown()})")
                     size = -count
             piece = self._pieces[special][token] = ffi.unpack(buffer, count) if count else b""
         return piece

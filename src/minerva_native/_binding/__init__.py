@@ -12,9 +12,15 @@ except ImportError as error:
 
 from . import callbacks
 
-__all__ = ["BUILD_INFO", "callbacks", "ffi", "lib", "text"]
+__all__ = ["BUILD_INFO", "callbacks", "ffi", "lib", "text", "thrown"]
 
 
 def text(pointer: Any) -> str:
     """Copy a NUL-terminated C string; bytes that are not UTF-8 become U+FFFD."""
     return ffi.string(pointer).decode(errors="replace")
+
+
+def thrown() -> str:
+    """Return what the last guarded call on this thread threw (see hooks.h), or an empty string."""
+    callbacks.end_at_exit()
+    return text(lib.minerva_thrown()) if lib.minerva_thrown_cause() != lib.MINERVA_NOTHING else ""

@@ -27,6 +27,8 @@ LEVELS = {
 
 _LAST_ERRORS = 8
 
+_END_US = 5_000_000  # how long the end of the process waits for calls that do not stop
+
 
 class _Watch(Protocol):
     """What the handle in `minerva_abort_state.data` refers to."""
@@ -67,8 +69,15 @@ def _keep_interrupt(kind: object, exception: BaseException, traceback: object) -
         kept[threading.get_ident()] = exception
 
 
+def end_at_exit() -> None:
+    """End this thread, silently, if a call failed because the interpreter is shutting down."""
+    if lib.minerva_is_ending():
+        raise SystemExit
+
+
 def raise_kept() -> None:
     """Raise the exception that a callback on this thread has left, if there is one."""
+    end_at_exit()
     exception = kept.pop(threading.get_ident(), None)
     if exception is not None:
         raise exception
@@ -130,5 +139,6 @@ def logged_since(when: float) -> str:
 
 
 lib.llama_log_set(lib.minerva_log, ffi.NULL)
-# A library thread may still log while the interpreter shuts down, and must not enter it.
-atexit.register(lib.minerva_mute)
+# A daemon thread that computes while the interpreter shuts down must not enter it: Python would end the thread there,
+# which C++ does not survive.
+atexit.register(lib.minerva_end, _END_US)

@@ -1,13 +1,13 @@
-#include "hooks.h"
+#include "failure.h"
 
-#include <atomic>
+#include <numeric>
 #include <vector>
+
+using minerva::guarded;
 
 // ---- Callbacks ------------------------------------------------------------------------------------------------------
 
 namespace {
-
-std::atomic<bool> muted{false};
 
 // If nodes are so small that reading the clock matters, only one in `SMALL_NODES` + 1 reads it.
 constexpr int SMALL_NODES = 16;
@@ -16,7 +16,7 @@ constexpr int64_t SMALL_NODES_US = 1000;
 }  // namespace
 
 void minerva_log(enum ggml_log_level level, const char * text, void * /* data */) {
-    if (!muted) {
+    if (!minerva_is_ending()) {
         minerva_on_log(level, text);
     }
 }
@@ -25,7 +25,7 @@ void minerva_log(enum ggml_log_level level, const char * text, void * /* data */
 // per `poll_interval_us`.
 bool minerva_abort(void * data) {
     auto * state = static_cast<minerva_abort_state *>(data);
-    if (state->cancelled || muted) {
+    if (state->cancelled || minerva_is_ending()) {
         return true;
     }
     if (state->nodes_to_skip > 0) {
@@ -44,18 +44,47 @@ bool minerva_abort(void * data) {
     return minerva_on_poll(state->data);
 }
 
-void minerva_mute(void) {
-    muted = true;
+bool minerva_progress(float progress, void * handle) {
+    return !minerva_is_ending() && minerva_on_progress(progress, handle);
+}
+
+// ---- Models, contexts and texts -------------------------------------------------------------------------------------
+
+struct llama_model * minerva_model_load(const char * path, const struct llama_model_params * parameters) {
+    return guarded<llama_model *>(nullptr, [&] { return llama_model_load_from_file(path, *parameters); });
+}
+
+struct gguf_context * minerva_gguf_init(const char * path, const struct gguf_init_params * parameters) {
+    return guarded<gguf_context *>(nullptr, [&] { return gguf_init_from_file(path, *parameters); });
+}
+
+struct llama_context * minerva_context_new(struct llama_model * model, const struct llama_context_params * parameters) {
+    return guarded<llama_context *>(nullptr, [&] { return llama_init_from_model(model, *parameters); });
+}
+
+int32_t minerva_tokenize(const struct llama_vocab * vocab, const char * text, int32_t size, int32_t * tokens,
+                         int32_t capacity, bool add_special, bool parse_special) {
+    return guarded<int32_t>(MINERVA_THREW, [&] {
+        return llama_tokenize(vocab, text, size, tokens, capacity, add_special, parse_special);
+    });
+}
+
+int32_t minerva_token_to_piece(const struct llama_vocab * vocab, int32_t token, char * piece, int32_t capacity,
+                               bool special) {
+    return guarded<int32_t>(
+        MINERVA_THREW, [&] { return llama_token_to_piece(vocab, token, piece, capacity, 0, special); });
 }
 
 // ---- Decoding -------------------------------------------------------------------------------------------------------
 
 int32_t minerva_decode(minerva_decoder * decoder, struct llama_batch * batch) {
-    const int32_t code = llama_decode(decoder->context, *batch);
-    if (code == 0) {
-        decoder->logits = llama_get_logits_ith(decoder->context, -1);  // waits for the result
-    }
-    return code;
+    return guarded<int32_t>(MINERVA_THREW, decoder, true, [&] {
+        const int32_t code = llama_decode(decoder->context, *batch);
+        if (code == 0) {
+            decoder->logits = llama_get_logits_ith(decoder->context, -1);  // waits for the result
+        }
+        return code;
+    });
 }
 
 int32_t minerva_decode_one(minerva_decoder * decoder, int32_t token, int32_t position, int32_t sequence_id) {
@@ -86,4 +115,73 @@ int32_t minerva_decode_each(minerva_decoder * decoder, int32_t count, const int3
         batch.logits[index] = 1;
     }
     return minerva_decode(decoder, &batch);
+}
+
+int32_t minerva_encode(minerva_decoder * decoder, int32_t count, const int32_t * tokens, int32_t n_seq) {
+    return guarded<int32_t>(MINERVA_THREW, decoder, true, [&] {
+        std::vector<int32_t> positions(count), sizes(count, n_seq), ids(n_seq);
+        std::vector<int32_t *> of_each(count, ids.data());
+        std::iota(positions.begin(), positions.end(), 0);
+        std::iota(ids.begin(), ids.end(), 0);
+        llama_batch batch = {};
+        batch.n_tokens = count;
+        batch.token = const_cast<int32_t *>(tokens);
+        batch.pos = positions.data();
+        batch.n_seq_id = sizes.data();
+        batch.seq_id = of_each.data();
+        const int32_t code = llama_encode(decoder->context, batch);
+        llama_synchronize(decoder->context);
+        return code;
+    });
+}
+
+// ---- Memory and states ----------------------------------------------------------------------------------------------
+
+int32_t minerva_memory_clear(minerva_decoder * decoder) {
+    return guarded<int32_t>(MINERVA_THREW, decoder, true, [&] {
+        llama_memory_clear(llama_get_memory(decoder->context), true);
+        return 0;
+    });
+}
+
+int32_t minerva_memory_seq_rm(minerva_decoder * decoder, int32_t sequence_id, int32_t start, int32_t stop) {
+    return guarded<int32_t>(MINERVA_THREW, decoder, true, [&] {
+        return llama_memory_seq_rm(llama_get_memory(decoder->context), sequence_id, start, stop) ? 1 : 0;
+    });
+}
+
+int32_t minerva_memory_seq_cp(minerva_decoder * decoder, int32_t source_id, int32_t target_id) {
+    return guarded<int32_t>(MINERVA_THREW, decoder, true, [&] {
+        llama_memory_seq_cp(llama_get_memory(decoder->context), source_id, target_id, -1, -1);
+        return 0;
+    });
+}
+
+int32_t minerva_memory_seq_add(minerva_decoder * decoder, int32_t sequence_id, int32_t start, int32_t delta) {
+    return guarded<int32_t>(MINERVA_THREW, decoder, true, [&] {
+        llama_memory_seq_add(llama_get_memory(decoder->context), sequence_id, start, -1, delta);
+        return 0;
+    });
+}
+
+// A state that cannot be read or written leaves the context of use: the caller clears what was written.
+
+int64_t minerva_state_size(minerva_decoder * decoder, int32_t sequence_id, uint32_t flags) {
+    return guarded<int64_t>(MINERVA_THREW, decoder, false, [&] {
+        return int64_t(llama_state_seq_get_size_ext(decoder->context, sequence_id, flags));
+    });
+}
+
+int64_t minerva_state_read(minerva_decoder * decoder, int32_t sequence_id, uint32_t flags, uint8_t * state,
+                           int64_t capacity) {
+    return guarded<int64_t>(MINERVA_THREW, decoder, false, [&] {
+        return int64_t(llama_state_seq_get_data_ext(decoder->context, state, capacity, sequence_id, flags));
+    });
+}
+
+int64_t minerva_state_write(minerva_decoder * decoder, int32_t sequence_id, uint32_t flags, const uint8_t * state,
+                            int64_t size) {
+    return guarded<int64_t>(MINERVA_THREW, decoder, false, [&] {
+        return int64_t(llama_state_seq_set_data_ext(decoder->context, state, size, sequence_id, flags));
+    });
 }

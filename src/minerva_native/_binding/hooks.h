@@ -4,6 +4,7 @@
 #ifndef MINERVA_HOOKS_H
 #define MINERVA_HOOKS_H
 
+#include <gguf.h>
 #include <llama.h>
 
 // Marks functions that Python defines (see callbacks.py) and C calls.
@@ -35,9 +36,41 @@ typedef struct {
 void minerva_log(enum ggml_log_level level, const char * text, void * data);
 bool minerva_abort(void * state);
 
-// Called when the interpreter shuts down: no library thread may enter it any more, to log or to poll, and computations
-// stop.
-void minerva_mute(void);
+bool minerva_progress(float progress, void * handle);
+
+// Called when the interpreter shuts down: no thread may enter it any more, to log or to poll; computations stop and no
+// guarded call begins. Returns whether all of them have returned by the deadline.
+bool minerva_end(int64_t timeout_us);
+bool minerva_is_ending(void);
+
+// ---- Failures -------------------------------------------------------------------------------------------------------
+// libllama ends the process when an assertion fails, and throws when memory runs out. The functions below are guarded:
+// they return MINERVA_THREW, or NULL if they return a pointer, and `minerva_thrown` has the reason until the next guarded
+// call on this thread.
+
+#define MINERVA_THREW (-2147483647)
+
+enum minerva_cause {
+    MINERVA_NOTHING,
+    MINERVA_ASSERTION,
+    MINERVA_NO_MEMORY,
+    MINERVA_EXCEPTION,
+    MINERVA_ENDING,     // the interpreter is shutting down
+    MINERVA_FAILED,     // the context is of no use since an earlier computation
+    MINERVA_INHERITED,  // the context belongs to the process that this one was forked from
+};
+
+enum minerva_cause minerva_thrown_cause(void);
+const char * minerva_thrown(void);
+
+struct llama_model * minerva_model_load(const char * path, const struct llama_model_params * parameters);
+struct gguf_context * minerva_gguf_init(const char * path, const struct gguf_init_params * parameters);
+struct llama_context * minerva_context_new(struct llama_model * model, const struct llama_context_params * parameters);
+
+int32_t minerva_tokenize(const struct llama_vocab * vocab, const char * text, int32_t size, int32_t * tokens,
+                         int32_t capacity, bool add_special, bool parse_special);
+int32_t minerva_token_to_piece(const struct llama_vocab * vocab, int32_t token, char * piece, int32_t capacity,
+                               bool special);
 
 // ---- Decoding -------------------------------------------------------------------------------------------------------
 // Between two tokens the CPU's caches are cold and each call from Python is slow, so a step is a single call.
@@ -45,7 +78,14 @@ void minerva_mute(void);
 typedef struct {
     struct llama_context * context;
     float * logits;  // after the last token of the last batch; the memory is libllama's
+    void * threads;  // from `minerva_threads_new`, or NULL
+    int failed;      // whether something was thrown in a computation: from then on every call is refused,
+    char why[512];   // and this was thrown
 } minerva_decoder;
+
+// Give a context worker threads of its own, and take them away, which has to come before `llama_free`.
+int32_t minerva_threads_new(minerva_decoder * decoder, int32_t n_threads);
+void minerva_threads_free(minerva_decoder * decoder);
 
 // All return what `llama_decode` returns.
 int32_t minerva_decode(minerva_decoder * decoder, struct llama_batch * batch);
@@ -54,6 +94,22 @@ int32_t minerva_decode_one(minerva_decoder * decoder, int32_t token, int32_t pos
 // One token for each of `count` sequences, all with logits: row i of the output belongs to token i.
 int32_t minerva_decode_each(minerva_decoder * decoder, int32_t count, const int32_t * tokens, const int32_t * positions,
                             const int32_t * sequence_ids);
+
+// An encoder reads a text as the only one of all `n_seq` sequences (`llama_encode`).
+int32_t minerva_encode(minerva_decoder * decoder, int32_t count, const int32_t * tokens, int32_t n_seq);
+
+// ---- Memory and states ----------------------------------------------------------------------------------------------
+
+int32_t minerva_memory_clear(minerva_decoder * decoder);
+int32_t minerva_memory_seq_rm(minerva_decoder * decoder, int32_t sequence_id, int32_t start, int32_t stop);
+int32_t minerva_memory_seq_cp(minerva_decoder * decoder, int32_t source_id, int32_t target_id);
+int32_t minerva_memory_seq_add(minerva_decoder * decoder, int32_t sequence_id, int32_t start, int32_t delta);
+
+int64_t minerva_state_size(minerva_decoder * decoder, int32_t sequence_id, uint32_t flags);
+int64_t minerva_state_read(minerva_decoder * decoder, int32_t sequence_id, uint32_t flags, uint8_t * state,
+                           int64_t capacity);
+int64_t minerva_state_write(minerva_decoder * decoder, int32_t sequence_id, uint32_t flags, const uint8_t * state,
+                            int64_t size);
 
 #ifdef __cplusplus
 }

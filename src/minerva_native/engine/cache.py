@@ -73,7 +73,7 @@ class KVCache:
         self.runner = Runner(model, options)
         self.handle, self.stats = self.runner.handle, self.runner.stats
         self._model, self._options = model, options
-        self._cells = Cells(model, self.runner.handle, options)
+        self._cells = Cells(model, self.runner, options)
         self.memory = self._cells.facts
         self.pool = SlotPool(self._cells, options.n_cells, options.n_seq, options.prefix_cache)
         # With several passes in one call, libllama may drop from a window what the first of them still needs.

@@ -1,7 +1,9 @@
 """The lock of a context, and who may enter it again."""
 
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
@@ -28,6 +30,10 @@ class Gate:
     """
 
     def __init__(self) -> None:
+        self._open()
+        _gates.add(self)
+
+    def _open(self) -> None:
         self._lock = threading.RLock()
         # Whether this thread holds it, as `threading.Condition` asks.
         self._is_mine: Callable[[], bool] = self._lock._is_owned  # type: ignore[attr-defined]
@@ -82,6 +88,18 @@ class Gate:
         """Give waiting threads the time to take the lock, which a thread that releases and retakes it does not."""
         if not self._is_mine():
             time.sleep(_YIELD_SECONDS)
+
+
+_gates: weakref.WeakSet[Gate] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """Open the gates of a child process: another thread may have been inside."""
+    for gate in list(_gates):
+        gate._open()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def check(cancel: CancelToken | None) -> None:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from .._binding import callbacks, ffi, lib
-from .._handle import Handle
+from .._binding import callbacks, ffi, lib, thrown
 from ..options import ContextOptions
+from .runner import Runner
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -68,22 +68,28 @@ class Memory:
 
 
 class Cells:
-    """The calls that change the memory of one context. The caller holds the gate."""
+    """The calls that change the memory of one context. The caller holds the gate.
 
-    def __init__(self, model: "Model", handle: Handle, options: ContextOptions):
-        self._handle = handle
-        self._context = handle.pointer
-        self._memory = lib.llama_get_memory(self._context)
+    Those that only forget do nothing to a context that is closed or broken; the others raise `BrokenContextError`.
+    """
+
+    def __init__(self, model: "Model", runner: Runner, options: ContextOptions):
+        self._runner, self._decoder = runner, runner.decoder
+        self._memory = lib.llama_get_memory(runner.handle.pointer)
         self.exists = self._memory != ffi.NULL
         self.facts = _facts(model, options, self._memory)
         self._is_small = bool(self.facts.window) and not options.swa_full
-        self.key_form = _key_form(model, self._context)
+        self.key_form = _key_form(model, runner.handle.pointer)
+
+    @property
+    def _is_gone(self) -> bool:
+        return self._runner.handle.closed or self._runner.is_broken
 
     def remove(self, sequence_id: int, start: int, stop: int = -1) -> bool:
         """Forget a sequence's tokens from position `start` on, or up to `stop`; return False if this kind cannot."""
-        if self._handle.closed or sequence_id < 0:
+        if self._is_gone or sequence_id < 0:
             return True
-        return bool(lib.llama_memory_seq_rm(self._memory, sequence_id, start, stop))
+        return lib.minerva_memory_seq_rm(self._decoder, sequence_id, start, stop) != 0  # or it is gone now
 
     def cut(self, sequence_id: int, n: int) -> bool:
         """Have a sequence hold its first `n` tokens; return whether it now does, and can be continued."""
@@ -91,8 +97,10 @@ class Cells:
 
     def holds(self, sequence_id: int, n: int) -> bool:
         """Return whether a sequence has exactly `n` tokens and everything that the next one attends to."""
-        if self._handle.closed or lib.llama_memory_seq_pos_max(self._memory, sequence_id) != n - 1:
-            return n == 0 or self._handle.closed
+        if self._is_gone:
+            return True
+        if lib.llama_memory_seq_pos_max(self._memory, sequence_id) != n - 1:
+            return n == 0
         if self.facts.kind != "sliding window":
             return True
         # libllama reuses the cells of tokens that have left the window, which is then not there to go back to.
@@ -105,7 +113,7 @@ class Cells:
 
     def clear(self) -> None:
         """Forget everything, and overwrite it."""
-        lib.llama_memory_clear(self._memory, True)
+        lib.minerva_memory_clear(self._decoder)
 
     def copy(self, source_id: int, target_id: int) -> bool:
         """Let an empty sequence hold what another does: the same cells, or copies if each has its own."""
@@ -114,7 +122,7 @@ class Cells:
             return state is not None and not self.write(target_id, state)
         # A small window reuses the cells of what has left it only while one sequence holds them: each gets its own.
         window = self.read(source_id, partial=True) if self._is_small else None
-        lib.llama_memory_seq_cp(self._memory, source_id, target_id, -1, -1)
+        self._check(lib.minerva_memory_seq_cp(self._decoder, source_id, target_id))
         return window is None or not self.write(target_id, window, partial=True)
 
     def shift(self, sequence_id: int, n: int, keep: int, discard: int) -> bool:
@@ -127,27 +135,38 @@ class Cells:
         if self.facts.kind == "sliding window" and keep > seen < first:
             return False
         self.remove(sequence_id, keep, keep + discard)
-        lib.llama_memory_seq_add(self._memory, sequence_id, keep + discard, -1, -discard)
+        self._check(lib.minerva_memory_seq_add(self._decoder, sequence_id, keep + discard, -discard))
         return True
 
     def size_bytes(self, sequence_id: int, partial: bool = False) -> int:
         """Return how many bytes a sequence's state takes, or that part of it which cannot be cut."""
         flags = lib.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY if partial else 0
-        return lib.llama_state_seq_get_size_ext(self._context, sequence_id, flags)
+        return self._check(lib.minerva_state_size(self._decoder, sequence_id, flags))
 
     def read(self, sequence_id: int, partial: bool = False) -> State | None:
         """Copy a sequence's state, or that part of it which cannot be cut; return None if libllama could not."""
         flags = lib.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY if partial else 0
         state = np.empty(self.size_bytes(sequence_id, partial), np.uint8)
-        size = lib.llama_state_seq_get_data_ext(self._context, _pointer(state), state.size, sequence_id, flags)
+        size = lib.minerva_state_read(self._decoder, sequence_id, flags, _pointer(state), state.size)
+        self._check_not_refused(size)
         return state if size == state.size else None
 
     def write(self, sequence_id: int, state: State, partial: bool = False) -> str:
         """Replace a sequence's state by one that was read; return why it could not be, or an empty string."""
         flags = lib.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY if partial else 0
         with callbacks.captured_errors() as errors:
-            size = lib.llama_state_seq_set_data_ext(self._context, _pointer(state), state.size, sequence_id, flags)
-        return "" if size == state.size else callbacks.reason(errors, "libllama gives no reason")
+            size = lib.minerva_state_write(self._decoder, sequence_id, flags, _pointer(state), state.size)
+        self._check_not_refused(size)
+        return "" if size == state.size else thrown() or callbacks.reason(errors, "libllama gives no reason")
+
+    def _check_not_refused(self, result: int) -> None:
+        if result == lib.MINERVA_THREW and lib.minerva_thrown_cause() in (lib.MINERVA_FAILED, lib.MINERVA_INHERITED):
+            raise self._runner.broken()
+
+    def _check(self, result: int) -> int:
+        if result == lib.MINERVA_THREW:
+            raise self._runner.broken()
+        return result
 
 
 def _facts(model: "Model", options: ContextOptions, memory: Any) -> Memory:

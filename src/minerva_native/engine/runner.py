@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .._binding import callbacks, ffi, lib
+from .._binding import callbacks, ffi, lib, thrown
 from .._handle import Handle
-from ..errors import Cancelled, ContextError, DecodeError
+from ..errors import BrokenContextError, Cancelled, ContextError, DecodeError
 from ..options import CELLS_STEP, ContextOptions, ggml_type
 from .gate import CancelToken, check
 
@@ -84,12 +84,12 @@ class Runner:
         self._watch = Watch()
         self._watch_handle = ffi.new_handle(self._watch)
         self._abort = ffi.new("minerva_abort_state *", {"poll_interval_us": _POLL_US, "data": self._watch_handle})
+        self.decoder = ffi.new("minerva_decoder *")
         self.handle = self._make()
         with model.raw() as pointer:
             self.has_decoder = bool(lib.llama_model_has_decoder(pointer))
             self.has_encoder = self.has_decoder and bool(lib.llama_model_has_encoder(pointer))
         self._context = self.handle.pointer
-        self.decoder = ffi.new("minerva_decoder *", {"context": self._context})
         self.decode = functools.partial(lib.minerva_decode, self.decoder)
         self.decode_one = functools.partial(lib.minerva_decode_one, self.decoder)
         self.decode_each = functools.partial(lib.minerva_decode_each, self.decoder)
@@ -100,7 +100,7 @@ class Runner:
     def _make(self) -> Handle:
         model, options, n_seq = self.model, self.options, self.options.n_seq
         n_threads = options.n_threads or 1
-        parameters = lib.llama_context_default_params()
+        parameters = ffi.new("struct llama_context_params *", lib.llama_context_default_params())
         # A multiple of libllama's step, so that it grants exactly this many cells; `n_ctx` is kept to in Python.
         n_cells = math.ceil(options.n_cells / CELLS_STEP) * CELLS_STEP
         parameters.n_ctx = n_cells * (1 if options.kv_unified else n_seq)
@@ -116,28 +116,28 @@ class Runner:
         parameters.abort_callback_data = self._abort
         with model.raw() as model_pointer, contextlib.ExitStack() as undo:
             with callbacks.captured_errors() as errors:
-                pointer = lib.llama_init_from_model(model_pointer, parameters)
+                pointer = lib.minerva_context_new(model_pointer, parameters)
             if pointer == ffi.NULL:
                 callbacks.raise_kept()
-                why = callbacks.reason(errors, "libllama gives no reason")
+                why = thrown() or callbacks.reason(errors, "libllama gives no reason")
                 raise ContextError(
                     f"no context could be made with n_ctx={options.n_ctx}, n_batch={options.n_batch}, n_seq={n_seq}, "
                     f"kv_type={options.kv_types}, flash_attention={options.flash_attention!r} ({why}): ask for "
                     "less, or another type"
                 )
-            # Without a pool of its own, libllama makes one for every graph that it computes.
-            settings = ffi.new("struct ggml_threadpool_params *")
-            lib.ggml_threadpool_params_init(settings, n_threads)
-            threads = lib.ggml_threadpool_new(settings)
-            lib.llama_attach_threadpool(pointer, threads, ffi.NULL)
+            decoder = self.decoder
 
             def free(pointer: Any) -> None:
+                lib.minerva_threads_free(decoder)
                 lib.llama_free(pointer)
-                lib.ggml_threadpool_free(threads)
 
             handle = Handle("Context", pointer, free, parent=model.raw())
             undo.callback(handle.close)
             callbacks.raise_kept()
+            decoder.context = pointer
+            # Without threads of its own, libllama starts some for every graph that it computes.
+            if lib.minerva_threads_new(decoder, n_threads):
+                raise ContextError(f"a context with n_threads={n_threads} cannot be made: {thrown()}")
             undo.pop_all()
             return handle
 
@@ -159,23 +159,12 @@ class Runner:
             self._abort.next_poll_us = 0
 
     def encode(self, ids: list[int]) -> int:
-        """Have an encoder read a text as the only one of every sequence (`llama_encode`); return libllama's code."""
-        n_seq, stats = self.options.n_seq, self.stats
-        batch = lib.llama_batch_init(len(ids), 0, n_seq)
-        try:
-            for index, token in enumerate(ids):
-                batch.token[index], batch.pos[index], batch.n_seq_id[index] = token, index, n_seq
-                for sequence_id in range(n_seq):
-                    batch.seq_id[index][sequence_id] = sequence_id
-            batch.n_tokens = len(ids)
-            stats.decode_calls += 1
-            before = time.perf_counter()
-            code: int = lib.llama_encode(self._context, batch)
-            lib.llama_synchronize(self._context)
-            stats.decode_seconds += time.perf_counter() - before
-            return code
-        finally:
-            lib.llama_batch_free(batch)
+        """Have an encoder read a text as the only one of every sequence; return libllama's code."""
+        self.stats.decode_calls += 1
+        before = time.perf_counter()
+        code: int = lib.minerva_encode(self.decoder, len(ids), ids, self.options.n_seq)
+        self.stats.decode_seconds += time.perf_counter() - before
+        return code
 
     def logits(self, row: int = -1) -> Logits:
         """Copy the logits of a token of the last batch, by its index there, out of libllama's buffer."""
@@ -199,9 +188,20 @@ class Runner:
         callbacks.raise_kept()
         if code == ABORTED:
             raise Cancelled("the computation was cancelled")
+        if code == lib.MINERVA_THREW:
+            raise self.broken()
         if code:
             why = callbacks.logged_since(since)
             raise DecodeError(f"libllama could not evaluate a batch of {count} tokens (code {code}){why}", code=code)
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether a computation has failed in a way after which libllama must not touch the context again."""
+        return bool(self.decoder.failed)
+
+    def broken(self) -> BrokenContextError:
+        """Return the error for a guarded call that threw, or was refused because an earlier one did."""
+        return BrokenContextError(f"this context cannot be used any more ({thrown()}): close it and make another")
 
 
 class Batch:

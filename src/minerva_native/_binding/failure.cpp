@@ -1,0 +1,289 @@
+#include "failure.h"
+
+#include "ggml_workers.h"
+
+#include <ggml-cpu.h>
+
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <thread>
+
+#include <sched.h>
+
+// How often a thread that waits lets others have its core: after some tens of microseconds.
+static constexpr unsigned TURNS_PER_YIELD = 1024;
+
+// ---- State ----------------------------------------------------------------------------------------------------------
+
+namespace minerva {
+namespace {
+
+std::atomic<bool> is_ending{false};
+std::atomic<int> n_calls{0};     // in libllama now, on all threads
+std::atomic<int> generation{0};  // how many forks lead to this process
+
+struct Stopped {};  // unwinds a worker
+
+thread_local Call * this_call = nullptr;
+thread_local Team * this_team = nullptr;
+thread_local bool is_worker = false;
+
+// Of fixed size: there may be no memory left to describe that there is none.
+thread_local minerva_cause thrown_cause = MINERVA_NOTHING;
+thread_local char thrown_text[2048];
+
+void note(minerva_cause cause, const char * text) {
+    thrown_cause = cause;
+    std::snprintf(thrown_text, sizeof thrown_text, "%s", text);
+}
+
+// ggml calls this instead of ending the process. If it returns, ggml ends it.
+void on_abort(const char * message) {
+    if (is_worker) {
+        throw Assertion(message);
+    }
+    if (this_call == nullptr) {
+        std::fprintf(stderr, "%s\n", message);
+        return;
+    }
+    note(MINERVA_ASSERTION, message);
+    this_call->fail();
+    throw Assertion(message);
+}
+
+void after_fork() {
+    ++generation;
+    n_calls = 0;
+    is_ending = false;
+}
+
+const bool is_installed = [] {
+    ggml_set_abort_callback(on_abort);
+    pthread_atfork(nullptr, nullptr, after_fork);
+    return true;
+}();
+
+}  // namespace
+
+// ---- Workers --------------------------------------------------------------------------------------------------------
+
+struct Team::Worker {
+    Team * team;
+    void * (*run)(void *);
+    void * data;
+};
+
+Team::Team(int n_threads) : generation_(generation) {
+    ggml_threadpool_params parameters;
+    ggml_threadpool_params_init(&parameters, n_threads);
+    Team * outer = this_team;
+    this_team = this;
+    try {
+        pool_ = ggml_threadpool_new(&parameters);
+    } catch (...) {
+        this_team = outer;
+        begin(true);
+        for (pthread_t thread : started_) {
+            pthread_join(thread, nullptr);
+        }
+        throw;
+    }
+    this_team = outer;
+    begin(false);
+}
+
+Team::~Team() {
+    if (!is_inherited()) {
+        stop();
+    }
+}
+
+bool Team::is_inherited() const {
+    return generation_ != generation.load(std::memory_order_relaxed);
+}
+
+void Team::stop() {
+    failed_ = true;  // releases those that wait for others
+    if (ggml_threadpool * pool = pool_) {
+        pool_ = nullptr;
+        ggml_threadpool_free(pool);  // joins them
+    }
+}
+
+void Team::rethrow() {
+    std::rethrow_exception(cause_);
+}
+
+int Team::start(pthread_t * thread, const pthread_attr_t * attributes, void * (*run)(void *), void * data) {
+    auto worker = std::make_unique<Worker>(Worker{this, run, data});
+    started_.reserve(started_.size() + 1);
+    const int code = pthread_create(thread, attributes, work, worker.get());
+    if (code != 0) {
+        throw std::runtime_error("the system grants no more threads than the " + std::to_string(started_.size() + 1) +
+                                 " there are (" + std::strerror(code) + ")");
+    }
+    worker.release();
+    started_.push_back(*thread);
+    return code;
+}
+
+void Team::begin(bool failed) {
+    {
+        std::lock_guard lock(mutex_);
+        has_begun_ = true;
+        failed_ = failed;
+    }
+    begun_.notify_all();
+}
+
+bool Team::wait_for_the_others() {
+    std::unique_lock lock(mutex_);
+    begun_.wait(lock, [this] { return has_begun_; });
+    return !failed_;
+}
+
+void * Team::work(void * data) {
+    const std::unique_ptr<Worker> worker(static_cast<Worker *>(data));
+    Team & team = *worker->team;
+    is_worker = true;
+    this_team = &team;
+    void * result = nullptr;
+    try {
+        if (team.wait_for_the_others()) {
+            result = worker->run(worker->data);
+        }
+    } catch (abi::__forced_unwind &) {
+        throw;
+    } catch (const Stopped &) {
+    } catch (...) {
+        std::lock_guard lock(team.mutex_);
+        if (!team.cause_) {
+            team.cause_ = std::current_exception();
+        }
+        team.failed_ = true;
+    }
+    return result;
+}
+
+// ---- Calls ----------------------------------------------------------------------------------------------------------
+
+Call::Call(minerva_decoder * decoder, bool computes)
+    : outer_(this_call), outer_team_(this_team), decoder_(decoder), computes_(computes) {
+    ++n_calls;
+    this_call = this;
+    this_team = nullptr;
+    thrown_cause = MINERVA_NOTHING;
+    Team * team = decoder != nullptr ? static_cast<Team *>(decoder->threads) : nullptr;
+    if (is_ending) {
+        note(MINERVA_ENDING, "the interpreter is shutting down");
+    } else if (team != nullptr && team->is_inherited()) {
+        note(MINERVA_INHERITED, "this process was forked from the one that made it, and has none of its threads");
+    } else if (decoder != nullptr && decoder->failed) {
+        note(MINERVA_FAILED, decoder->why);
+    } else if (computes) {
+        this_team = team;
+    }
+    is_refused_ = thrown_cause != MINERVA_NOTHING;
+}
+
+Call::~Call() {
+    if (computes_ && decoder_->failed && decoder_->why[0] == 0) {
+        std::snprintf(decoder_->why, sizeof decoder_->why, "%s", thrown_text);
+    }
+    this_call = outer_;
+    this_team = outer_team_;
+    --n_calls;
+}
+
+void Call::fail() {
+    if (computes_) {
+        decoder_->failed = 1;
+        if (this_team != nullptr) {
+            this_team->stop();
+        }
+    }
+}
+
+void Call::explain() {
+    try {
+        throw;
+    } catch (const Assertion & error) {
+        note(MINERVA_ASSERTION, error.what());
+    } catch (const std::bad_alloc &) {
+        note(MINERVA_NO_MEMORY, "there is not enough memory");
+    } catch (const std::length_error &) {  // a vector of more than it can ever hold
+        note(MINERVA_NO_MEMORY, "there is not enough memory");
+    } catch (const std::exception & error) {
+        note(MINERVA_EXCEPTION, error.what());
+    } catch (...) {
+        note(MINERVA_EXCEPTION, "an unknown exception");
+    }
+}
+
+}  // namespace minerva
+
+// ---- For C ----------------------------------------------------------------------------------------------------------
+
+enum minerva_cause minerva_thrown_cause(void) {
+    return minerva::thrown_cause;
+}
+
+const char * minerva_thrown(void) {
+    return minerva::thrown_text;
+}
+
+bool minerva_is_ending(void) {
+    return minerva::is_ending;
+}
+
+bool minerva_end(int64_t timeout_us) {
+    minerva::is_ending = true;
+    const int64_t deadline = llama_time_us() + timeout_us;
+    while (minerva::n_calls > 0 && llama_time_us() < deadline) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    return minerva::n_calls == 0;
+}
+
+int32_t minerva_threads_new(minerva_decoder * decoder, int32_t n_threads) {
+    return minerva::guarded<int32_t>(MINERVA_THREW, [&] {
+        auto * team = new minerva::Team(n_threads);
+        decoder->threads = team;
+        llama_attach_threadpool(decoder->context, team->pool(), nullptr);
+        return 0;
+    });
+}
+
+void minerva_threads_free(minerva_decoder * decoder) {
+    auto * team = static_cast<minerva::Team *>(decoder->threads);
+    decoder->threads = nullptr;
+    if (team != nullptr && !team->is_inherited()) {
+        delete team;
+    }
+}
+
+int minerva_start_worker(pthread_t * thread, const pthread_attr_t * attributes, void * (*run)(void *), void * data) {
+    minerva::Team * team = minerva::this_team;
+    return team != nullptr ? team->start(thread, attributes, run, data)
+                           : pthread_create(thread, attributes, run, data);
+}
+
+void minerva_while_waiting(void) {
+    // Whom it waits for may need this core.
+    thread_local unsigned turns = 0;
+    if (++turns % TURNS_PER_YIELD == 0) {
+        sched_yield();
+    }
+    minerva::Team * team = minerva::this_team;
+    if (team == nullptr || !team->has_failed()) {
+        return;
+    }
+    if (minerva::is_worker) {
+        throw minerva::Stopped();
+    }
+    minerva::this_call->fail();
+    team->rethrow();
+}

@@ -1,0 +1,105 @@
+// What libllama throws, or would end the process for, becomes a value that a C function returns.
+#ifndef MINERVA_FAILURE_H
+#define MINERVA_FAILURE_H
+
+#include "hooks.h"
+
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+#include <vector>
+
+#include <cxxabi.h>
+#include <pthread.h>
+
+namespace minerva {
+
+struct Assertion : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+// The worker threads of a context. They fail together: if one throws, all of them end, and so does the computation.
+class Team {
+  public:
+    explicit Team(int n_threads);  // throws if the system does not grant that many threads
+    ~Team();
+    Team(const Team &) = delete;
+    Team & operator=(const Team &) = delete;
+
+    ggml_threadpool * pool() const { return pool_; }
+    bool has_failed() const { return failed_.load(std::memory_order_relaxed); }
+    bool is_inherited() const;  // by the child of a fork, which has none of the threads
+
+    // For the thread that computes. No worker runs any more when it returns, so the stack may be unwound.
+    void stop();
+    [[noreturn]] void rethrow();  // what a worker has thrown
+
+    int start(pthread_t * thread, const pthread_attr_t * attributes, void * (*run)(void *), void * data);
+
+  private:
+    struct Worker;
+    static void * work(void * worker);
+    bool wait_for_the_others();
+    void begin(bool failed);
+
+    ggml_threadpool * pool_ = nullptr;
+    std::atomic<bool> failed_{false};
+    int generation_;
+    std::mutex mutex_;
+    std::condition_variable begun_;
+    bool has_begun_ = false;
+    std::vector<pthread_t> started_;
+    std::exception_ptr cause_;
+};
+
+// A guarded call, on this thread. The context of a computation that fails is of no use afterwards: its graph, its memory
+// and its threads may be in any state.
+class Call {
+  public:
+    Call(minerva_decoder * decoder, bool computes);
+    ~Call();
+    Call(const Call &) = delete;
+    Call & operator=(const Call &) = delete;
+
+    bool is_refused() const { return is_refused_; }
+    bool has_failed() const { return computes_ && decoder_->failed; }
+    void fail();     // called before anything is unwound, if possible
+    void explain();  // in a handler: notes for `minerva_thrown` what was caught
+
+  private:
+    Call * outer_;
+    Team * outer_team_;
+    minerva_decoder * decoder_;
+    bool computes_;
+    bool is_refused_ = false;
+};
+
+template <class Result, class Work>
+Result guarded(Result if_thrown, minerva_decoder * decoder, bool computes, Work work) {
+    Call call(decoder, computes);
+    if (call.is_refused()) {
+        return if_thrown;
+    }
+    try {
+        const Result result = work();
+        return call.has_failed() ? if_thrown : result;  // libllama may have caught it itself
+    } catch (abi::__forced_unwind &) {
+        throw;  // the thread is being ended: nobody may stop that
+    } catch (...) {
+        call.fail();
+        call.explain();
+        return if_thrown;
+    }
+}
+
+// A call about no context.
+template <class Result, class Work> Result guarded(Result if_thrown, Work work) {
+    return guarded(if_thrown, nullptr, false, work);
+}
+
+}  // namespace minerva
+
+#endif
