@@ -1,5 +1,6 @@
 """The C side of the package: decoding steps of a single call, and the check whether to stop a computation."""
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -76,3 +77,18 @@ def test_without_a_handle_nothing_stops_a_computation(bare: Bare) -> None:
     state = ffi.new("minerva_abort_state *")
     lib.llama_set_abort_callback(bare.pointer, lib.minerva_abort, state)
     assert lib.minerva_decode_one(bare.decoder, 5, 0, 0) == 0
+
+
+def test_the_stack_that_is_left_is_that_of_the_calling_thread() -> None:
+    left: list[int] = []
+    before = threading.stack_size()
+    for size in (1 << 17, 1 << 22):
+        try:
+            threading.stack_size(size)
+            thread = threading.Thread(target=lambda: left.append(lib.minerva_stack_left()))
+            thread.start()
+        finally:
+            threading.stack_size(before)
+        thread.join()
+    small, large = left
+    assert (small, large) == (0, 0) or (0 < small < 1 << 17 and (1 << 22) - (1 << 17) < large < 1 << 22)

@@ -185,3 +185,33 @@ int64_t minerva_state_write(minerva_decoder * decoder, int32_t sequence_id, uint
         return int64_t(llama_state_seq_set_data_ext(decoder->context, state, size, sequence_id, flags));
     });
 }
+
+// ---- The calling thread ---------------------------------------------------------------------------------------------
+
+namespace {
+
+// The lowest address of the calling thread's stack, which grows down; 0 if the system does not say.
+uintptr_t stack_end() {
+#if defined(__APPLE__)
+    return reinterpret_cast<uintptr_t>(pthread_get_stackaddr_np(pthread_self())) -
+           pthread_get_stacksize_np(pthread_self());
+#else
+    pthread_attr_t attributes;
+    if (pthread_getattr_np(pthread_self(), &attributes) != 0) {
+        return 0;
+    }
+    void * lowest = nullptr;
+    size_t size = 0;
+    pthread_attr_getstack(&attributes, &lowest, &size);
+    pthread_attr_destroy(&attributes);
+    return reinterpret_cast<uintptr_t>(lowest);
+#endif
+}
+
+}  // namespace
+
+size_t minerva_stack_left(void) {
+    thread_local const uintptr_t end = stack_end();  // glibc reads a file to find the main thread's
+    const auto here = reinterpret_cast<uintptr_t>(__builtin_frame_address(0));
+    return end != 0 && here > end ? here - end : 0;
+}
