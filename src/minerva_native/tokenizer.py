@@ -3,6 +3,7 @@
 import codecs
 import functools
 import operator
+import os
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ import numpy.typing as npt
 
 from ._binding import ffi, lib, thrown
 from ._handle import Handle
-from .errors import TokenizerError
+from .errors import Cancelled, TokenizerError
 
 TokenIds = Sequence[int] | npt.NDArray[np.integer[Any]]
 
@@ -29,15 +30,37 @@ TYPES = {
 
 _SPACE_SIGN = "▁".encode()  # how SentencePiece writes a space
 
-# Some pre-tokenizers of libllama use std::regex, which recurses for every character of a match, at about 300 bytes of
-# stack. A long run of one kind of character overflows the stack of an ordinary thread.
-_RUNS = re.compile(r"[^\W\d_]+|\d+|\s+|(?:[^\w\s]|_)+")
-_UNBROKEN = re.compile(r"\S{1000}|\s{1000}")  # a cheap check before the exact one
-_LONG_RUN = 1000  # characters
-_LONGEST_RUN = 1_000_000
-_DEEP_STACK_BYTES = 1 << 30  # address space; memory is used only as the stack grows
-_stack_size_lock = threading.Lock()
+# Before its merges, BPE splits a text into words as `tokenizer.ggml.pre` says. These splitters of libllama are loops of
+# its own, or regexes whose matches have a few characters at most.
+_LOOPS = {
+    *("a.x-4.0", "chatglm-bpe", "codeshell", "command-r", "dbrx", "deepseek-r1-qwen", "exaone", "exaone4", "f2llmv2"),
+    *("falcon-h1", "falcon3", "gemma4", "gigachat", "glm4", "glm5", "gpt-2", "granite-docling"),
+    *("granite-embed-multi-311m", "grok-2", "hunyuan", "jais", "jina-de", "jina-es", "jina-v1-en", "jina-v2-code"),
+    *("jina-v2-de", "jina-v2-es", "jina-v5-nano", "kimi-k2", "kormo", "laguna", "lfm2", "llama-bpe", "llama-v3"),
+    *("llama3", "megrez", "mellum", "mellum2", "midm-2.0", "minerva-7b", "modern-bert", "mpt", "olmo", "phi-2"),
+    *("pixtral", "qwen2", "qwen35", "refact", "roberta-bpe", "sarvam-moe", "smaug-bpe", "smollm", "solar-open"),
+    *("stablelm2", "starcoder", "trillion"),
+}
 
+# All others use std::regex, which recurses for each character of a match. No match of these extends beyond a line and
+# the white space and slashes that follow it. A name in neither set may match a whole text.
+_WITHIN_LINES = {
+    *("afmoe", "bailingmoe", "bailingmoe2", "bloom", "chameleon", "cohere2moe", "deepseek-coder", "deepseek-llm"),
+    *("deepseek-v3", "default", "exaone-moe", "falcon", "gpt-4o", "gpt3-finnish", "granite-embed-multi-97m"),
+    *("hunyuan-dense", "hy_v4", "jais-2", "joyai-llm", "kanana2", "llada-moe", "llama4", "minicpm5", "minimax-m2"),
+    *("poro-chat", "seed-coder", "spark2_5", "superbpe", "talkie", "tekken", "tiny_aya", "ufakzeka", "viking"),
+    *("whitespace", "youtu"),
+}
+
+_STACK_BYTES_A_CHARACTER = 512  # GCC's std::regex takes 321
+_STACK_BYTES = 256 << 10  # for everything else
+_SHORT_MATCH = 1000  # characters; what may be longer gets a stack of its own
+_LONGEST_MATCH = 2_000_000  # which takes 640 MB
+_SPACE_BESIDE_SPACE = re.compile(r" \s|\s ")
+_stack_size_lock = threading.RLock()  # re-entrant, because a signal handler may encode too
+
+_LONG_TEXT = 1 << 16  # characters; a longer one is encoded in a thread, so that its caller can leave
+_LOOK_SECONDS = 0.01  # how often a caller looks at its cancel token
 _MAX_TEXT_BYTES = 1 << 30  # libllama counts bytes and tokens in 32-bit integers
 
 
@@ -77,6 +100,10 @@ class Tokenizer:
             self._sep = _optional(lib.llama_vocab_sep(vocab))
             self.adds_bos = bool(lib.llama_vocab_get_add_bos(vocab))
             self.adds_eos = bool(lib.llama_vocab_get_add_eos(vocab))
+            name, splitter = (_metadata(pointer, f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+        # The model "gemma4" implies its splitter, which is a loop.
+        self._splitter = (splitter or "default") if self.type == "bpe" and name != "gemma4" else ""
+        self._refuses_spaces = self._splitter == "whitespace" and name != "whitespace"
         self._ends: dict[int, bool] = {}
         self._controls: dict[int, bool] = {}
         self._pieces: tuple[dict[int, bytes], dict[int, bytes]] = ({}, {})  # without and with special tokens
@@ -89,20 +116,36 @@ class Tokenizer:
             first = []
         self._adds_space = any(self._piece(token, False)[:1] == b" " for token in first)
 
-    def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
+    def encode(
+        self,
+        text: str,
+        add_special: bool = True,
+        parse_special: bool = False,
+        *,
+        cancel: threading.Event | None = None,
+    ) -> list[int]:
         """Turn text into token ids (`llama_tokenize`).
+
+        A text of 1 GiB in UTF-8 is the limit. Vocabularies whose splitter is a regex also limit what it may match at
+        once, which is mostly a line, to 2,000,000 characters.
 
         Args:
             text: the text.
             add_special: add the special tokens that the model expects around a text (BOS, EOS).
             parse_special: treat the names of special tokens in the text, such as `<|im_start|>`, as those tokens. Leave
                 it off for text from others.
+            cancel: ends the call when it is set; so does Ctrl-C. libllama cannot be interrupted here: a thread of its
+                own goes on in the background until the text is encoded.
 
         Raises:
-            TokenizerError: the vocabulary cannot encode the text.
+            TokenizerError: the vocabulary cannot encode the text, the text is too long, or the system grants no stack
+                that is large enough for it.
+            Cancelled: `cancel` was set.
         """
         if not isinstance(text, str):
             raise TypeError(f"text must be a str, not {type(text).__name__}")
+        if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+            raise TypeError(f"cancel must have is_set(), as a threading.Event has, not be a {type(cancel).__name__}")
         self._require_vocabulary()
         try:
             data = text.encode()
@@ -110,23 +153,46 @@ class Tokenizer:
             raise TokenizerError(f"the text has a lone surrogate at index {error.start}") from None
         if len(data) > _MAX_TEXT_BYTES:
             raise TokenizerError(f"the text has {len(data):,} bytes; encode at most {_MAX_TEXT_BYTES:,} at a time")
-        capacity = len(data) + 8
-        if self._missing_bytes and not self._missing_bytes.isdisjoint(data + _SPACE_SIGN):
-            raise TokenizerError("the vocabulary has no tokens for some of the text's bytes")
+        if self._refuses_spaces and (found := _SPACE_BESIDE_SPACE.search(text)):
+            raise TokenizerError(
+                "the vocabulary's splitter, 'whitespace', cannot take a space next to other white space, as at index "
+                f"{found.start()} of the text"
+            )
         if add_special:
             self._require_special_tokens()
-        tokenize = lib.minerva_tokenize
-        if self.type == "bpe" and _UNBROKEN.search(text) and (run := _longest_run(text)) > _LONG_RUN:
-            if run > _LONGEST_RUN:
-                raise TokenizerError(
-                    f"the text has a run of {run:,} characters of one kind; the limit is {_LONGEST_RUN:,}"
-                )
-            tokenize = functools.partial(_on_a_deep_stack, tokenize)
+        if cancel is not None and cancel.is_set():
+            raise Cancelled("encoding was cancelled")
+        tokenize = functools.partial(self._tokenize, data, bool(add_special), bool(parse_special))
+        match = self._longest_match(text)
+        stack_bytes = _STACK_BYTES + match * _STACK_BYTES_A_CHARACTER
+        if match > _SHORT_MATCH or len(text) > _LONG_TEXT or (match and stack_bytes > lib.minerva_stack_left()):
+            return _in_a_thread(tokenize, stack_bytes, cancel)
+        return tokenize()
+
+    def _longest_match(self, text: str) -> int:
+        """Return how many characters of the text a recursive splitter may match at once; 0 for the others."""
+        if not self._splitter or self._splitter in _LOOPS:
+            return 0
+        length = len(text)
+        if length > _LONG_TEXT and self._splitter in _WITHIN_LINES:
+            length = min(length, _longest_stretch(text))
+        if length > _LONGEST_MATCH:
+            raise TokenizerError(
+                f"the vocabulary's splitter, {self._splitter!r}, may match {length:,} characters of the text at once; "
+                f"the limit is {_LONGEST_MATCH:,}: encode the text in pieces"
+            )
+        return length
+
+    def _tokenize(self, data: bytes, add_special: bool, parse_special: bool) -> list[int]:
+        """Call `llama_tokenize` on a text that is safe for it."""
+        if self._missing_bytes and not self._missing_bytes.isdisjoint(data + _SPACE_SIGN):
+            raise TokenizerError("the vocabulary has no tokens for some of the text's bytes")
+        capacity = len(data) + 8
         with self._model:
             while True:
                 buffer = np.empty(capacity, np.int32)
                 array = ffi.from_buffer("llama_token[]", buffer, require_writable=True)
-                count = tokenize(self._vocab, data, len(data), array, capacity, add_special, parse_special)
+                count = lib.minerva_tokenize(self._vocab, data, len(data), array, capacity, add_special, parse_special)
                 if count >= 0:
                     ids: list[int] = buffer[:count].tolist()
                     if ids and min(ids) < 0:
@@ -149,6 +215,7 @@ class Tokenizer:
 
     def decode_bytes(self, ids: TokenIds, special: bool = False) -> bytes:
         """Turn token ids into bytes, as `decode` does."""
+        special = bool(special)
         pieces, at_start = [], self._adds_space
         for token in self.as_array(ids).tolist():
             piece = self._piece(token, special)
@@ -158,7 +225,7 @@ class Tokenizer:
 
     def piece(self, token: int, special: bool = False) -> bytes:
         """Return the bytes that a token stands for inside a text (`llama_token_to_piece`)."""
-        return self._piece(self.check(token), special)
+        return self._piece(self.check(token), bool(special))
 
     def stream(self, special: bool = False, after: int | None = None) -> "StreamDecoder":
         """Return a decoder that takes one token at a time.
@@ -167,10 +234,12 @@ class Tokenizer:
             special: show control tokens by their names instead of leaving them out.
             after: the token before the first one, if the text continues earlier tokens.
         """
-        return StreamDecoder(self, special, after)
+        return StreamDecoder(self, bool(special), None if after is None else self.check(after))
 
     def is_end(self, token: int) -> bool:
         """Return whether the token ends a generation (EOS, end of turn and the like)."""
+        if type(token) is not int:
+            token = self.check(token)
         end = self._ends.get(token)
         if end is None:
             token = self.check(token)
@@ -180,6 +249,8 @@ class Tokenizer:
 
     def is_control(self, token: int) -> bool:
         """Return whether the token is a control token, which stands for no text."""
+        if type(token) is not int:
+            token = self.check(token)
         control = self._controls.get(token)
         if control is None:
             token = self.check(token)
@@ -190,7 +261,10 @@ class Tokenizer:
 
     def check(self, token: int) -> int:
         """Return a token id as an int; raise `TypeError` or `ValueError` if it is not an id of this vocabulary."""
-        token = operator.index(token)
+        try:
+            token = operator.index(token)
+        except TypeError:
+            raise TypeError(f"a token id must be an integer, not a {type(token).__name__}") from None
         if not 0 <= token < self.n_vocab:
             raise ValueError(f"token id {token} is out of range: the vocabulary has ids 0 to {self.n_vocab - 1}")
         return token
@@ -202,7 +276,10 @@ class Tokenizer:
         # A fast path for decode loops over several sequences.
         if isinstance(ids, list) and len(ids) == 1 and type(ids[0]) is int:
             return np.array([self.check(ids[0])], np.int32)
-        array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
+        try:
+            array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
+        except TypeError:
+            raise TypeError(f"token ids must be a list or an array of integers, not a {type(ids).__name__}") from None
         if array.ndim != 1:
             raise ValueError(f"token ids must be one-dimensional, not of shape {array.shape}")
         if not array.size:
@@ -284,7 +361,7 @@ class StreamDecoder:
     def feed(self, token: int) -> str:
         """Return the text that the token completes, which may be empty."""
         tokenizer = self._tokenizer
-        if not (self._mid_character or tokenizer._adds_space):
+        if type(token) is int and not (self._mid_character or tokenizer._adds_space):
             text = self._texts.get(token)
             if text is not None:
                 return text
@@ -305,23 +382,63 @@ class StreamDecoder:
         return self._decoder.decode(b"", final=True)
 
 
-def _longest_run(text: str) -> int:
-    """Return the length of the longest run of letters, digits, white space or other characters."""
-    return max(len(match[0]) for match in _RUNS.finditer(text))
+def _longest_stretch(text: str) -> int:
+    """Return how many characters a line can have together with the white space and slashes that follow it, at most."""
+    lines = text.split("\n")
+    longest = blank = 0
+    for line in lines:
+        blank = 0 if line.replace("/", "").strip() else blank + len(line) + 1
+        longest = max(longest, blank)
+    return longest + 2 * max(map(len, lines)) + 2
 
 
-def _on_a_deep_stack(function: Callable[..., int], *arguments: Any) -> int:
-    """Call a function on a new thread with a stack of `_DEEP_STACK_BYTES`."""
-    results: list[int] = []
-    with _stack_size_lock:
-        before = threading.stack_size(_DEEP_STACK_BYTES)
+def _in_a_thread(function: Callable[[], list[int]], stack_bytes: int, cancel: threading.Event | None) -> list[int]:
+    """Call a function on a thread with a stack of that size; `cancel` and Ctrl-C leave it to finish on its own."""
+    results: list[list[int]] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:
         try:
-            thread = threading.Thread(target=lambda: results.append(function(*arguments)))
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, name="minerva_native encode", daemon=True)
+    with _stack_size_lock:
+        before = threading.stack_size()
+        try:
+            threading.stack_size(stack_bytes)
             thread.start()
+        except RuntimeError:
+            raise TokenizerError(
+                f"the system grants no thread with a stack of {stack_bytes >> 10:,} KB, which the text needs: encode "
+                "it in pieces, or raise the limit of address space"
+            ) from None
         finally:
             threading.stack_size(before)
-    thread.join()
+    while thread.is_alive():
+        if cancel is not None and cancel.is_set():
+            raise Cancelled("encoding was cancelled")
+        thread.join(_LOOK_SECONDS)
+    if errors:
+        raise errors.pop()
     return results[0]
+
+
+# A child of a fork during `_in_a_thread` would find the lock taken, and the wrong size.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_stack_size_lock.acquire,
+        after_in_parent=_stack_size_lock.release,
+        after_in_child=_stack_size_lock.release,
+    )
+
+
+def _metadata(model: Any, key: str) -> str:
+    """Return a string of the model's metadata; "" if it has none by that name."""
+    buffer = ffi.new("char[]", 256)
+    count = lib.llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
+    return ffi.string(buffer).decode(errors="replace") if count >= 0 else ""
 
 
 def _optional(token: int) -> int | None:

@@ -110,6 +110,7 @@ int64_t minerva_state_read(minerva_decoder * decoder, int32_t sequence_id, uint3
                            int64_t capacity);
 int64_t minerva_state_write(minerva_decoder * decoder, int32_t sequence_id, uint32_t flags, const uint8_t * state,
                             int64_t size);
+
 // ---- The calling thread ---------------------------------------------------------------------------------------------
 
 // How many bytes of stack it has left; 0 if the system does not say.
