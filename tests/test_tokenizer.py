@@ -1,14 +1,24 @@
 """Text to tokens and back, with a known vocabulary; comparisons with other projects are in `oracles`."""
 
+import base64
 import gc
+import os
+import random
+import re
+import subprocess
+import sys
+import threading
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 import minerva_native as mn
+from minerva_native._binding import ffi, lib
 from tiny_models import END, END_OF_TURN, START_OF_TURN, TOKENS, VOCABULARY, Key, TinyModel, write_gguf
 
 
@@ -288,12 +298,276 @@ def test_bytes_without_a_token_are_refused_before_libllama_aborts(tmp_path: Path
         model.tokenizer.encode("abc")
 
 
+# Splitters: how BPE cuts a text into words before it merges
+
+SPLITTERS = (
+    *("a.x-4.0", "afmoe", "bailingmoe", "bailingmoe2", "bloom", "chameleon", "chatglm-bpe", "codeshell"),
+    *("cohere2moe", "command-r", "dbrx", "deepseek-coder", "deepseek-llm", "deepseek-r1-qwen", "deepseek-v3"),
+    *("default", "exaone", "exaone-moe", "exaone4", "f2llmv2", "falcon", "falcon-h1", "falcon3", "gemma4"),
+    *("gigachat", "glm4", "glm5", "gpt-2", "gpt-4o", "gpt3-finnish", "granite-docling", "granite-embed-multi-311m"),
+    *("granite-embed-multi-97m", "grok-2", "hunyuan", "hunyuan-dense", "hy_v4", "jais", "jais-2", "jina-de"),
+    *("jina-es", "jina-v1-en", "jina-v2-code", "jina-v2-de", "jina-v2-es", "jina-v5-nano", "joyai-llm", "kanana2"),
+    *("kimi-k2", "kormo", "laguna", "lfm2", "llada-moe", "llama-bpe", "llama-v3", "llama3", "llama4", "megrez"),
+    *("mellum", "mellum2", "midm-2.0", "minerva-7b", "minicpm5", "minimax-m2", "modern-bert", "mpt", "olmo", "phi-2"),
+    *("pixtral", "poro-chat", "qwen2", "qwen35", "refact", "roberta-bpe", "sarvam-moe", "seed-coder", "smaug-bpe"),
+    *("smollm", "solar-open", "spark2_5", "stablelm2", "starcoder", "superbpe", "talkie", "tekken", "tiny_aya"),
+    *("trillion", "ufakzeka", "viking", "whitespace", "youtu"),
+)
+
+SENTENCE = "the quick brown fox jumps over the lazy dog "
+
+
+def repeated(piece: str, length: int) -> str:
+    return (piece * (length // len(piece) + 1))[:length]
+
+
+TEXTS: dict[str, Callable[[int], str]] = {
+    "Thai": lambda n: repeated("การทดสอบภาษาไทย", n),
+    "Hindi": lambda n: repeated("हिन्दीपरीक्षण", n),
+    "decomposed accents": lambda n: repeated(unicodedata.normalize("NFD", "éàüñô"), n),
+    "combining marks": lambda n: "a" + "\u0301" * (n - 1),
+    "base64": lambda n: base64.b64encode(random.Random(1).randbytes(n)).decode()[:n],
+    "a URL": lambda n: "https://example.com/" + repeated("path/to?a=b&c=%20d;", n - 20),
+    "English": lambda n: repeated(SENTENCE, n),
+    "spaces": lambda n: " " * n,
+    "line ends": lambda n: repeated("\n\r\n", n),
+    "slashes at line ends": lambda n: "!" + repeated("/\n", n - 1),
+    "a mixture": lambda n: repeated("Ab1 \n\t ไ é ¿?! 中文 'll ", n),
+    "digits": lambda n: repeated("1234567890", n),
+    "emoji": lambda n: repeated("🦙👩🏽\u200d🚀", n),
+}
+
+# What a child process does with the arguments: a folder of vocabularies, the length of a text and splitter=text,... It
+# names each before it dies of one.
+ENCODE = """
+import sys
+import minerva_native as mn
+import test_tokenizer
+folder, length, *work = sys.argv[1:]
+for line in work:
+    splitter, _, texts = line.partition("=")
+    with mn.Model.load(f"{folder}/{splitter}.gguf", vocab_only=True) as model:
+        for text in texts.split(","):
+            print(f"{splitter} on {text}", flush=True)
+            model.tokenizer.encode(test_tokenizer.TEXTS[text](int(length)))
+"""
+
+
+def run(script: str, *arguments: str, seconds: float = 60) -> subprocess.CompletedProcess[str]:
+    """Run a script in a child process, which can import the tests."""
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+    )
+
+
+@pytest.fixture(scope="session")
+def splitters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny vocabulary for each splitter."""
+    folder = tmp_path_factory.mktemp("splitters")
+    for name in SPLITTERS:
+        with_keys(folder / f"{name}.gguf", pre=name)
+    return folder
+
+
+def in_a_thread(stack_bytes: int, action: Callable[[], list[int]]) -> list[int]:
+    found: list[list[int]] = []
+    before = threading.stack_size()
+    try:
+        threading.stack_size(stack_bytes)
+        thread = threading.Thread(target=lambda: found.append(action()))
+        thread.start()
+    finally:
+        threading.stack_size(before)
+    thread.join()
+    return found[0]
+
+
+# "whitespace" refuses a space beside white space, and "superbpe" takes hours for a long run of digits.
+LEFT_OUT = {"whitespace": ("spaces", "line ends", "a mixture"), "superbpe": ("digits",)}
+
+
+def texts_for(splitter: str) -> list[str]:
+    return [name for name in TEXTS if name not in LEFT_OUT.get(splitter, ())]
+
+
+def test_the_splitters_are_those_of_the_pinned_source(llama_cpp_source: Path) -> None:
+    source = (llama_cpp_source / "src" / "llama-vocab.cpp").read_text()
+    assert sorted(set(re.findall(r'tokenizer_pre == "([^"]+)"', source))) == sorted(SPLITTERS)
+
+
+# All of it takes about five minutes: MINERVA_ALL_TEXTS=1 pytest -k ends_the_process
+@pytest.mark.parametrize(("length", "share"), [(30_000, 3), (200_000, 12)])
+def test_no_splitter_ends_the_process_with_a_long_text(splitters: Path, length: int, share: int) -> None:
+    if os.environ.get("MINERVA_ALL_TEXTS"):
+        share = 1
+    work = []
+    for row, splitter in enumerate(SPLITTERS):
+        texts = [text for column, text in enumerate(texts_for(splitter)) if (row + column) % share == 0]
+        work += [f"{splitter}={','.join(texts)}"] if texts else []
+    done = run(ENCODE, str(splitters), str(length), *work, seconds=600)
+    assert done.returncode == 0, done.stdout.splitlines()[-1] + done.stderr
+
+
+@pytest.mark.parametrize("splitter", SPLITTERS)
+def test_a_small_stack_gives_the_same_ids(splitters: Path, splitter: str) -> None:
+    with mn.Model.load(splitters / f"{splitter}.gguf", vocab_only=True) as model:
+        for name in texts_for(splitter)[len(splitter) % 4 :: 4]:
+            text = TEXTS[name](600)
+            ids = model.tokenizer.encode(text)
+            assert in_a_thread(1 << 16, lambda text=text: model.tokenizer.encode(text)) == ids  # type: ignore[misc]
+            assert raw_encode(model, text) == ids
+
+
+def raw_encode(model: mn.Model, text: str) -> list[int]:
+    """Encode on this thread's stack."""
+    data, ids = text.encode(), np.empty(4 * len(text) + 8, np.int32)
+    with model.raw() as pointer:
+        vocab, array = lib.llama_model_get_vocab(pointer), ffi.from_buffer("llama_token[]", ids, require_writable=True)
+        count = lib.llama_tokenize(vocab, data, len(data), array, len(ids), True, False)
+    found: list[int] = ids[:count].tolist()
+    return found
+
+
+@pytest.mark.parametrize("splitter", ["deepseek-v3", "exaone-moe", "gpt-4o"])
+def test_a_deep_stack_gives_the_same_ids(splitters: Path, splitter: str) -> None:
+    with mn.Model.load(splitters / f"{splitter}.gguf", vocab_only=True) as model:
+        for text in TEXTS.values():
+            assert model.tokenizer.encode(text(5000)) == raw_encode(model, text(5000))
+
+
 @pytest.mark.parametrize(("name", "character"), [("deepseek-llm", "a"), ("gpt-neox", "1"), ("falcon", "!")])
-def test_a_long_run_of_one_kind_of_character_does_not_overflow_the_stack(
+def test_a_long_run_of_one_kind_of_character_comes_back(
     vocabulary: Callable[[str], mn.Tokenizer], name: str, character: str
 ) -> None:
-    tokenizer = vocabulary(name)
     text = f"one {character * 50_000} two"
+    tokenizer = vocabulary(name)
     assert tokenizer.decode(tokenizer.encode(text, add_special=False)) == text
-    with pytest.raises(mn.TokenizerError, match="characters of one kind"):
-        tokenizer.encode(character * 1_000_001)
+
+
+def test_what_a_splitter_may_match_at_once_has_a_limit(splitters: Path) -> None:
+    with mn.Model.load(splitters / "deepseek-v3.gguf", vocab_only=True) as model:
+        with pytest.raises(mn.TokenizerError, match=r"'deepseek-v3', may match 2,000,001 .* the limit is 2,000,000"):
+            model.tokenizer.encode("a" * 2_000_001)
+        lines = (SENTENCE * 20 + "\n\n/\n") * 2500
+        assert len(lines) > 2_000_000
+        assert model.tokenizer.decode(model.tokenizer.encode(lines)) == lines
+
+
+LIMITED = """
+import resource, sys
+import minerva_native as mn
+with mn.Model.load(sys.argv[1], vocab_only=True) as model:
+    resource.setrlimit(resource.RLIMIT_AS, (600 << 20, 600 << 20))
+    assert len(model.tokenizer.encode("a" * 20_000, add_special=False)) == 20_000
+    try:
+        model.tokenizer.encode("a" * 1_900_000)
+    except mn.TokenizerError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the address space")
+def test_a_stack_that_cannot_be_had_is_a_tokenizer_error(splitters: Path) -> None:
+    done = run(LIMITED, str(splitters / "deepseek-v3.gguf"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "no thread with a stack of 950,256 KB" in done.stdout
+
+
+def test_a_space_beside_white_space_is_refused_where_libllama_would_abort(splitters: Path, tmp_path: Path) -> None:
+    with mn.Model.load(splitters / "whitespace.gguf", vocab_only=True) as model:
+        assert model.tokenizer.encode("a b\n\nc", add_special=False) == ids("a", "b", "c")
+        for text in ("a b  c", "a b \nc", "a b\u3000 c"):
+            with pytest.raises(mn.TokenizerError, match=r"'whitespace', cannot take a space .* at index 3"):
+                model.tokenizer.encode(text)
+    whole = with_keys(tmp_path / "whole.gguf", model="whitespace", pre="whitespace")
+    assert whole.encode("a  b \n c", add_special=False) == ids("a", "b", "c")
+
+
+# Cancelling
+
+LONG = (SENTENCE * 20 + "\n") * 20_000  # 18 MB, several seconds
+
+
+def test_a_long_text_can_be_cancelled(tokenizer: mn.Tokenizer) -> None:
+    cancel = threading.Event()
+    asked = 0
+
+    class Cancel(threading.Event):
+        def is_set(self) -> bool:
+            nonlocal asked
+            asked += 1
+            return asked > 3
+
+    with pytest.raises(mn.Cancelled):
+        tokenizer.encode(LONG, cancel=Cancel())
+    assert asked == 4
+    assert tokenizer.encode("a", cancel=cancel) == [END, *ids("a")]
+    cancel.set()
+    with pytest.raises(mn.Cancelled):
+        tokenizer.encode("a", cancel=cancel)
+
+
+def test_a_cancel_token_must_have_is_set(tokenizer: mn.Tokenizer) -> None:
+    with pytest.raises(TypeError, match=r"cancel must have is_set\(\)"):
+        tokenizer.encode("a", cancel=True)  # type: ignore[arg-type]
+
+
+LEAVE = """
+import os, signal, sys, threading
+import minerva_native as mn
+import test_tokenizer
+how, path = sys.argv[1:]
+model = mn.Model.load(path, vocab_only=True)
+if how == "interrupt":
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    cancel = threading.Event()
+    if how == "cancel":
+        threading.Timer(0.3, cancel.set).start()
+    model.tokenizer.encode(test_tokenizer.LONG, cancel=cancel)
+except (mn.Cancelled, KeyboardInterrupt) as error:
+    print(type(error).__name__)
+model.close()
+raise SystemExit(7)
+"""
+
+
+@pytest.mark.parametrize(("how", "error"), [("cancel", "Cancelled"), ("interrupt", "KeyboardInterrupt")])
+def test_a_process_can_exit_while_an_encoding_that_was_left_goes_on(splitters: Path, how: str, error: str) -> None:
+    for _ in range(4):
+        done = run(LEAVE, how, str(splitters / "gpt-2.gguf"))
+        assert (done.returncode, done.stdout, done.stderr) == (7, f"{error}\n", "")
+
+
+# Arguments
+
+
+def test_wrong_arguments_are_named(tokenizer: mn.Tokenizer) -> None:
+    wrong: list[tuple[Callable[[Any], object], Any, type[Exception], str]] = [
+        (tokenizer.piece, "x", TypeError, "must be an integer, not a str"),
+        (tokenizer.is_end, 2.0, TypeError, "must be an integer, not a float"),
+        (tokenizer.is_control, [], TypeError, "must be an integer, not a list"),
+        (tokenizer.stream().feed, 2.0, TypeError, "must be an integer, not a float"),
+        (tokenizer.decode, 3, TypeError, "a list or an array of integers, not a int"),
+        (tokenizer.decode, None, TypeError, "a list or an array of integers, not a NoneType"),
+        (lambda after: tokenizer.stream(after=after), 10**30, ValueError, "out of range"),
+        (lambda after: tokenizer.stream(after=after), "a", TypeError, "must be an integer, not a str"),
+    ]
+    for token in range(tokenizer.n_vocab):  # what is remembered of a token must not answer for 2.0
+        tokenizer.is_end(token), tokenizer.is_control(token), tokenizer.stream().feed(token)
+    for function, argument, error, message in wrong:
+        with pytest.raises(error, match=message):
+            function(argument)
+
+
+def test_flags_are_true_or_false_as_everywhere_in_python(tokenizer: mn.Tokenizer) -> None:
+    yes: Any = 2
+    assert tokenizer.decode([END_OF_TURN], special=yes) == "<|im_end|>"
+    assert tokenizer.piece(END_OF_TURN, special=yes) == b"<|im_end|>"
+    assert tokenizer.stream(special=yes).feed(END_OF_TURN) == "<|im_end|>"
+    assert tokenizer.encode("<|im_end|>", add_special=yes, parse_special=yes) == [END, END_OF_TURN]

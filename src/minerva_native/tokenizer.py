@@ -412,7 +412,7 @@ def _in_a_thread(function: Callable[[], list[int]], stack_bytes: int, cancel: th
         except RuntimeError:
             raise TokenizerError(
                 f"the system grants no thread with a stack of {stack_bytes >> 10:,} KB, which the text needs: encode "
-                "it in pieces, or raise the limit of address space"
+                "it in pieces, or raise the limit of address space or threads"
             ) from None
         finally:
             threading.stack_size(before)

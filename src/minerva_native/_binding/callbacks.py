@@ -27,7 +27,7 @@ LEVELS = {
 
 _LAST_ERRORS = 8
 
-_END_US = 5_000_000  # how long the end of the process waits for calls that do not stop
+_END_US = 1_000_000  # how long the end of the process waits for calls that do not stop
 
 
 class _Watch(Protocol):

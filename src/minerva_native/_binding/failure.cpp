@@ -6,12 +6,14 @@
 
 #include <chrono>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <string>
 #include <thread>
 
 #include <sched.h>
+#include <unistd.h>
 
 // How often a thread that waits lets others have its core: after some tens of microseconds.
 static constexpr unsigned TURNS_PER_YIELD = 1024;
@@ -239,13 +241,23 @@ bool minerva_is_ending(void) {
     return minerva::is_ending;
 }
 
-bool minerva_end(int64_t timeout_us) {
+void minerva_end(int64_t timeout_us) {
     minerva::is_ending = true;
     const int64_t deadline = llama_time_us() + timeout_us;
     while (minerva::n_calls > 0 && llama_time_us() < deadline) {
         std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
-    return minerva::n_calls == 0;
+#if defined(__GLIBC__)
+    if (minerva::n_calls > 0) {
+        // What is registered last is called first.
+        on_exit(
+            [](int status, void * /* argument */) {
+                std::fflush(nullptr);
+                _exit(status);
+            },
+            nullptr);
+    }
+#endif
 }
 
 int32_t minerva_threads_new(minerva_decoder * decoder, int32_t n_threads) {

@@ -39,8 +39,9 @@ bool minerva_abort(void * state);
 bool minerva_progress(float progress, void * handle);
 
 // Called when the interpreter shuts down: no thread may enter it any more, to log or to poll; computations stop and no
-// guarded call begins. Returns whether all of them have returned by the deadline.
-bool minerva_end(int64_t timeout_us);
+// guarded call begins. Waits for those that run; if one still does at the deadline, the process will end without the
+// destructors of libllama's static data, which that call may use.
+void minerva_end(int64_t timeout_us);
 bool minerva_is_ending(void);
 
 // ---- Failures -------------------------------------------------------------------------------------------------------
@@ -113,7 +114,7 @@ int64_t minerva_state_write(minerva_decoder * decoder, int32_t sequence_id, uint
 
 // ---- The calling thread ---------------------------------------------------------------------------------------------
 
-// How many bytes of stack it has left; 0 if the system does not say.
+// How many bytes of stack the calling thread has left; 0 if the system does not say.
 size_t minerva_stack_left(void);
 
 #ifdef __cplusplus
