@@ -18,12 +18,12 @@ from pycparser import c_ast, c_generator, c_parser
 
 HEADERS = ("ggml.h", "ggml-backend.h", "ggml-cpu.h", "ggml-opt.h", "gguf.h", "llama.h")
 
-# What the engine needs of ggml.h: types and their sizes, logging, versions, clocks, CPU thread pools, tensors. Of the
-# other headers, every function is bound.
+# What the engine needs of ggml.h: types, their sizes and traits, logging, versions, clocks, CPU thread pools, tensors.
+# Of llama.h, gguf.h and ggml-backend.h every function is bound.
 GGML_FUNCTIONS = re.compile(
     r"ggml_(log|time|cycles|type|threadpool|is_quantized|blck_size|row_size|quantize|ftype|version|commit|status"
     r"|abort|set_abort|fp16|fp32|bf16|nbytes|nelements|get_name|get_no_alloc|init|free|get_first_tensor|get_next_tensor"
-    r"|get_tensor|new_tensor|tensor_overhead)\w*"
+    r"|get_tensor|get_type_traits|new_tensor|tensor_overhead)\w*"
 )
 
 # Declared in the pinned headers but not defined in the source: the module could not be loaded if it were bound.
