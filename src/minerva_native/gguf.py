@@ -1,12 +1,15 @@
-"""The header of a GGUF file: its metadata and tensors, and checks that the file is valid and complete."""
+"""The header of a GGUF file: its metadata and tensors, and checks that the file is complete and has all its parts."""
 
 import os
+import re
 import stat
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from ._binding import callbacks, ffi, lib, text, thrown
 from ._handle import Handle
@@ -43,6 +46,9 @@ ARRAYS: dict[int, type[np.generic]] = {
     lib.GGUF_TYPE_FLOAT64: np.float64,
     lib.GGUF_TYPE_BOOL: np.bool_,
 }
+
+
+_WINDOW = 1 << 17  # bytes in which the beginnings of strings are looked for at one time
 
 
 class TensorInfo(NamedTuple):
@@ -90,6 +96,12 @@ class GGUF:
         self.metadata = Metadata(self._handle)
 
     @property
+    def can_be_mapped(self) -> bool:
+        """Whether every tensor begins where a backend can compute with it in place, without a copy."""
+        with self._handle as gguf:
+            return bool(lib.gguf_get_alignment(gguf) % lib.GGUF_DEFAULT_ALIGNMENT == 0)
+
+    @property
     def tensors(self) -> list[TensorInfo]:
         """Every tensor, in file order."""
         with self._handle as gguf:
@@ -100,6 +112,35 @@ class GGUF:
         """Return whether the file has a tensor with that name."""
         with self._handle as gguf:
             return bool(lib.gguf_find_tensor(gguf, name.encode()) >= 0)
+
+    def numbers(self, key: str) -> npt.NDArray[Any] | None:
+        """Return an array of numbers as a numpy array, or None if the file has none under that key."""
+        with self._handle as gguf:
+            index = lib.gguf_find_key(gguf, key.encode())
+            if index < 0 or lib.gguf_get_kv_type(gguf, index) != lib.GGUF_TYPE_ARRAY:
+                return None
+            kind = lib.gguf_get_arr_type(gguf, index)
+            return None if kind == lib.GGUF_TYPE_STRING else _numbers(gguf, index, kind).copy()
+
+    def strings(self, key: str) -> list[bytes] | None:
+        """Return an array of strings as the bytes in the file, or None if the file has none under that key.
+
+        This is many times faster than the metadata, and strings with a NUL character are whole.
+        """
+        with self._handle as gguf:
+            index = lib.gguf_find_key(gguf, key.encode())
+            if index < 0 or _kinds(gguf, index) != (lib.GGUF_TYPE_ARRAY, lib.GGUF_TYPE_STRING):
+                return None
+            try:
+                with self.path.open("rb") as file:
+                    _seek_value(file, gguf, index)
+                    return [
+                        window[start:end]
+                        for window, starts, ends in _strings(file, lib.gguf_get_arr_n(gguf, index))
+                        for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
+                    ]
+            except (OSError, EOFError) as error:
+                raise ModelLoadError(f"{self.path} was changed while it was read ({error}): load it again") from None
 
     def check_tensors(self) -> None:
         """Raise `ModelLoadError` if a tensor's data would end beyond the end of the file."""
@@ -149,6 +190,57 @@ class Metadata(Mapping[str, Value]):
         return f"<GGUF metadata, {len(self)} keys>"
 
 
+def open_parts(path: str | os.PathLike[str]) -> list[GGUF]:
+    """Open a model's file, and all other parts of it if it is split.
+
+    Raises `ModelLoadError` if one of them is not a GGUF file or is missing, or if the path is not of the first part.
+    """
+    first = GGUF(path)
+    count = _split_key(first, "count", 1, 2**16 - 1)
+    if count < 2:
+        return [first]
+    number = _split_key(first, "no", 0, count - 1)
+    name = re.fullmatch(rf"(.*)-{number + 1:05d}-of-{count:05d}\.gguf", first.path.name, re.DOTALL)
+    if name is None:
+        raise ModelLoadError(
+            f"{first.path} is part {number + 1} of {count} of a model, so its name must end with "
+            f"-{number + 1:05d}-of-{count:05d}.gguf, and the other parts must be named alike and lie next to it"
+        )
+    paths = [first.path.with_name(f"{name[1]}-{part:05d}-of-{count:05d}.gguf") for part in range(1, count + 1)]
+    if number:
+        raise ModelLoadError(f"{first.path} is part {number + 1} of {count} of a model: load the first, {paths[0]}")
+    parts = [first]
+    for number, other in enumerate(paths[1:], 1):
+        if not other.exists():
+            raise ModelLoadError(f"{other}, part {number + 1} of {count} of the model, is missing: download it as well")
+        part = GGUF(other)
+        if _split_key(part, "no", -1, count - 1) != number:
+            raise ModelLoadError(f"{other} does not say that it is part {number + 1} of {count}: download it again")
+        parts.append(part)
+    total, wanted = sum(len(part.tensors) for part in parts), first.metadata.get("split.tensors.count")
+    if total != wanted:
+        raise ModelLoadError(
+            f"{first.path} and its other parts have {total} tensors, but split.tensors.count is {wanted}: download all "
+            f"{count} parts again"
+        )
+    return parts
+
+
+def _split_key(part: GGUF, name: str, default: int, most: int) -> int:
+    """Return a number of a part of a split model; raise `ModelLoadError` if it cannot be one."""
+    key = f"split.{name}"
+    if key not in part.metadata:
+        return default
+    value = part.metadata[key]
+    with part._handle as gguf:  # libllama ends the process if it is of another type
+        kind = lib.gguf_get_kv_type(gguf, lib.gguf_find_key(gguf, key.encode()))
+    if kind != lib.GGUF_TYPE_UINT16 or not isinstance(value, int) or value > most:
+        raise ModelLoadError(
+            f"{part.path}: {key} is {value!r} ({text(lib.gguf_type_name(kind))}), not a u16 up to {most}"
+        )
+    return value
+
+
 def check_file(path: Path) -> int:
     """Return the size of the file in bytes; raise `ModelLoadError` if it is obviously not a GGUF file."""
     try:
@@ -194,9 +286,87 @@ def _value(gguf: Any, key: int) -> Value:
     kind, count = lib.gguf_get_arr_type(gguf, key), lib.gguf_get_arr_n(gguf, key)
     if kind == lib.GGUF_TYPE_STRING:
         return [text(lib.gguf_get_arr_str(gguf, key, index)) for index in range(count)]
-    if not count:
-        return []
-    dtype = np.dtype(ARRAYS[kind])
-    data = ffi.buffer(lib.gguf_get_arr_data(gguf, key), count * dtype.itemsize)
-    values: list[Any] = np.frombuffer(data, dtype).tolist()
+    values: list[Any] = _numbers(gguf, key, kind).tolist()
     return values
+
+
+def _kinds(gguf: Any, key: int) -> tuple[int, int]:
+    """Return the type of a key's value, and of its elements if it is an array, otherwise the same again."""
+    kind = lib.gguf_get_kv_type(gguf, key)
+    return kind, lib.gguf_get_arr_type(gguf, key) if kind == lib.GGUF_TYPE_ARRAY else kind
+
+
+def _seek_value(file: BinaryIO, gguf: Any, key: int) -> None:
+    """Go to where the value of a key begins, or the first element if it is an array."""
+    file.seek(len(MAGIC) + 4 + 8 + 8)  # the version, and the numbers of tensors and of keys
+    for index in range(key + 1):
+        _skip(file, _number(file))
+        kind, element = _kinds(gguf, index)
+        _skip(file, 4 if kind != lib.GGUF_TYPE_ARRAY else 4 + 4 + 8)
+        if index == key:
+            return
+        count = lib.gguf_get_arr_n(gguf, index) if kind == lib.GGUF_TYPE_ARRAY else 1
+        if element == lib.GGUF_TYPE_STRING:
+            deque(_strings(file, count), maxlen=0)
+        else:
+            _skip(file, count * np.dtype(ARRAYS[element]).itemsize)
+
+
+def _strings(file: BinaryIO, count: int) -> Iterator[tuple[bytes, npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """Read strings, each of which has its length before it: yield pieces of the file, and where in them strings are.
+
+    In a loop over each string this would take longer than everything else when a large vocabulary is loaded. Nearly all
+    strings are shorter than 256 bytes, so their lengths are a byte and seven zeros: all of those are found at once, and
+    it is checked that each string ends where the next one begins.
+    """
+    while count:
+        place = file.tell()
+        window = file.read(min(_WINDOW, 32 * count + 64))
+        data = np.frombuffer(window, np.uint8)
+        zero = data == 0
+        n = max(0, len(data) - 7)
+        high = zero[1 : n + 1].copy()
+        for offset in range(2, 8):
+            high &= zero[offset : n + offset]
+        heads = np.flatnonzero(high)
+        ends = heads + 8 + data[heads]
+        gaps = np.flatnonzero(np.append(ends[:-1] != heads[1:], True))  # the last heads of unbroken runs
+        at = 0
+        while count:
+            first = int(np.searchsorted(heads, at))
+            if first == len(heads) or heads[first] != at:
+                break
+            last = min(int(gaps[np.searchsorted(gaps, first)]), first + count - 1)
+            last -= int(ends[last] > len(data))
+            if last < first:
+                break
+            yield window, heads[first : last + 1] + 8, ends[first : last + 1]
+            count -= last + 1 - first
+            at = int(ends[last])
+        file.seek(place + at)
+        if count and not at:  # a long string, or one across the end of the window
+            length = _number(file)
+            long = file.read(length)
+            if len(long) < length:
+                raise EOFError("a string is cut off")
+            yield long, np.array([0]), np.array([length])
+            count -= 1
+
+
+def _number(file: BinaryIO) -> int:
+    data = file.read(8)
+    if len(data) < 8:
+        raise EOFError("a number is cut off")
+    return int.from_bytes(data, "little")
+
+
+def _skip(file: BinaryIO, size: int) -> None:
+    file.seek(size, os.SEEK_CUR)
+
+
+def _numbers(gguf: Any, key: int, kind: int) -> npt.NDArray[Any]:
+    """Return an array of numbers, in libllama's memory."""
+    count, dtype = lib.gguf_get_arr_n(gguf, key), np.dtype(ARRAYS[kind])
+    if not count:
+        return np.empty(0, dtype)
+    return np.frombuffer(ffi.buffer(lib.gguf_get_arr_data(gguf, key), count * dtype.itemsize), dtype)

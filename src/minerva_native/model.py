@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, NoReturn, ParamSpec
 
 from ._binding import BUILD_INFO, callbacks, ffi, lib, text, thrown
 from ._handle import Handle
+from .check import check_loaded, check_model
 from .devices import has_gpu, select
 from .errors import Cancelled, DeviceError, ModelLoadError, StateError
-from .gguf import GGUF, Metadata
+from .gguf import GGUF, Metadata, open_parts
 from .options import ContextOptions
 from .tokenizer import Tokenizer
 
@@ -50,8 +51,8 @@ class Model:
     tokenizer: Tokenizer
     gpu_layers: int  # how many layers were offered to a GPU
 
-    def __init__(self, path: Path, gguf: GGUF, handle: Handle, gpu_layers: int, vocab_only: bool):
-        self.path, self._gguf, self._handle, self.vocab_only = path, gguf, handle, vocab_only
+    def __init__(self, parts: Sequence[GGUF], handle: Handle, gpu_layers: int, vocab_only: bool):
+        self.path, self._parts, self._handle, self.vocab_only = parts[0].path, parts, handle, vocab_only
         self._contexts: weakref.WeakSet[Context] = weakref.WeakSet()
         self.tokenizer = Tokenizer(handle)
         self._fingerprint: str | None = None  # of the file, once a sequence is saved or restored
@@ -69,21 +70,22 @@ class Model:
         check: bool = True,
         on_progress: Callable[[float], object] | None = None,
     ) -> Self:
-        """Load a GGUF file (`llama_model_load_from_file`).
+        """Load a GGUF file, the first one if the model is split (`llama_model_load_from_file`).
 
         `gpu_layers`: how many layers to put on a GPU; "auto" puts all of them there if there is one, -1 does
         without a choice. `devices`: names from `minerva_native.devices()`; all by default, none for the CPU alone.
         `mmap`: map the file instead of reading it. `vocab_only`: load no weights; the model then only tokenizes.
-        `check`: refuse a file whose tensors lie beyond its end. `on_progress`: called with 0.0 to 1.0 as the weights
+        `check`: refuse a file that contradicts itself or for which libllama would end the process; without it only trust
+        a file that was checked before. `on_progress`: called with 0.0 to 1.0 as the weights
         come in; returning False stops the load, which then raises `Cancelled`.
 
         Raises `ModelLoadError` (no model in that file), `DeviceError` (a GPU was asked for and there is none),
         `Cancelled`, and `TypeError` or `ValueError` for an argument out of range.
         """
         path = Path(path)
-        gguf = GGUF(path)
-        if check and not vocab_only:
-            gguf.check_tensors()
+        parts = open_parts(path)
+        if check:
+            check_model(parts, vocab_only)
         parameters = ffi.new("struct llama_model_params *", lib.llama_model_default_params())
         if isinstance(devices, str):
             raise TypeError(f"devices must be a list of names, not a str: [{devices!r}]")
@@ -100,6 +102,7 @@ class Model:
         watcher = ffi.new_handle(watch)
         parameters.devices = chosen
         parameters.n_gpu_layers = layers
+        mmap = mmap and all(part.can_be_mapped for part in parts)
         parameters.load_mode = lib.LLAMA_LOAD_MODE_AUTO if mmap else lib.LLAMA_LOAD_MODE_NONE
         parameters.vocab_only = vocab_only
         parameters.progress_callback = lib.minerva_progress
@@ -116,7 +119,10 @@ class Model:
                 f"{path} cannot be loaded ({why}): check that the file is complete and that llama.cpp "
                 f"{BUILD_INFO['llama_cpp']} knows its architecture"
             )
-        return cls(path, gguf, handle, layers, vocab_only)
+        if check and not vocab_only:
+            with handle as model:
+                check_loaded(parts, lib.llama_model_rope_type(model))
+        return cls(parts, handle, layers, vocab_only)
 
     @classmethod
     def demo(cls, *, gpu_layers: Literal["auto"] | int = "auto") -> Self:
@@ -148,14 +154,14 @@ class Model:
         self._contexts.add(context)
 
     def fingerprint(self) -> str:
-        """Return a digest of the model's file: its size, its beginning, and samples from all over it.
+        """Return a digest of the model's files: the size of each, its beginning, and samples from all over it.
 
-        Two files of equal digests hold the same model, unless somebody means to deceive. Raises `StateError` if the
-        file can no longer be read.
+        Two models of equal digests are the same, unless somebody means to deceive. Raises `StateError` if a file can no
+        longer be read.
         """
         if self._fingerprint is None:
             try:
-                self._fingerprint = _fingerprint(self.path)
+                self._fingerprint = _fingerprint([part.path for part in self._parts])
             except OSError as error:
                 raise StateError(f"{self.path} can no longer be read to tell which model this is ({error})") from error
         return self._fingerprint
@@ -170,12 +176,12 @@ class Model:
     @property
     def has_learned_positions(self) -> bool:
         """Whether the model knows its positions from a table, such as GPT-2's, and none beyond `n_ctx_train`."""
-        return self._gguf.has_tensor("position_embd.weight")
+        return any(part.has_tensor("position_embd.weight") for part in self._parts)
 
     @property
     def has_long_factors(self) -> bool:
         """Whether the model turns keys by other factors in a long context (LongRoPE: arXiv:2402.13753)."""
-        return self._gguf.has_tensor("rope_factors_long.weight")
+        return any(part.has_tensor("rope_factors_long.weight") for part in self._parts)
 
     def hyperparameter(self, name: str, *default: float) -> list[float]:
         """Return the numbers, one or one a layer, of the file's `<architecture>.<name>` key; else `default`, or 0."""
@@ -187,12 +193,19 @@ class Model:
     @property
     def metadata(self) -> Metadata:
         """Every key of the GGUF file, as a read-only mapping."""
-        return self._gguf.metadata
+        return self._parts[0].metadata
 
     @property
     def architecture(self) -> str:
         """The `general.architecture` of the file, such as "llama"."""
         return str(self.metadata.get("general.architecture", ""))
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a token attends only to those before it; if not (BERT, diffusion), no text can be continued."""
+        with self._handle as model:
+            diffuses = lib.llama_model_is_diffusion(model)
+        return not diffuses and self.metadata.get(f"{self.architecture}.attention.causal", True) is not False
 
     @property
     def has_encoder(self) -> bool:
@@ -219,14 +232,14 @@ class Model:
     def n_params(self) -> int:
         """How many weights the model has."""
         if self.vocab_only:
-            return sum(math.prod(tensor.shape) for tensor in self._gguf.tensors)
+            return sum(math.prod(tensor.shape) for part in self._parts for tensor in part.tensors)
         return self._fact(lib.llama_model_n_params)
 
     @property
     def size_bytes(self) -> int:
         """The size of all tensors in bytes."""
         if self.vocab_only:
-            return sum(tensor.size_bytes for tensor in self._gguf.tensors)
+            return sum(tensor.size_bytes for part in self._parts for tensor in part.tensors)
         return self._fact(lib.llama_model_size)
 
     @property
@@ -259,7 +272,8 @@ class Model:
         for context in list(self._contexts):
             context.close()
         self._handle.close()
-        self._gguf.close()
+        for part in self._parts:
+            part.close()
 
     def __enter__(self) -> Self:
         return self
@@ -292,14 +306,15 @@ def _resolve_gpu_layers(gpu_layers: Literal["auto"] | int, has_device: bool) -> 
     return layers
 
 
-def _fingerprint(path: Path) -> str:
+def _fingerprint(paths: Sequence[Path]) -> str:
     import hashlib  # which loads OpenSSL: not to be part of every start
 
     digest = hashlib.blake2b(digest_size=32)
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        digest.update(size.to_bytes(8, "little"))
-        for number in range(_SAMPLES):
-            file.seek(max(0, size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE_BYTES))
+    for path in paths:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(size.to_bytes(8, "little"))
+            for number in range(_SAMPLES):
+                file.seek(max(0, size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
