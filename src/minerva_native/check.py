@@ -5,6 +5,7 @@ Each function here refuses one kind of them, in a sentence that names the file, 
 was expected.
 """
 
+import functools
 import math
 import re
 from collections import Counter
@@ -117,16 +118,33 @@ class Facts:
             self.refuse(self.key(name), f"is {value!r}", expected)
 
 
-def check_model(parts: Sequence[GGUF], vocab_only: bool) -> None:
-    """Raise `ModelLoadError` if libllama could not be trusted with a model's files."""
+def check_model(parts: Sequence[GGUF], vocab_only: bool) -> Facts:
+    """Raise `ModelLoadError` if libllama could not be trusted with a model's files; return what they say."""
     facts = Facts(parts)
     _check_kind(facts, vocab_only)
     if not vocab_only:
         for part in parts:
             part.check_tensors()
     _check_vocabulary(facts)
-    if vocab_only:
+    if not vocab_only:
+        _check_weights(facts)
+    return facts
+
+
+def check_loaded(facts: Facts, rope_type: int) -> None:
+    """Raise `ModelLoadError` for what depends on the architecture's kind of RoPE (`llama_model_rope_type`)."""
+    if rope_type == lib.LLAMA_ROPE_TYPE_NONE or not facts.number("attention.head_count", 0):
         return
+    size = facts.number("rope.dimension_count", _head_size(facts))
+    facts.require("rope.dimension_count", size, size > 0 and not size % 2, "an even number above 0")
+    base = facts.value("rope.freq_base")
+    facts.require("rope.freq_base", base, not isinstance(base, float) or base > 0, "above 0")
+    if rope_type in (lib.LLAMA_ROPE_TYPE_MROPE, lib.LLAMA_ROPE_TYPE_IMROPE):
+        sections = facts.each("rope.dimension_sections")
+        facts.require("rope.dimension_sections", sections, any(sections[:3]), "three sizes that are not all 0")
+
+
+def _check_weights(facts: Facts) -> None:
     for tensor in facts.tensors.values():
         _check_tensor(facts, tensor)
     _check_layers(facts)
@@ -136,17 +154,6 @@ def check_model(parts: Sequence[GGUF], vocab_only: bool) -> None:
     _check_rotation(facts)
     _check_rwkv(facts)
     _check_relative_positions(facts)
-
-
-def check_loaded(parts: Sequence[GGUF], rope_type: int) -> None:
-    """Raise `ModelLoadError` for what depends on whether the architecture uses RoPE (`llama_model_rope_type`)."""
-    facts = Facts(parts)
-    if rope_type == lib.LLAMA_ROPE_TYPE_NONE or not facts.number("attention.head_count", 0):
-        return
-    size = facts.number("rope.dimension_count", _head_size(facts))
-    facts.require("rope.dimension_count", size, size > 0 and not size % 2, "an even number above 0")
-    base = facts.value("rope.freq_base")
-    facts.require("rope.freq_base", base, not isinstance(base, float) or base > 0, "above 0")
 
 
 # What kind of file it is
@@ -201,7 +208,7 @@ def _check_vocabulary(facts: Facts) -> None:
     longest = _LONGEST_TOKENS.get(str(kind), _LONGEST_TOKEN)
     if lengths.max() > longest:
         facts.refuse(key, f"has {lengths.max()} bytes in token {lengths.argmax()}", f"at most {longest}")
-    if (lengths**2).sum() > _LARGEST_PIECES or kind == "plamo2" and (lengths**3).sum() > _LARGEST_TABLE:
+    if (lengths**2).sum() > _LARGEST_PIECES or (kind == "plamo2" and (lengths**3).sum() > _LARGEST_TABLE):
         facts.refuse(key, f"has {lengths.sum()} bytes in {len(tokens)} tokens", "mostly short tokens")
     _check_tokens(facts, key, tokens)
     if kind == "rwkv":
@@ -265,17 +272,12 @@ def _check_tensor(facts: Facts, tensor: Tensor) -> None:
         facts.refuse(f"tensor {name!r}", f"has the type {kind}", "one that ggml can compute with", path)
 
 
+@functools.cache
 def _computable() -> frozenset[str]:
     """Return the names of the types that ggml has a dot product for."""
-    global _types
-    if not _types:
-        kinds = range(lib.GGML_TYPE_COUNT)
-        has_dot = [kind for kind in kinds if lib.ggml_get_type_traits_cpu(kind).vec_dot != ffi.NULL]
-        _types = frozenset(text(lib.ggml_type_name(kind)) for kind in has_dot)
-    return _types
-
-
-_types: frozenset[str] = frozenset()
+    kinds = range(lib.GGML_TYPE_COUNT)
+    has_dot = [kind for kind in kinds if lib.ggml_get_type_traits_cpu(kind).vec_dot != ffi.NULL]
+    return frozenset(text(lib.ggml_type_name(kind)) for kind in has_dot)
 
 
 # Hyperparameters
@@ -292,18 +294,22 @@ def _check_layers(facts: Facts) -> None:
 
 
 def _check_numbers(facts: Facts) -> None:
-    prefix = facts.key("")
-    for key, value in facts.file.metadata.items():
-        if not key.startswith(prefix) or not isinstance(value, float):
-            continue
-        if math.isnan(value):
+    prefix, metadata = facts.key(""), facts.file.metadata
+    for key in (key for key in metadata if key.startswith(prefix)):
+        value = metadata[key]
+        if isinstance(value, float) and math.isnan(value):
             facts.refuse(key, "is NaN", "a number")
-        if key.endswith("epsilon") and not 0 <= value < math.inf:
+        if isinstance(value, float) and key.endswith("epsilon") and not 0 <= value < math.inf:
             facts.refuse(key, f"is {value!r}", "from 0 on and finite")
     for name in _AT_LEAST_ONE:
         values = facts.each(name)
         facts.require(name, facts.value(name), all(value > 0 for value in values), "at least 1")
     most = max(_LARGEST_WINDOW, facts.number("context_length", 0))
+    if facts.architecture in ("jamba", "granitehybrid"):
+        inner, width = facts.number("ssm.inner_size", 0), facts.number("embedding_length", 0)
+        facts.require(
+            "ssm.inner_size", inner, inner == 2 * width, f"twice the {width} of {facts.key('embedding_length')}"
+        )
     for window in facts.each("attention.sliding_window"):
         facts.require("attention.sliding_window", window, 0 <= window <= most, f"from 0 to {most}")
 

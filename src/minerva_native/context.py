@@ -37,6 +37,11 @@ class Context:
     """
 
     def __init__(self, model: "Model", options: ContextOptions | None = None):
+        if not model.is_causal:
+            raise ContextError(
+                f"this model ({model.architecture}) reads a text in both directions (its attention is not causal), so it "
+                "cannot continue one token by token: it can only be loaded, and its tokenizer used"
+            )
         self._model, self._options = model, (options or ContextOptions()).resolve(model)
         self._cache = KVCache(model, self._options)
         self._n_vocab = model.tokenizer.n_vocab

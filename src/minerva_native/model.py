@@ -75,17 +75,16 @@ class Model:
         `gpu_layers`: how many layers to put on a GPU; "auto" puts all of them there if there is one, -1 does
         without a choice. `devices`: names from `minerva_native.devices()`; all by default, none for the CPU alone.
         `mmap`: map the file instead of reading it. `vocab_only`: load no weights; the model then only tokenizes.
-        `check`: refuse a file that contradicts itself or for which libllama would end the process; without it only trust
-        a file that was checked before. `on_progress`: called with 0.0 to 1.0 as the weights
-        come in; returning False stops the load, which then raises `Cancelled`.
+        `check`: refuse a file that contradicts itself, for which libllama may end the process; leave it out only for a
+        file that you trust. `on_progress`: called with 0.0 to 1.0 as the weights come in; returning False stops the
+        load, which then raises `Cancelled`.
 
         Raises `ModelLoadError` (no model in that file), `DeviceError` (a GPU was asked for and there is none),
         `Cancelled`, and `TypeError` or `ValueError` for an argument out of range.
         """
         path = Path(path)
         parts = open_parts(path)
-        if check:
-            check_model(parts, vocab_only)
+        facts = check_model(parts, vocab_only) if check else None
         parameters = ffi.new("struct llama_model_params *", lib.llama_model_default_params())
         if isinstance(devices, str):
             raise TypeError(f"devices must be a list of names, not a str: [{devices!r}]")
@@ -119,9 +118,9 @@ class Model:
                 f"{path} cannot be loaded ({why}): check that the file is complete and that llama.cpp "
                 f"{BUILD_INFO['llama_cpp']} knows its architecture"
             )
-        if check and not vocab_only:
+        if facts and not vocab_only:
             with handle as model:
-                check_loaded(parts, lib.llama_model_rope_type(model))
+                check_loaded(facts, lib.llama_model_rope_type(model))
         return cls(parts, handle, layers, vocab_only)
 
     @classmethod
