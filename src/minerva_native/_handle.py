@@ -3,7 +3,7 @@
 import os
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .errors import ClosedError
 
@@ -11,7 +11,17 @@ if TYPE_CHECKING:
     from ._binding._llama import CData
 
 
-class Handle:
+class NoCopy:
+    """Refuses to be copied or pickled, because it stands for memory outside Python."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> NoReturn:
+        name = type(self).__name__
+        raise TypeError(f"a {name} cannot be copied or pickled: it stands for memory outside Python")
+
+
+class Handle(NoCopy):
     """A C pointer with its destructor.
 
     `close` forbids further use. The object is freed once no thread is in a `with handle` block and all child handles

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._binding import callbacks, ffi, lib, text, thrown
-from ._handle import Handle
+from ._handle import Handle, NoCopy
 from .errors import ModelLoadError
 
 MAGIC = b"GGUF"
@@ -69,7 +69,7 @@ class TensorInfo(NamedTuple):
     size_bytes: int
 
 
-class GGUF:
+class GGUF(NoCopy):
     """The header of a GGUF file.
 
     Attributes:
@@ -157,7 +157,7 @@ class GGUF:
         self._handle.close()
 
 
-class Metadata(Mapping[str, Value]):
+class Metadata(NoCopy, Mapping[str, Value]):
     """Every key of a GGUF file, as a read-only mapping. An array becomes a list when it is first read.
 
     ggml returns NUL-terminated strings, so a string with a NUL character is cut off there.

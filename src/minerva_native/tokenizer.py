@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._binding import ffi, lib, thrown
-from ._handle import Handle
+from ._handle import Handle, NoCopy
 from .errors import Cancelled, TokenizerError
 
 TokenIds = Sequence[int] | npt.NDArray[np.integer[Any]]
@@ -64,7 +64,7 @@ _LOOK_SECONDS = 0.01  # how often a caller looks at its cancel token
 _MAX_TEXT_BYTES = 1 << 30  # libllama counts bytes and tokens in 32-bit integers
 
 
-class Tokenizer:
+class Tokenizer(NoCopy):
     """The vocabulary of a model. Safe to use from several threads at once.
 
     Its methods raise `TokenizerError` if the model has no vocabulary, and `ClosedError` after the model is closed.
@@ -346,7 +346,7 @@ class Tokenizer:
             self._texts[special][token] = None
 
 
-class StreamDecoder:
+class StreamDecoder(NoCopy):
     """Turns tokens into text one at a time, and never returns a part of a character."""
 
     __slots__ = ("_at_start", "_decoder", "_mid_character", "_special", "_texts", "_tokenizer")
