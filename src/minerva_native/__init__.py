@@ -76,6 +76,7 @@ __all__ = [
     "StreamDecoder",
     "Tokenizer",
     "TokenizerError",
+    "__version__",
     "available_cpus",
     "build_info",
     "cpu_quota",

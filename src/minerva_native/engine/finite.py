@@ -146,7 +146,7 @@ def _recurrent(state: Bytes, at: int) -> Iterator[_Reading]:
     while at < state.size:
         try:
             if _word(state, at):  # a convolution's history follows without a type
-                size, start = _fitting(state, struct.unpack_from("<Q", state, at)[0] * n_cells, at + 8)
+                size, start = _fitting(state, struct.unpack_from("<Q", state.data, at)[0] * n_cells, at + 8)
                 segment = _Segment(lib.GGML_TYPE_F32, start, start + size)
             else:
                 segment = _rows(state, at, n_cells, is_cast=False)
@@ -158,13 +158,13 @@ def _recurrent(state: Bytes, at: int) -> Iterator[_Reading]:
 
 
 def _rows(state: Bytes, at: int, n_cells: int, is_cast: bool) -> _Segment:
-    kind, row = struct.unpack_from("<iQ", state, at)
+    kind, row = struct.unpack_from("<iQ", state.data, at)
     size, start = _fitting(state, row * n_cells, at + 12)
     return _checked(_Segment(kind, start, start + size, is_cast))
 
 
 def _columns(state: Bytes, at: int, n_cells: int, is_cast: bool) -> _Segment:
-    kind, size, n_rows = struct.unpack_from("<iII", state, at)
+    kind, size, n_rows = struct.unpack_from("<iII", state.data, at)
     size, start = _fitting(state, size * n_rows * n_cells, at + 12)
     return _checked(_Segment(kind, start, start + size, is_cast))
 
@@ -183,7 +183,7 @@ def _fitting(state: Bytes, size: int, start: int) -> tuple[int, int]:
 
 
 def _word(state: Bytes, at: int) -> int:
-    word: int = struct.unpack_from("<I", state, at)[0]
+    word: int = struct.unpack_from("<I", state.data, at)[0]
     return word
 
 

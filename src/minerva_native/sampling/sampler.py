@@ -57,7 +57,8 @@ class Sampler:
     """Draws tokens: applies the mask, logit bias, processors and the steps in `params.order`, then draws.
 
     The caller passes the history. The sampler keeps only its random stream, Mirostat's mu and adaptive-p's moving
-    average. It works with any vocabulary, but must not be used by two threads at once.
+    average. It works with any vocabulary, but must not be used by two threads at once. A copy, also a pickled one, goes
+    on in the same state; to pickle it, its processors have to be functions that can be pickled.
 
     Args:
         params: the sampling parameters; `None` uses the defaults.
@@ -196,15 +197,22 @@ class Sampler:
 
     def fork(self, seed: int | None = None) -> Sampler:
         """Return an independent sampler in the same state, or with a new random stream if `seed` is given."""
-        branch = Sampler.__new__(Sampler)
-        branch.__dict__.update(self.__dict__)
-        branch._scratch = Scratch()
-        branch._steps = branch._build_steps()
-        branch._stream = Stream(self._stream.seed, self._stream.drawn)
+        branch = type(self).__new__(type(self))
+        branch.__setstate__(self.__getstate__())
         if seed is not None:
             branch.params = self.params.replace(seed=seed)
-            branch._stream = Stream(seed)
+            branch._stream = Stream(branch.params.seed or 0)
         return branch
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_scratch", "_steps")}
+        return {**state, "_stream": (self._stream.seed, self._stream.drawn)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._stream = Stream(*state["_stream"])
+        self._scratch = Scratch()
+        self._steps = self._build_steps()
 
     def reset(self) -> None:
         """Restart from the first draw with the same seed; Mirostat and adaptive-p return to their initial state."""
