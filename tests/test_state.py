@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import minerva_native as mn
+from minerva_native.engine import finite
 from tiny_models import TinyModel
 
 IDS = list(range(20, 60))
@@ -245,6 +246,95 @@ def test_a_corrupt_state_leaves_nothing_behind(
             sequence.truncate(0)
             sequence.extend(IDS)
             np.testing.assert_allclose(sequence.logits, expected, rtol=0, atol=1e-3 * np.abs(expected).max())
+
+
+FORMS = {
+    **KINDS,
+    "transposed values": TinyModel(),
+    "cells of their own": TinyModel(),
+    "f32": TinyModel(),
+    "bf16": TinyModel(),
+    "q8_0": TinyModel(),
+    "q4_1": TinyModel(),
+    "RWKV": TinyModel("rwkv7"),
+    "encoder-decoder": TinyModel("t5"),
+}
+FORM_OPTIONS: dict[str, dict[str, object]] = {
+    "transposed values": {"flash_attention": "off"},
+    "cells of their own": {"kv_unified": False},
+    **{kind: {"kv_type": kind} for kind in ("f32", "bf16", "q8_0")},
+    "q4_1": {"kv_type": ("q4_1", "q5_0")},
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_state_that_is_not_finite_is_refused_and_spoils_nobody(
+    load_tiny: Callable[[TinyModel], mn.Model], tmp_path: Path, name: str
+) -> None:
+    """Of every number that is overwritten, in turn, either nothing is restored or nothing else has changed."""
+    with make(load_tiny(FORMS[name]), **FORM_OPTIONS.get(name, {})) as context:
+        if context.model.has_encoder:
+            context.encode([1, 2, 3])
+        sequence = context.sequence()
+        sequence.extend(IDS)
+        sequence.save(tmp_path / "saved")
+        sequence.truncate(0)
+        sequence.extend(IDS[:9])
+        expected = sequence.logits
+        header, body = parts(tmp_path / "saved")
+        start = 4 * (len(IDS) + context.model.tokenizer.n_vocab) + 8
+        refusals = 0
+        choice = random.Random(1)
+        for _ in range(60):
+            spoilt = bytearray(body)
+            place = start + 2 * choice.randrange((len(body) - start) // 2 - 64)
+            spoilt[place : place + 64] = struct.pack("<32H", *[choice.choice((0x7C00, 0xFC00, 0x7E00, 0xFFFF))] * 32)
+            write(tmp_path / "saved", json.dumps(header).encode(), spoilt)
+            try:
+                context.restore(tmp_path / "saved").close()
+            except mn.StateError:
+                refusals += 1
+            sequence.rewind(1)
+            sequence.extend(IDS[8:9])
+            np.testing.assert_allclose(sequence.logits, expected, rtol=0, atol=1e-3 * np.abs(expected).max())
+        assert refusals > 20
+
+
+def test_cells_with_positions_in_two_dimensions_are_read_too(context: mn.Context, saved: Path) -> None:
+    """M-RoPE's, which take 12 more bytes."""
+    _, body = parts(saved)
+    state = np.frombuffer(body, np.uint8)[4 * (len(IDS) + context.model.tokenizer.n_vocab) :]
+    cells = state[16 : 16 + 12 * len(IDS)].reshape(len(IDS), 12)
+    longer = np.hstack([cells[:, :8], np.zeros((len(IDS), 12), np.uint8), cells[:, 8:]])
+    wide = np.concatenate([state[:16], longer.reshape(-1), state[16 + cells.size :]])
+    finite.check(wide)
+    wide[-2:] = 0xFF
+    with pytest.raises(mn.StateError, match="not finite"):
+        finite.check(wide)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_not_finite(context: mn.Context, saved: Path, value: float) -> None:
+    header, body = parts(saved)
+    struct.pack_into("<f", body, 4 * len(IDS) + 40, value)
+    write(saved, json.dumps(header).encode(), body)
+    refused(context, saved, "logits that are not finite")
+
+
+@pytest.mark.parametrize("kind", ["folder", "FIFO", "device", "far too large"])
+def test_what_is_no_file_to_read(context: mn.Context, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "saved"
+    match kind:
+        case "folder":
+            path.mkdir()
+        case "FIFO":
+            os.mkfifo(path)
+        case "device":
+            path = Path("/dev/zero")
+        case "far too large":
+            with path.open("wb") as file:
+                file.truncate(1 << 43)
+    refused(context, path, "is not a regular file|more than the memory")
 
 
 def test_keys_that_are_rotated_differently(tiny: mn.Model, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

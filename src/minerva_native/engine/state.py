@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..devices import physical_memory_bytes
 from ..errors import StateError
 from .cache import Payload
 
@@ -67,6 +68,8 @@ def read(path: Path, requirements: Mapping[str, Any], n_vocab: int) -> Payload:
     ):
         raise StateError(f"{path} contradicts itself: it was not written by this package")
     logits = np.frombuffer(body, "<f4", n_logits, offset=4 * n_tokens).astype(np.float32)
+    if not (logits < np.inf).all():  # NaN is not less either
+        raise StateError(f"{path} holds logits that are not finite")
     return Payload(
         tokens=np.frombuffer(body, "<i4", n_tokens).astype(np.int32),
         n_cached=n_cached,
@@ -128,11 +131,24 @@ def _write_atomically(path: Path, parts: "Iterable[bytes | memoryview]") -> None
             os.close(folder)
 
 
+def _content(path: Path) -> bytes:
+    """Return what is in a file; raise `StateError` for what would block or exhaust the memory, such as a FIFO."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise StateError(f"{path} is not a regular file, so it is not a saved sequence")
+    if status.st_size > physical_memory_bytes():
+        raise StateError(f"{path} has {status.st_size:,} bytes, more than the memory of this machine")
+    try:
+        return path.read_bytes()
+    except MemoryError:
+        raise StateError(f"{path} has {status.st_size:,} bytes, for which there is not enough memory") from None
+
+
 def _read_verified(path: Path) -> tuple[dict[str, Any], memoryview]:
     """Return the header of a saved sequence, and what follows it, once the digest is proven."""
     import json
 
-    content = memoryview(path.read_bytes())
+    content = memoryview(_content(path))
     if len(content) < _LEAD.size or bytes(content[: len(_MAGIC)]) != _MAGIC[: len(content)]:
         raise StateError(f"{path} is not a saved sequence")
     _, version, header_bytes = _LEAD.unpack_from(content)
