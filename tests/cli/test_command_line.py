@@ -1,16 +1,21 @@
 """The `minerva` command as a person or a script uses it: a process with arguments, streams and an exit status."""
 
+import contextlib
 import json
+import logging
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import pytest
 
 import minerva_native as mn
+from minerva_native.cli import messages
 
 MINERVA = [sys.executable, "-m", "minerva_native"]
 
@@ -104,14 +109,15 @@ def test_devices_include_the_cpu() -> None:
         (("generate", "-f", "/nowhere/prompt.txt"), "No such file"),
         (("generate", "-f", sys.executable), "is not UTF-8 text"),
         (("generate", "-p", "word " * 2000, "-c", "64"), "the context is full"),
-        (("generate", "-c", "0"), "n_ctx must be"),
-        (("generate", "-c", "1"), "n_ctx must be"),
-        (("generate", "-c", "-1"), "n_ctx must be"),
-        (("generate", "-c", "1000000000000"), "n_ctx must be"),
-        (("generate", "-c", "2000000000"), "KV cache"),
-        (("generate", "-b", "0"), "n_batch must be"),
-        (("generate", "-t", "0"), "n_threads must be"),
-        (("generate", "--temp", "nan"), "temperature"),
+        (("generate", "-p", "word " * 2000, "-c", "64"), "n_ctx=64 (-c)"),
+        (("generate", "-c", "1"), "n_ctx (-c) must be"),
+        (("generate", "-c", "-1"), "n_ctx (-c) must be"),
+        (("generate", "-c", "1000000000000"), "n_ctx (-c) must be"),
+        (("generate", "-c", "2000000000"), "n_ctx=2000000000 (-c) needs a KV cache"),
+        (("generate", "-b", "0"), "n_batch (-b) must be"),
+        (("generate", "-t", "0"), "n_threads (-t) must be"),
+        (("generate", "-ctk", "f17"), "kv_type (-ctk, -ctv) must be"),
+        (("generate", "--temp", "nan"), "temperature (--temp) must be"),
         (("generate", "--temp", "-1"), "temperature"),
         (("generate", "--temp", "inf"), "temperature"),
         (("generate", "--top-p", "nan"), "top_p"),
@@ -185,7 +191,7 @@ def test_ctrl_c_shows_what_was_generated_and_exits_130() -> None:
 
 
 def test_a_closed_pipe_is_not_an_error() -> None:
-    command = [*MINERVA, "generate", "-t", "1", "-p", "Once", "-n", "-1", "-c", "100000", "--ignore-eos"]
+    command = [*MINERVA, "generate", "-q", "-t", "1", "-p", "Once", "-n", "-1", "-c", "100000", "--ignore-eos"]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.read(5)
@@ -209,3 +215,182 @@ def test_nothing_is_read_from_a_terminal() -> None:
     finally:
         os.close(controller)
         os.close(terminal)
+
+
+def test_the_seed_is_named_and_gives_the_same_text_again() -> None:
+    first = run(*SHORT, "-n", "16")
+    (seed,) = re.findall(r"\| seed (\d+)$", first.stderr, re.MULTILINE)
+    assert run(*SHORT, "-n", "16", "-s", seed).stdout == first.stdout
+    answer = json.loads(run(*SHORT, "-n", "16", "--json").stdout)
+    assert run(*SHORT, "-n", "16", "-s", str(answer["seed"])).stdout == answer["text"] + "\n"
+
+
+def test_a_context_of_0_is_the_model_s_own() -> None:
+    answer = json.loads(run(*SHORT, "-n", "-1", "-c", "0", "--ignore-eos", "--json").stdout)
+    assert answer["n_prompt"] + answer["n_gen"] == mn.Model.demo().n_ctx_train
+
+
+def test_warnings_are_lines_on_stderr() -> None:
+    doubled = run("generate", "-t", "1", "-p", "<|endoftext|>One day", "--parse-special", "-n", "1")
+    beyond = run(*SHORT, "-n", "1", "-c", "5000")
+    for result, words in ((doubled, "the final prompt starts with 2 BOS tokens"), (beyond, "training context")):
+        assert result.returncode == 0
+        warning, timings = result.stderr.splitlines()
+        assert warning.startswith("minerva: warning: ")
+        assert "llama_" not in warning
+        assert words in warning
+        assert "tokens/s" in timings
+    assert run(*SHORT, "-n", "1").stderr.count("\n") == 1
+
+
+def test_a_model_without_a_pre_tokenizer_is_warned_about(tmp_path: Path) -> None:
+    content = mn.DEMO_PATH.read_bytes()
+    assert content.count(b"tokenizer.ggml.pre") == 1
+    (tmp_path / "m.gguf").write_bytes(content.replace(b"tokenizer.ggml.pre", b"tokenizer.ggml.prx"))
+    warnings = run("tokenize", "-m", str(tmp_path / "m.gguf"), "-p", "a").stderr.splitlines()
+    assert all(re.match(r"minerva: warning: \w", line) for line in warnings)
+    assert [line for line in warnings if "missing pre-tokenizer" in line]
+    assert [line for line in warnings if "QUALITY WILL BE DEGRADED" in line]
+
+
+def test_verbose_shows_the_log_and_quiet_nothing_but_errors() -> None:
+    verbose = run(*SHORT, "-n", "1", "-v").stderr
+    assert "minerva: debug: llama_" in verbose
+    assert run(*SHORT, "-n", "1", "-c", "5000", "-q").stderr == ""
+    assert run("bench", "-q", "-t", "1", "-p", "4", "-n", "0", "-r", "1", "-o", "json").stderr == ""
+    assert "the prompt is empty" in run("generate", "-p", "", "-q").stderr
+
+
+@pytest.mark.parametrize("locale", [{}, {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}], ids=["C", "ASCII"])
+def test_text_is_utf_8_also_in_the_posix_locale(locale: dict[str, str], tmp_path: Path) -> None:
+    environment = {**os.environ, "LC_ALL": "C", **locale}
+    command = [*MINERVA, "tokenize", "--json", "-p", "un café"]
+    answer = json.loads(subprocess.check_output(command, env=environment))
+    assert answer["ids"] == mn.Model.demo().tokenizer.encode("un café")
+    prompt = ["-m", str(with_prompt(tmp_path, "un café")), "-n", "0"]
+    shown = subprocess.run([*MINERVA, "generate", "-t", "1", *prompt], env=environment, capture_output=True, check=True)
+    assert shown.stdout == subprocess.check_output([*MINERVA, "generate", "-t", "1", *prompt])
+
+
+def test_a_prompt_that_is_not_utf_8_is_wrong_usage() -> None:
+    result = subprocess.run([*MINERVA, "generate", "-p", b"caf\xe9"], capture_output=True, timeout=60)
+    assert result.returncode == 2
+    assert b"is not UTF-8 text" in result.stderr
+
+
+# What a file says may not reach a terminal as it is.
+
+HOSTILE = "a\x1b[2Jb\x9bc\x7fd\u202ee\nf"
+ESCAPED = r"a\x1b[2Jb\x9bc\x7fd\u202ee"
+
+
+def with_prompt(folder: Path, prompt: str) -> Path:
+    """Copy the built-in model with another name and prompt in its metadata."""
+    reader = gguf.GGUFReader(mn.DEMO_PATH)
+    writer = gguf.GGUFWriter(folder / "named.gguf", "llama")
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name in ("general.architecture", "minerva.prompt", "general.name"):
+            continue
+        kind = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, field.contents(), field.types[0], kind)
+    writer.add_string("minerva.prompt", prompt)
+    writer.add_string("general.name", prompt)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / "named.gguf"
+
+
+def on_a_terminal(*arguments: str) -> str:
+    """Return what a command prints on a terminal, stdout and stderr together."""
+    controller, terminal = pty.openpty()
+    with subprocess.Popen([*MINERVA, *arguments], stdin=terminal, stdout=terminal, stderr=terminal) as process:
+        os.close(terminal)
+        output = b""
+        with contextlib.suppress(OSError):  # how the end of a terminal is read
+            while part := os.read(controller, 1 << 16):
+                output += part
+    os.close(controller)
+    assert process.returncode == 0
+    return output.decode().replace("\r\n", "\n")
+
+
+def test_metadata_is_shown_escaped(tmp_path: Path) -> None:
+    path = str(with_prompt(tmp_path, HOSTILE))
+    for shown in (on_a_terminal("info", "-m", path), run("info", "-m", path).stdout):
+        assert ESCAPED in shown
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", shown)
+
+
+def test_generated_text_is_escaped_on_a_terminal_and_nowhere_else(tmp_path: Path) -> None:
+    command = ("generate", "-t", "1", "-n", "1", "--temp", "0", "-m", str(with_prompt(tmp_path, HOSTILE)))
+    shown = on_a_terminal(*command)
+    assert f"{ESCAPED}\nf" in shown
+    assert "\x1b[2J" not in shown
+    written = subprocess.check_output([*MINERVA, *command], stdin=subprocess.DEVNULL)
+    assert written.startswith(HOSTILE.encode())
+
+
+@pytest.mark.parametrize("command", ["info", "generate", "tokenize"])
+def test_json_is_printable_ascii(tmp_path: Path, command: str) -> None:
+    text = () if command == "info" else ("-p", HOSTILE)
+    path = str(with_prompt(tmp_path, HOSTILE))
+    out = run(command, "-m", path, *text, *(("-n", "1", "-t", "1") if command == "generate" else ()), "--json").stdout
+    assert out.removesuffix("\n").isprintable()
+    assert out.isascii()
+    answer = json.loads(out)
+    shown = {
+        "info": lambda: answer["metadata"]["general.name"],
+        "generate": lambda: answer["prompt"],
+        "tokenize": lambda: mn.Model.demo().tokenizer.decode(answer["ids"]),
+    }
+    assert shown[command]() == HOSTILE
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("info", "-m", f"/nowhere/{HOSTILE}"),
+        ("generate", "-f", f"/nowhere/{HOSTILE}"),
+        ("generate", "-ctk", HOSTILE),
+        ("generate", HOSTILE),
+        (HOSTILE,),
+    ],
+)
+def test_errors_are_escaped(arguments: tuple[str, ...]) -> None:
+    result = run(*arguments)
+    assert result.returncode in (1, 2)
+    assert r"\x1b[2J" in result.stderr
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", result.stderr)
+    assert result.stderr.splitlines()[-1].startswith(("minerva: error: ", "minerva generate: error: "))
+
+
+def test_log_lines_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    with messages.shown_log(is_verbose=False, is_quiet=False):
+        logging.getLogger("minerva_native").warning("%s", HOSTILE)
+    assert capsys.readouterr().err == f"minerva: warning: {ESCAPED}\\nf\n"
+
+
+def test_an_error_that_is_logged_but_not_raised_is_shown_in_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    with messages.shown_log(is_verbose=False, is_quiet=False):
+        logging.getLogger("minerva_native").error("%s", "odd")
+        assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "minerva: warning: odd\n"
+
+
+def test_a_number_that_json_does_not_have_becomes_a_string() -> None:
+    assert json.loads(messages.as_json({"a": [float("nan"), float("-inf"), 1.5]})) == {"a": ["NaN", "-Infinity", 1.5]}
+
+
+def test_what_scripts_need_is_left_and_bytes_are_shown() -> None:
+    assert messages.printable("ab\u200d\u200e é 日") == "ab\u200d\u200e é 日"
+    assert messages.printable("\udcff\ud800\U000e0041\t") == r"\xff\ud800\U000e0041\t"
+
+
+def test_a_prompt_without_an_end_is_refused(tmp_path: Path) -> None:
+    result = run("tokenize", "-f", "/dev/zero")
+    assert result.returncode == 1
+    assert "too many for a prompt" in result.stderr

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from minerva_native import FLASH_ATTENTION, KV_TYPES, MinervaError, available_cpus
 
-from .options import add_sampling, file_name, gpu_layers, sampling
+from .messages import printable, warn
+from .options import SAMPLING_FLAGS, add_sampling, file_name, gpu_layers, sampling
 from .progress import measuring
 
 if TYPE_CHECKING:
@@ -23,6 +24,17 @@ FORMATS = ("table", "md", "json", "jsonl", "csv")
 _MAX_RANGE = 10_000
 
 T = TypeVar("T")
+
+FLAGS = {
+    "n_batch": "-b",
+    "n_ubatch": "-ub",
+    "n_threads": "-t",
+    "kv_type": "-ctk, -ctv",
+    "flash_attention": "-fa",
+    "gpu_layers": "-ngl",
+    **SAMPLING_FLAGS,
+}
+"""The flags of what errors name otherwise."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,11 +124,11 @@ def run(options: argparse.Namespace) -> int:
             plot.draw(rows, options.plot)
 
     try:
-        with measuring(len(sources) * len(tests)) as progress:
+        with measuring(len(sources) * len(tests), options.quiet) as progress:
             for source in sources:
                 for row in benchmark.bench(source, tests, on_progress=progress.update, **settings):
                     progress.pause()
-                    writer.row(row)
+                    writer.row(row if options.json or options.output in ("json", "jsonl") else shown(row))
                     rows.append(row)
                     for sentence in doubts(row, options):
                         warn(sentence)
@@ -199,6 +211,11 @@ def make_writer(
     return report.Markdown(file, columns) if options.output == "md" else report.Screen(file, columns)
 
 
+def shown(row: "Row") -> "Row":
+    """Return a result as people may see it: names from files without their control characters."""
+    return {name: printable(value) if isinstance(value, str) else value for name, value in row.items()}
+
+
 def doubts(row: "Row", options: argparse.Namespace) -> Iterator[str]:
     """Yield reasons to doubt a result, as sentences."""
     from minerva_native.benchmark import WIDE_SPREAD
@@ -227,11 +244,6 @@ def verdict(rows: "Sequence[Row]", fail_below: float | None) -> int:
     for row in slower:
         print(f"minerva: {row['test']} has ratio {row['ratio']:.3f}, less than {fail_below}", file=sys.stderr)
     return 1 if slower or len(compared) < len(rows) else 0
-
-
-def warn(sentence: str) -> None:
-    """Print a warning."""
-    print(f"minerva: warning: {sentence}", file=sys.stderr)
 
 
 def flat(lists: list[list[T]] | None, default: list[T]) -> list[T]:

@@ -2,10 +2,10 @@
 
 import argparse
 import dataclasses
-import json
 
 import minerva_native as mn
 
+from .messages import as_json, printable
 from .options import add_json
 
 
@@ -18,9 +18,9 @@ def run(options: argparse.Namespace) -> int:
     """Print every device."""
     found = mn.devices()
     if options.json:
-        print(json.dumps({"devices": [dataclasses.asdict(device) for device in found]}))
+        print(as_json({"devices": [dataclasses.asdict(device) for device in found]}))
         return 0
     for device in found:
         memory = f"{device.memory_total_bytes / 1e9:.1f} GB, {device.memory_free_bytes / 1e9:.1f} GB free"
-        print(f"{device.name}: {device.description} ({device.type}, {memory})")
+        print(printable(f"{device.name}: {device.description} ({device.type}, {memory})"))
     return 0

@@ -1,7 +1,6 @@
 """Continue a prompt, streaming the text."""
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -10,10 +9,34 @@ from typing import Any
 
 import minerva_native as mn
 
-from .options import add_json, add_model, add_sampling, add_text, load_model, read_text, sampling
+from .messages import as_json, write
+from .options import (
+    SAMPLING_FLAGS,
+    add_json,
+    add_model,
+    add_sampling,
+    add_text,
+    load_model,
+    read_text,
+    sampling,
+    utf8,
+)
 from .progress import prefilling
 
 DEFAULT_N_CTX = 4096
+
+FLAGS = {
+    "n_ctx": "-c",
+    "n_batch": "-b",
+    "n_threads": "-t",
+    "n_keep": "--keep",
+    "kv_type": "-ctk, -ctv",
+    "flash_attention": "-fa",
+    "gpu_layers": "-ngl",
+    "stop": "--stop",
+    **SAMPLING_FLAGS,
+}
+"""The flags of what errors name otherwise."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="generate at most N tokens; -1 for no limit but the context (256)",
     )
-    add("-c", "--ctx-size", type=int, metavar="N", help="context in tokens (default: the model's, up to 4096)")
+    size = "context in tokens; 0 for the model's own (default: the model's, up to 4096)"
+    add("-c", "--ctx-size", type=int, metavar="N", help=size)
     add("-b", "--batch-size", type=int, default=512, metavar="N", help="prompt tokens in one call (default 512)")
     add(
         "-t",
@@ -46,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--context-shift", action="store_true", help="if the context is full, discard the older half and go on")
     add("--keep", type=int, default=4, metavar="N", help="tokens at the start that are never discarded (4)")
     add_sampling(parser)
-    add("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; can be repeated")
+    add("--stop", action="append", type=utf8, default=[], metavar="TEXT", help="stop before this text; can be repeated")
     add("--ignore-eos", action="store_true", help="never choose a token that ends the generation")
     add_json(parser)
 
@@ -57,9 +81,9 @@ def run(options: argparse.Namespace) -> int:
     with load_model(options) as model:
         given = sampling(options) | ({"logit_bias": end_biases(model)} if options.ignore_eos else {})
         sampler = mn.Sampler(mn.SamplingParams.from_model(model, **given))
-        n_ctx = options.ctx_size if options.ctx_size is not None else min(DEFAULT_N_CTX, model.n_ctx_train)
+        n_ctx = min(DEFAULT_N_CTX, model.n_ctx_train) if options.ctx_size is None else options.ctx_size
         with model.context(
-            n_ctx=n_ctx,
+            n_ctx=n_ctx or model.n_ctx_train,
             n_batch=options.batch_size,
             n_threads=options.threads,
             kv_type=(options.cache_type_k, options.cache_type_v),
@@ -76,24 +100,25 @@ def run(options: argparse.Namespace) -> int:
             sequence = context.sequence()
             text, finish_reason = [], "length"
             try:
-                with prefilling() as on_progress:
+                with prefilling(options.quiet) as on_progress:
                     clock.prefill(sequence, ids, on_progress)
                 for step in mn.generate(sequence, sampler, max_tokens=options.predict, stop=options.stop):
                     clock.tick()
                     text.append(step.text)
                     if not options.json:
-                        sys.stdout.write(shown + step.text)
+                        write(shown + step.text)
                         sys.stdout.flush()
                         shown = ""
                     finish_reason = step.finish_reason or finish_reason
             except KeyboardInterrupt:
                 finish_reason = "cancelled"
     if options.json:
-        result = {"prompt": prompt, "text": "".join(text), "finish_reason": finish_reason}
-        print(json.dumps({"model": str(model.path), **result, **clock.figures()}, ensure_ascii=False))
+        result = {"prompt": prompt, "text": "".join(text), "finish_reason": finish_reason, "seed": sampler.seed}
+        print(as_json({"model": str(model.path), **result, **clock.figures()}))
     else:
         print(flush=True)
-        print(clock.line(), file=sys.stderr)
+        if not options.quiet:
+            print(f"{clock.line()} | seed {sampler.seed}", file=sys.stderr)
     return 130 if finish_reason == "cancelled" else 0
 
 

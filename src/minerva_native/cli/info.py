@@ -1,11 +1,11 @@
 """Show the build, and what a model's file says about it."""
 
 import argparse
-import json
 from typing import Any
 
 import minerva_native as mn
 
+from .messages import as_json, printable
 from .options import add_json, add_model, load_model
 
 LONGEST_VALUE = 100  # characters of a metadata value to print
@@ -22,14 +22,15 @@ def run(options: argparse.Namespace) -> int:
     with load_model(options, vocab_only=True) as model:
         build, facts, metadata = mn.build_info(), model_facts(model), dict(model.metadata)
     if options.json:
-        print(json.dumps({"version": mn.__version__, "build": build, "model": facts, "metadata": metadata}))
+        print(as_json({"version": mn.__version__, "build": build, "model": facts, "metadata": metadata}))
         return 0
     print(f"minerva-native {mn.__version__}")
     for section in (build, facts, metadata):
         print()
-        width = max(map(len, section))
+        names = {name: printable(name) for name in section}
+        width = max(map(len, names.values()))
         for name, value in section.items():
-            print(f"{name:{width}}  {summary(value)}")
+            print(f"{names[name]:{width}}  {summary(value)}")
     return 0
 
 
@@ -54,5 +55,5 @@ def summary(value: Any) -> str:
     if isinstance(value, list) and len(value) > 8:
         return f"[{', '.join(map(repr, value[:3]))}, ... {len(value):,} in all]"
     text = value if isinstance(value, str) else repr(value)
-    line = " ".join(text.split())
+    line = printable(" ".join(text.split()))
     return line if len(line) <= LONGEST_VALUE else f"{line[:LONGEST_VALUE]}... ({len(text):,} characters)"

@@ -3,9 +3,12 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from minerva_native import Model
+
+_MAX_TEXT_BYTES = 1 << 28
+_PART_BYTES = 1 << 20
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +25,7 @@ def load_model(options: argparse.Namespace, vocab_only: bool = False) -> Model:
         return Model.demo(gpu_layers=options.gpu_layers)
     from .progress import loading
 
-    with loading() as on_progress:
+    with loading(options.quiet) as on_progress:
         return Model.load(options.model, gpu_layers=options.gpu_layers, vocab_only=vocab_only, on_progress=on_progress)
 
 
@@ -33,9 +36,24 @@ def file_name(text: str) -> str:
     return text
 
 
+def utf8(text: str) -> str:
+    """Return the text that an argument is in UTF-8, also if the locale says that it is another encoding."""
+    try:
+        return text.encode(errors="surrogateescape").decode()  # surrogates stand for bytes beyond the locale's
+    except UnicodeError:
+        raise argparse.ArgumentTypeError("it is not UTF-8 text") from None
+
+
 def gpu_layers(text: str) -> Literal["auto"] | int:
     """Parse `-ngl`."""
     return "auto" if text == "auto" else int(text)
+
+
+def add_verbosity(parser: argparse.ArgumentParser) -> None:
+    """Add `-v` and `-q`."""
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("-v", "--verbose", action="store_true", help="show all that is logged, not just warnings")
+    how.add_argument("-q", "--quiet", action="store_true", help="show errors only: no warnings, progress or timings")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +61,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
+SAMPLING_FLAGS = {"temperature": "--temp", "top_k": "--top-k", "top_p": "--top-p", "min_p": "--min-p", "seed": "-s"}
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +86,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def sampling(options: argparse.Namespace) -> dict[str, Any]:
     """Return the sampling parameters that were given."""
-    given = {name: value for name in SAMPLING if (value := getattr(options, name)) is not None}
+    given = {name: value for name in SAMPLING_FLAGS if (value := getattr(options, name)) is not None}
     if given.get("seed") == -1:
         del given["seed"]
     return given
@@ -77,7 +95,9 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
 def add_text(parser: argparse.ArgumentParser) -> None:
     """Add `-p`, `-f` and `--parse-special`."""
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("-p", "--prompt", metavar="TEXT", help="the text (default: standard input, unless a terminal)")
+    source.add_argument(
+        "-p", "--prompt", type=utf8, metavar="TEXT", help="the text (default: standard input, unless a terminal)"
+    )
     file = "read the text from a file; - for standard input"
     source.add_argument("-f", "--file", type=file_name, metavar="FILE", help=file)
     special = "treat the names of special tokens in the text, such as <|im_start|>, as those tokens"
@@ -93,8 +113,22 @@ def read_text(options: argparse.Namespace) -> str:
         return ""
     if name is None and sys.stdin.isatty():
         return ""
-    data = sys.stdin.buffer.read() if name in (None, "-") else Path(name).read_bytes()
+    if name in (None, "-"):
+        name, data = "standard input", _read(sys.stdin.buffer)
+    else:
+        with Path(name).open("rb") as file:
+            data = _read(file)
+    if len(data) > _MAX_TEXT_BYTES:
+        raise ValueError(f"{name} has more than {_MAX_TEXT_BYTES:,} bytes, too many for a prompt")
     try:
         return data.decode().removesuffix("\n")
     except UnicodeDecodeError:
-        raise ValueError(f"{'standard input' if name in (None, '-') else name} is not UTF-8 text") from None
+        raise ValueError(f"{name} is not UTF-8 text") from None
+
+
+def _read(file: BinaryIO) -> bytearray:
+    """Read a file, which may have no end, until it is too long."""
+    data = bytearray()
+    while len(data) <= _MAX_TEXT_BYTES and (part := file.read(_PART_BYTES)):
+        data += part
+    return data

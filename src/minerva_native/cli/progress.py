@@ -13,17 +13,22 @@ PATIENCE_SECONDS = 0.3
 
 
 class Bar:
-    """A progress bar that appears if the work takes a while."""
+    """A progress bar that appears if the work takes a while, unless it has to be quiet."""
 
-    def __init__(self, label: str):
-        self._label = label
+    def __init__(self, label: str, is_quiet: bool):
+        self._label, self._is_quiet = label, is_quiet
         self._start = time.perf_counter()
         self._progress: Progress | None = None
 
     def update(self, done: float, total: float) -> None:
         """Show how much is done."""
         if self._progress is None:
-            if not sys.stderr.isatty() or done >= total or time.perf_counter() - self._start < PATIENCE_SECONDS:
+            if (
+                self._is_quiet
+                or not sys.stderr.isatty()
+                or done >= total
+                or time.perf_counter() - self._start < PATIENCE_SECONDS
+            ):
                 return
             from rich.console import Console
             from rich.progress import Progress
@@ -40,9 +45,9 @@ class Bar:
 
 
 @contextmanager
-def loading() -> Iterator[Callable[[float], None]]:
+def loading(is_quiet: bool) -> Iterator[Callable[[float], None]]:
     """Give an `on_progress` for `Model.load`."""
-    bar = Bar("Loading the model")
+    bar = Bar("Loading the model", is_quiet)
     try:
         yield lambda fraction: bar.update(fraction, 1.0)
     finally:
@@ -50,9 +55,9 @@ def loading() -> Iterator[Callable[[float], None]]:
 
 
 @contextmanager
-def prefilling() -> Iterator[Callable[[int, int], None]]:
+def prefilling(is_quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """Give an `on_progress` for `Sequence.extend`."""
-    bar = Bar("Evaluating the prompt")
+    bar = Bar("Evaluating the prompt", is_quiet)
     try:
         yield bar.update
     finally:
@@ -62,8 +67,8 @@ def prefilling() -> Iterator[Callable[[int, int], None]]:
 class Measuring:
     """The progress of a benchmark: a bar on a terminal, otherwise a line per test, for a log."""
 
-    def __init__(self, n_tests: int):
-        self._n_tests, self._number = n_tests, 0
+    def __init__(self, n_tests: int, is_quiet: bool):
+        self._n_tests, self._number, self._is_quiet = n_tests, 0, is_quiet
         self._bar: Bar | None = None
 
     def update(self, name: str, done: int, total: int) -> None:
@@ -72,8 +77,8 @@ class Measuring:
             self.pause()
             self._number += 1
             label = f"{name}, test {self._number} of {self._n_tests}"
-            self._bar = Bar(label)
-            if not sys.stderr.isatty():
+            self._bar = Bar(label, self._is_quiet)
+            if not (self._is_quiet or sys.stderr.isatty()):
                 print(f"minerva: {label}", file=sys.stderr, flush=True)
         if self._bar is not None:
             self._bar.update(done, total)
@@ -86,9 +91,9 @@ class Measuring:
 
 
 @contextmanager
-def measuring(n_tests: int) -> Iterator[Measuring]:
+def measuring(n_tests: int, is_quiet: bool) -> Iterator[Measuring]:
     """Show the progress of a benchmark of `n_tests` tests."""
-    progress = Measuring(n_tests)
+    progress = Measuring(n_tests, is_quiet)
     try:
         yield progress
     finally:

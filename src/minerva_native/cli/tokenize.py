@@ -1,8 +1,8 @@
 """Show the token ids of a text."""
 
 import argparse
-import json
 
+from .messages import as_json
 from .options import add_json, add_model, add_text, load_model, read_text
 
 
@@ -21,7 +21,7 @@ def run(options: argparse.Namespace) -> int:
         ids = tokenizer.encode(read_text(options), add_special=not options.no_bos, parse_special=options.parse_special)
         pieces = [tokenizer.piece(token, special=True).decode(errors="replace") for token in ids]
     if options.json:
-        print(json.dumps({"ids": ids, "pieces": pieces}))
+        print(as_json({"ids": ids, "pieces": pieces}))
         return 0
     for token, piece in zip(ids, pieces, strict=True):
         print(f"{token:6d}  {piece!r}")
