@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import stat
 import sys
 from pathlib import Path
@@ -212,3 +213,43 @@ def test_a_llama_bench_of_another_machine(stand_in: Path) -> None:
 def test_a_missing_llama_bench(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="CONTRIBUTING"):
         compare.LlamaBench(tmp_path / "llama-bench")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[" * 200_000,
+        b'{"results": ' * 50_000,
+        b'[{"n_prompt": 1' + b"0" * 5000 + b', "n_gen": 0, "n_depth": 0, "samples_ts": [1.0]}]',
+        b'[{"n_prompt": 1, "n_gen": 0, "n_depth": 0, "samples_ts": [NaN]}]',
+        b'[{"n_prompt": 1, "n_gen": 0, "n_depth": 0, "samples_ts": [1e400]}]',
+        b'[{"n_prompt": 1.5, "n_gen": 0, "n_depth": 0, "samples_ts": [1.0]}]',
+        b'[{"n_prompt": 1, "n_gen": 0, "n_depth": 0, "samples_ts": "1.0"}]',
+        b'{"results": 3}',
+        b"null",
+        b"\xff\xfe\x00",
+        b"",
+    ],
+    ids=lambda content: content[:20],
+)
+def test_a_hostile_baseline_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "baseline.json").write_bytes(content)
+    with pytest.raises(ValueError, match="write a baseline with -o json"):
+        compare.load(tmp_path / "baseline.json")
+
+
+@pytest.mark.parametrize("kind", ["folder", "FIFO", "device", "far too large"])
+def test_a_baseline_is_a_file_of_some_size(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "baseline.json"
+    match kind:
+        case "folder":
+            path.mkdir()
+        case "FIFO":
+            os.mkfifo(path)
+        case "device":
+            path = Path("/dev/zero")
+        case "far too large":
+            with path.open("wb") as file:
+                file.truncate(1 << 40)
+    with pytest.raises(ValueError, match="is not a file of at most"):
+        compare.load(path)

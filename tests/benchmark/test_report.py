@@ -124,6 +124,15 @@ def test_json_lines_are_an_object_each() -> None:
     assert [json.loads(line) for line in written(report.JsonLines, ROWS).splitlines()] == ROWS
 
 
+@pytest.mark.parametrize("make", [report.JsonList, report.JsonLines, report.JsonObject])
+def test_json_is_printable(make: Callable[[io.StringIO], report.Writer]) -> None:
+    name = "a\x1b\x7f\x9b\u202e"
+    text = written(make, [{"test": name}])
+    assert text.replace("\n", "").isprintable()
+    assert text.isascii()
+    assert r"a\x1b\x7f\x9b\u202e" in repr(json.loads(text))
+
+
 def test_csv_names_its_columns_and_keeps_lists_in_cells() -> None:
     first, second = csv.DictReader(io.StringIO(written(report.Csv, ROWS)))
     assert first == {"test": "pp8", "avg_ts": "1.5", "list": "[1, 2]", "none": ""}

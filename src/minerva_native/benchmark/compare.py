@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import stat
 import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,8 @@ import minerva_native as mn
 from .measure import Test
 
 CONFIDENCE = 0.95
+
+_MAX_BYTES = 1 << 28  # of results to compare with
 
 Row = Mapping[str, Any]
 
@@ -60,6 +63,9 @@ def load(path: str | os.PathLike[str]) -> list[Row]:
 
     Raises `ValueError` if the file has no results, `OSError` if it cannot be read.
     """
+    status = Path(path).stat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_BYTES:
+        raise ValueError(f"{path} is not a file of at most {_MAX_BYTES:,} bytes: write a baseline with -o json")
     content = Path(path).read_bytes()
     try:
         try:
