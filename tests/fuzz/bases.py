@@ -1,0 +1,205 @@
+"""The files that the fuzzer starts from: tiny valid models of many kinds, and sequences saved from some of them."""
+
+import os
+import struct
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType, TokenType
+
+import minerva_native as mn
+from minerva_native._binding import ffi, lib
+from tiny_models import TOKENS, Key, TinyModel, write_gguf
+
+from . import mutate
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a mutant is made from.
+
+    Attributes:
+        name: its name, which is part of the mutant's.
+        parts: the files of the model, one unless it is split.
+        saved: a sequence saved from the model, if that is what is mutated.
+        kv_type: the element type of that sequence's cells.
+    """
+
+    name: str
+    parts: tuple[bytes, ...]
+    saved: bytes | None = None
+    kv_type: str = "f16"
+
+
+SMALL = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_head_kv": 1, "n_ff": 96, "n_ctx_train": 128}
+BLOCKS = {"n_layer": 1, "n_embd": 256, "n_head": 4, "n_head_kv": 2, "n_ff": 256, "n_ctx_train": 128}  # rows of 256
+
+MODELS = {
+    "llama": TinyModel(**SMALL),
+    "llama-tied": TinyModel(**SMALL, tied=True),
+    "gemma2": TinyModel("gemma2", **SMALL, tied=True),
+    "qwen3moe": TinyModel("qwen3moe", **SMALL),
+    "mamba": TinyModel("mamba", **SMALL),
+    "jamba": TinyModel("jamba", **SMALL),
+    "gpt2": TinyModel("gpt2", **SMALL),
+    "smollm3": TinyModel("smollm3", **SMALL),
+    "lfm2": TinyModel("lfm2", **SMALL),
+    "rwkv7": TinyModel("rwkv7", **SMALL),
+    "t5": TinyModel("t5", **SMALL),
+}
+TENSOR_TYPES = ("f16", "bf16", "q8_0", "q4_0", "q5_1", "q2_K", "q4_K", "q6_K", "iq4_nl", "iq4_xs", "tq2_0", "mxfp4")
+SAVED = {
+    "saved-llama": ("llama", "f16"),
+    "saved-q8_0": ("llama", "q8_0"),
+    "saved-gemma2": ("gemma2", "f16"),
+    "saved-mamba": ("mamba", "f16"),
+    "saved-jamba": ("jamba", "f16"),
+}
+SPLIT = {"split-llama": ("llama", 2), "split-gpt2": ("gpt2", 3)}
+
+N_CTX = 64
+IDS = list(range(20, 40))
+
+LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+
+
+def padded(tokens: list[str]) -> list[str]:
+    """Return as many tokens as the models have rows for."""
+    return (tokens + [f"extra{number}" for number in range(len(TOKENS))])[: len(TOKENS)]
+
+
+def vocabulary(kind: str, tokens: list[str], types: dict[str, TokenType], **others: Key) -> dict[str, Key]:
+    tokens = padded(tokens)
+    keys: dict[str, Key] = {
+        "model": kind,
+        "tokens": tokens,
+        "token_type": [int(types.get(token, TokenType.NORMAL)) for token in tokens],
+        "scores": [-float(index) / 8 for index in range(len(tokens))],
+        **others,
+    }
+    return {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
+
+
+def charsmap() -> list[int]:
+    """Return a SentencePiece normaliser that replaces "A" by "a", as a double array and its strings."""
+    units = [0] * 256
+    units[ord("A")] = ord("A") | 1 << 8 | 0x80 << 10  # a leaf, whose value lies 0x80 away
+    data = struct.pack(f"<I{len(units)}I", 4 * len(units), *units) + b"a\0b\0"
+    return list(data)
+
+
+def vocabularies() -> dict[str, dict[str, Key]]:
+    """Return the tokenizer keys of each kind of vocabulary but byte-level BPE."""
+    in_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
+    as_bytes = dict.fromkeys(in_bytes, TokenType.BYTE)
+    first = ["<unk>", "<s>", "</s>"]
+    as_first = dict(zip(first, (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL), strict=True))
+    bert = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    t5 = ["<pad>", "</s>", "<unk>"]
+    as_t5 = dict(zip(t5, (TokenType.CONTROL, TokenType.CONTROL, TokenType.UNKNOWN), strict=True))
+    plamo = ["<|plamo:unk|>", "<|plamo:bos|>", "<|plamo:eos|>", "<|plamo:pad|>"]
+    return {
+        "spm": vocabulary("llama", [*first, *in_bytes, "▁", "▁t", "▁th", *LETTERS[:24]], as_first | as_bytes),
+        "wpm": vocabulary(
+            "bert",
+            [*bert, *(f"▁{letter}" for letter in LETTERS), *LETTERS, "▁the", "ing", "▁.", "▁,", *(f"▁{n}" for n in range(10))],
+            dict.fromkeys(bert, TokenType.CONTROL),
+            cls_token_id=2,
+            bos_token_id=2,
+            seperator_token_id=3,
+            unknown_token_id=1,
+            padding_token_id=0,
+            mask_token_id=4,
+        ),
+        "ugm": vocabulary(
+            "t5",
+            [*t5, "▁", *LETTERS, "▁the", "ing", "▁a", *".,!?0123456789"],
+            as_t5,
+            precompiled_charsmap=charsmap(),
+            add_space_prefix=True,
+            remove_extra_whitespaces=True,
+        ),
+        "rwkv": vocabulary("rwkv", ["<s>", *(f"\\x{byte:02x}" for byte in range(256)), "the", " the", "ing"], {}),
+        "plamo2": vocabulary(
+            "plamo2", [*plamo, *in_bytes, *LETTERS[:24], "th", "the"], dict.fromkeys(plamo, TokenType.CONTROL) | as_bytes
+        ),
+    }
+
+
+def quantized(data: bytes, name: str) -> bytes:
+    """Return a model with its matrices in another type."""
+    kind, file = int(GGMLQuantizationType[name.upper()]), mutate.parse(data)
+    for tensor in file.tensors:
+        if len(tensor.dims) < 2 or tensor.dims[0] % mutate.TYPE_SIZES[kind][0]:
+            continue
+        tensor.data, tensor.kind = quantize(tensor.data, kind, tensor.dims[0]), kind
+    return mutate.write(file)
+
+
+def quantize(data: bytes, kind: int, width: int) -> bytes:
+    weights = np.frombuffer(data, np.float32).copy()
+    elements, size = mutate.TYPE_SIZES[kind]
+    output = np.zeros(len(weights) // elements * size, np.uint8)
+    source = ffi.from_buffer("float[]", weights)
+    target = ffi.from_buffer(output, require_writable=True)
+    lib.ggml_quantize_chunk(kind, source, target, 0, len(weights) // width, width, ffi.NULL)
+    return output.tobytes()
+
+
+def split(data: bytes, count: int) -> tuple[bytes, ...]:
+    """Cut a model into files, as llama.cpp's `gguf-split` does."""
+    whole = mutate.parse(data)
+    parts, size = [], -(-len(whole.tensors) // count)
+    for number in range(count):
+        tensors = whole.tensors[number * size : (number + 1) * size]
+        keys = [
+            mutate.Entry(b"split.no", 2, number),
+            mutate.Entry(b"split.count", 2, count),
+            mutate.Entry(b"split.tensors.count", mutate.INT32, len(whole.tensors)),
+        ]
+        parts.append(mutate.write(mutate.File([*whole.entries, *keys] if not number else keys, tensors)))
+    return tuple(parts)
+
+
+def save(path: Path, kv_type: str, to: Path) -> bytes:
+    """Return a sequence saved from a model, as a child process wrote it: nothing may compute in this one."""
+    child = os.fork()
+    if not child:
+        with mn.Model.load(path, gpu_layers=0) as model, context(model, kv_type) as own, own.sequence() as sequence:
+            sequence.extend(IDS)
+            _ = sequence.logits
+            sequence.save(to)
+        os._exit(0)
+    os.waitpid(child, 0)
+    return to.read_bytes()
+
+
+def context(model: mn.Model, kv_type: str) -> mn.Context:
+    """Return a context that those sequences can be restored into."""
+    return model.context(n_ctx=N_CTX, n_batch=16, n_seq=2, n_threads=1, kv_type=kv_type, prefix_cache=False)
+
+
+def bases() -> list[Base]:
+    """Return every base; equal ones on every machine, but for the saved sequences."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        models = {name: model.write(folder / f"{name}.gguf").read_bytes() for name, model in MODELS.items()}
+        blocks = TinyModel(**BLOCKS).write(folder / "blocks.gguf").read_bytes()
+        made = [Base(name, (data,)) for name, data in models.items()]
+        llama = MODELS["llama"]
+        keys: dict[str, Key] = {f"llama.{key}": value for key, value in llama.hyperparameters.items()}
+        for name, vocabulary_keys in vocabularies().items():
+            path = write_gguf(folder / f"{name}.gguf", "llama", keys | vocabulary_keys, llama.weights)
+            file = mutate.parse(path.read_bytes())
+            if charsmap_of := file.array(b"tokenizer.ggml.precompiled_charsmap"):
+                charsmap_of.kind = mutate.UINT8
+            made.append(Base(name, (mutate.write(file),)))
+        made += [Base(name, (quantized(blocks, name),)) for name in TENSOR_TYPES]
+        made += [Base(name, split(models[of], count)) for name, (of, count) in SPLIT.items()]
+        for name, (of, kv_type) in SAVED.items():
+            saved = save(folder / f"{of}.gguf", kv_type, folder / name)
+            made.append(Base(name, (models[of],), saved, kv_type))
+    assert len({base.name for base in made}) == len(made)
+    return made

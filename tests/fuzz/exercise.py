@@ -1,0 +1,173 @@
+"""What is done with every mutant: all that a program does with a model, with arguments that are right."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+import minerva_native as mn
+
+from . import bases
+
+Report = Callable[[str], object]  # called with the name of each step before it
+
+TEXTS = (
+    "",
+    "a",
+    "The llama sings. 🦙\n",
+    " \n\n \t\r\n  ",
+    "a\0b",
+    "AAA <s>x</s><|im_end|>[CLS]<0x0A>",
+    "ภาษาไทยไม่มีช่องว่าง नमस्ते e\u0301",
+    "1234567890 'tis they'll!!! http://a.b/c?d=e",
+    "and then the thing " * 100,
+)
+RESTORE_ERRORS = (mn.StateError, mn.ContextFullError)
+
+
+def ids(model: mn.Model, count: int) -> list[int]:
+    """Return token ids that do not depend on what the vocabulary says."""
+    return [(7 * index + 5) % model.tokenizer.n_vocab for index in range(count)]
+
+
+class Bystander:
+    """A healthy model beside the mutant, which must not notice it."""
+
+    def __init__(self, path: Path):
+        self.model = mn.Model.load(path, gpu_layers=0)
+        self.context = self.model.context(n_ctx=bases.N_CTX, n_threads=1)
+        self.sequence = self.context.sequence()
+        self.sequence.extend(bases.IDS)
+        self.expected = self.sequence.logits
+
+    def check(self) -> None:
+        """Raise an `AssertionError` unless the same model computes the same."""
+        self.sequence.rewind(2)
+        self.sequence.extend(bases.IDS[-2:])
+        here = self.sequence.logits
+        assert np.allclose(here, self.expected, rtol=1e-3, atol=1e-3), "another model computes something else now"
+        with self.model.context(n_ctx=bases.N_CTX, n_threads=2) as other, other.sequence() as sequence:
+            sequence.extend(bases.IDS[:1])
+            assert np.isfinite(sequence.logits).all(), "a new context computes no numbers"
+
+
+def use_model(path: Path, rng: random.Random, at: Report) -> None:
+    """Take a file through everything; raise what it raises."""
+    mmap = rng.random() < 0.7
+    at("load" if mmap else "load without mmap")
+    with mn.Model.load(path, gpu_layers=0, mmap=mmap) as model:
+        at("describe")
+        describe(model)
+        use_tokenizer(model.tokenizer, at)
+        if not model.tokenizer.n_vocab:
+            return
+        at("context")
+        with model.context(n_ctx=bases.N_CTX, n_batch=16, n_seq=3, n_threads=1) as context:
+            use_context(context, path.with_suffix(".saved"), at)
+        at("context of 2 threads")
+        with model.context(n_ctx=bases.N_CTX, n_threads=2) as context:
+            use_threads(context, at)
+        at("close")
+
+
+def describe(model: mn.Model) -> None:
+    dict(model.metadata)
+    repr(model)
+    _ = (model.description, model.file_type, model.n_params, model.size_bytes, model.n_ctx_train, model.n_embd)
+    file = mn.GGUF(model.path)
+    _ = file.tensors
+    file.close()
+
+
+def use_tokenizer(tokenizer: mn.Tokenizer, at: Report) -> None:
+    at("tokenize")
+    for text in TEXTS:
+        for add_special, parse_special in ((False, False), (True, True)):
+            try:
+                encoded = tokenizer.encode(text, add_special, parse_special)
+                tokenizer.decode(encoded, special=add_special)
+            except mn.TokenizerError:
+                pass  # a part of the text has no token, which is no reason to stop
+    at("detokenize")
+    if tokenizer.type == "none":
+        return
+    stream = tokenizer.stream(special=True)
+    for token in range(0, tokenizer.n_vocab, 1 + tokenizer.n_vocab // 400):
+        tokenizer.piece(token)
+        tokenizer.is_end(token)
+        stream.feed(token)
+    stream.flush()
+
+
+def use_context(context: mn.Context, saved: Path, at: Report) -> None:
+    prompt = ids(context.model, 20)
+    if context.model.has_encoder:
+        at("encode")
+        prompt[0] = context.encode(prompt[:12])
+    with context.sequence() as sequence:
+        at("prefill")
+        sequence.extend(prompt)
+        _ = sequence.logits
+        at("decode")
+        for token in prompt[:3]:
+            sequence.append(token)
+            _ = sequence.logits
+        at("fork")
+        with sequence.fork(10) as fork:
+            fork.extend(prompt[5:8])
+            _ = fork.logits
+        at("truncate")
+        sequence.truncate(12)
+        sequence.extend(prompt[:2])
+        _ = sequence.logits
+        at("save")
+        sequence.save(saved)
+        at("restore")
+        with context.restore(saved) as restored:
+            restored.append(prompt[3])
+            _ = restored.logits
+        at("generate")
+        for _ in mn.generate(sequence, mn.SamplingParams(temperature=0.8, seed=1), max_tokens=3):
+            pass
+
+
+def use_threads(context: mn.Context, at: Report) -> None:
+    """Compute with a team of threads, as little as possible: on a busy machine they wait for each other for long."""
+    prompt = ids(context.model, 3)
+    if context.model.has_encoder:
+        at("encode with 2 threads")
+        prompt[0] = context.encode(prompt)
+    with context.sequence() as sequence:
+        at("prefill with 2 threads")
+        sequence.extend(prompt[:2])
+        at("decode with 2 threads")
+        sequence.append(prompt[2])
+        _ = sequence.logits
+
+
+def use_saved(base: bases.Base, model_path: Path, saved: Path, at: Report) -> str:
+    """Restore a mutant of a saved sequence beside another sequence; return what came of it."""
+    at("load")
+    with (
+        mn.Model.load(model_path, gpu_layers=0) as model,
+        bases.context(model, base.kv_type) as context,
+        context.sequence() as other,
+    ):
+        other.extend(bases.IDS[:9])
+        expected = other.logits
+        outcome = "restores"
+        at("restore")
+        try:
+            with context.restore(saved) as sequence:
+                at("continue")
+                sequence.append(bases.IDS[0])
+                _ = sequence.logits
+        except RESTORE_ERRORS as error:
+            outcome = type(error).__name__
+        at("other sequence")
+        other.rewind(1)
+        other.append(bases.IDS[8])
+        assert np.allclose(other.logits, expected, rtol=1e-3, atol=1e-3), "another sequence's logits have changed"
+        at("close")
+    return outcome
