@@ -104,7 +104,16 @@ def vocabularies() -> dict[str, dict[str, Key]]:
         "spm": vocabulary("llama", [*first, *in_bytes, "▁", "▁t", "▁th", *LETTERS[:24]], as_first | as_bytes),
         "wpm": vocabulary(
             "bert",
-            [*bert, *(f"▁{letter}" for letter in LETTERS), *LETTERS, "▁the", "ing", "▁.", "▁,", *(f"▁{n}" for n in range(10))],
+            [
+                *bert,
+                *(f"▁{letter}" for letter in LETTERS),
+                *LETTERS,
+                "▁the",
+                "ing",
+                "▁.",
+                "▁,",
+                *(f"▁{n}" for n in range(10)),
+            ],
             dict.fromkeys(bert, TokenType.CONTROL),
             cls_token_id=2,
             bos_token_id=2,
@@ -123,7 +132,9 @@ def vocabularies() -> dict[str, dict[str, Key]]:
         ),
         "rwkv": vocabulary("rwkv", ["<s>", *(f"\\x{byte:02x}" for byte in range(256)), "the", " the", "ing"], {}),
         "plamo2": vocabulary(
-            "plamo2", [*plamo, *in_bytes, *LETTERS[:24], "th", "the"], dict.fromkeys(plamo, TokenType.CONTROL) | as_bytes
+            "plamo2",
+            [*plamo, *in_bytes, *LETTERS[:24], "th", "the"],
+            dict.fromkeys(plamo, TokenType.CONTROL) | as_bytes,
         ),
     }
 

@@ -189,7 +189,9 @@ def write(file: File) -> bytes:
     n_entries = len(file.entries) if file.n_entries is None else file.n_entries
     n_tensors = len(file.tensors) if file.n_tensors is None else file.n_tensors
     parts = [file.magic, pack(UINT32, file.version), pack(UINT64, n_tensors), pack(UINT64, n_entries)]
-    parts += [string(entry.name) + pack(UINT32, entry.kind) + written(entry.kind, entry.value) for entry in file.entries]
+    parts += [
+        string(entry.name) + pack(UINT32, entry.kind) + written(entry.kind, entry.value) for entry in file.entries
+    ]
     at, bodies = 0, []
     for tensor in file.tensors:
         offset = at if tensor.offset is None else tensor.offset
@@ -270,7 +272,9 @@ def boundary(rng: random.Random, kind: int, value: Value | None = None) -> int |
     if kind == BOOL:
         return rng.choice((0, 1, 1, 2, 255))
     if isinstance(value, int) and rng.random() < 0.5:
-        return rng.choice((value - 1, value + 1, value * 2, value // 2, value * 3, -value, value + 8, rng.randrange(64)))
+        return rng.choice(
+            (value - 1, value + 1, value * 2, value // 2, value * 3, -value, value + 8, rng.randrange(64))
+        )
     return rng.choice(INTEGERS)
 
 
@@ -374,7 +378,9 @@ def add_key(rng: random.Random, file: File) -> str:
         kind = STRING
     elif template.endswith((".causal", ".norm", "add_bos_token", "add_eos_token", "_norm", "finetuned")):
         kind = BOOL
-    elif any(word in template for word in ("epsilon", "freq", "factor", "scale", "bias", "clamp", "softcapping", "rope.s")):
+    elif any(
+        word in template for word in ("epsilon", "freq", "factor", "scale", "bias", "clamp", "softcapping", "rope.s")
+    ):
         kind = FLOAT32
     value: Value
     if kind == ARRAY:
@@ -442,7 +448,9 @@ def unique_tokens(rng: random.Random, file: File) -> str:
 def resize_vocabulary(rng: random.Random, file: File) -> str:
     tokens = tokens_of(file)
     size = rng.choice((0, 1, 2, len(tokens.items) - 1, len(tokens.items) + 1, len(tokens.items) * 2, 20_000))
-    names = ("tokens", "token_type", "scores") if rng.random() < 0.7 else (rng.choice(("tokens", "token_type", "scores")),)
+    names = (
+        ("tokens", "token_type", "scores") if rng.random() < 0.7 else (rng.choice(("tokens", "token_type", "scores")),)
+    )
     for name in names:
         array = file.array(f"tokenizer.ggml.{name}".encode())
         if array is not None and array.items:
@@ -475,7 +483,20 @@ def change_merges(rng: random.Random, file: File) -> str:
     merges = file.array(b"tokenizer.ggml.merges")
     if merges is None or not merges.items:
         raise Inapplicable("merges")
-    others = (b"", b" ", b"  ", b"nospace", b" a", b"a ", b"a b c", b"zz qq", b"\0 \0", b"\xff \xfe", b"t h", b"x " * 999)
+    others = (
+        b"",
+        b" ",
+        b"  ",
+        b"nospace",
+        b" a",
+        b"a ",
+        b"a b c",
+        b"zz qq",
+        b"\0 \0",
+        b"\xff \xfe",
+        b"t h",
+        b"x " * 999,
+    )
     for _ in range(rng.choice((1, 4, 30))):
         merges.items[rng.randrange(len(merges.items))] = rng.choice(others)
     return f"merges become {clip(merges.items)}"
@@ -493,7 +514,9 @@ def change_special_token(rng: random.Random, file: File) -> str:
 
 
 def change_token_flag(rng: random.Random, file: File) -> str:
-    flag = rng.choice(("add_bos_token", "add_eos_token", "add_sep_token", "add_space_prefix", "remove_extra_whitespaces"))
+    flag = rng.choice(
+        ("add_bos_token", "add_eos_token", "add_sep_token", "add_space_prefix", "remove_extra_whitespaces")
+    )
     name, value = f"tokenizer.ggml.{flag}".encode(), rng.choice((0, 1))
     file.entries = [entry for entry in file.entries if entry.name != name]
     file.entries.append(Entry(name, BOOL, value))
@@ -567,7 +590,9 @@ def change_shape(rng: random.Random, file: File) -> str:
     if kind == 0:
         tensor.dims[at] = rng.choice(INTEGERS)
     elif kind == 1:
-        tensor.dims[at] = rng.choice((tensor.dims[at] * 2, tensor.dims[at] // 2, tensor.dims[at] + 1, tensor.dims[at] - 1))
+        tensor.dims[at] = rng.choice(
+            (tensor.dims[at] * 2, tensor.dims[at] // 2, tensor.dims[at] + 1, tensor.dims[at] - 1)
+        )
     elif kind == 2:
         tensor.dims.reverse()
     elif kind == 3:
@@ -590,7 +615,15 @@ def change_offset(rng: random.Random, file: File) -> str:
 def rename_tensor(rng: random.Random, file: File) -> str:
     tensor = any_tensor(rng, file)
     before = tensor.name
-    others = (rng.choice(TENSOR_NAMES), any_tensor(rng, file).name, b"", b"a" * 63, b"a" * 64, b"a" * 500, before + b"\0x")
+    others = (
+        rng.choice(TENSOR_NAMES),
+        any_tensor(rng, file).name,
+        b"",
+        b"a" * 63,
+        b"a" * 64,
+        b"a" * 500,
+        before + b"\0x",
+    )
     tensor.name = rng.choice((*others, before.replace(b"blk.0", b"blk.7"), before.replace(b"weight", b"scale")))
     return f"{before!r} is named {clip(tensor.name)}"
 
@@ -615,7 +648,14 @@ def swap_tensors(rng: random.Random, file: File) -> str:
 
 
 def change_data(rng: random.Random, file: File) -> str:
-    words = {"NaN": 0x7FC00000, "inf": 0x7F800000, "zero": 0, "huge": 0x7F7FFFFF, "ones": 0xFFFFFFFF, "minus": 0xBF800000}
+    words = {
+        "NaN": 0x7FC00000,
+        "inf": 0x7F800000,
+        "zero": 0,
+        "huge": 0x7F7FFFFF,
+        "ones": 0xFFFFFFFF,
+        "minus": 0xBF800000,
+    }
     name = rng.choice(list(words))
     data = words[name].to_bytes(4, "little")
     tensors = file.tensors if rng.random() < 0.2 else [any_tensor(rng, file)]
@@ -637,7 +677,9 @@ def change_header(rng: random.Random, file: File) -> str:
         file.version = rng.choice((0, 1, 2, 4, 255, 0x03000000, 2**32 - 1))
         return f"version {file.version}"
     if kind == 1:
-        file.n_entries = rng.choice((0, 1, len(file.entries) - 1, len(file.entries) + 1, 2**31, 2**32, 2**60, 2**64 - 1))
+        file.n_entries = rng.choice(
+            (0, 1, len(file.entries) - 1, len(file.entries) + 1, 2**31, 2**32, 2**60, 2**64 - 1)
+        )
         return f"{file.n_entries} keys"
     if kind == 2:
         count = len(file.tensors)
@@ -708,7 +750,9 @@ def mutate(rng: random.Random, file: File) -> list[str]:
     done: list[str] = []
     wanted = rng.choice((1, 1, 1, 1, 1, 2, 2, 3))
     while len(done) < wanted:
-        group = rng.choices((KEY_MUTATIONS, VOCABULARY_MUTATIONS, TENSOR_MUTATIONS, OTHER_MUTATIONS), (45, 22, 25, 8))[0]
+        group = rng.choices((KEY_MUTATIONS, VOCABULARY_MUTATIONS, TENSOR_MUTATIONS, OTHER_MUTATIONS), (45, 22, 25, 8))[
+            0
+        ]
         mutation = rng.choice(group)
         try:
             done.append(f"{mutation.__name__}: {mutation(rng, file)}")

@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -64,8 +65,12 @@ class Mutant:
         return f"{self.base.name}:{self.seed}:{self.index}"
 
     @property
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.lines.splitlines()]
+
+    def told(self, name: str) -> Any:
+        """Return the last value of that name that the process has told, if any."""
+        return next((message[name] for message in reversed(self.messages) if name in message), None)
 
     def start(self, seconds: int, bystander: Path) -> None:
         """Fork the process that makes the mutant and uses it."""
@@ -129,7 +134,8 @@ def live(mutant: Mutant, writer: int, bystander_path: Path) -> None:
     at("mutate")
     rng = random.Random(mutant.name)
     path, done = mutant.write(rng)
-    tell(mutations=done)
+    mmap = rng.random() < 0.7
+    tell(mutations=done, mmap=mmap)
     try:
         if mutant.base.saved is not None:
             outcome = exercise.use_saved(mutant.base, mutant.folder / "model.gguf", path, at)
@@ -137,7 +143,7 @@ def live(mutant: Mutant, writer: int, bystander_path: Path) -> None:
             at("bystander")
             bystander = exercise.Bystander(bystander_path)
             try:
-                exercise.use_model(path, rng, at)
+                exercise.use_model(path, mmap, at)
                 outcome = "generates"
             except mn.MinervaError as error:
                 outcome = type(error).__name__
@@ -151,36 +157,33 @@ def live(mutant: Mutant, writer: int, bystander_path: Path) -> None:
     tell(outcome=outcome)
 
 
-ASSERTION = re.compile(r"[^\s:]*?([\w.-]+/[\w.-]+):(\d+): (.*)")
-LAST_WORDS = re.compile(r"terminate called.*|.*what\(\):.*|.*(?:free|malloc|realloc|corrupted|stack smashing|libgomp).*")
-FRAME = re.compile(r'File ".*/(minerva_native/\S+|fuzz/\S+)", line (\d+) in (\S+)')
+ASSERTION = re.compile(r"([\w.-]+/[\w.-]+\.(?:c|cpp|h|hpp):\d+): (GGML_ASSERT\(.*\)|[^:]*)")
+LAST_WORDS = re.compile(r"terminate called .*|what\(\):.*|.*(?:free|alloc\w*|corrupt\w*|smashing|unsorted|libgomp).*")
+FRAME = re.compile(r'File ".*/(minerva_native/\S+|fuzz/\S+)", line \d+ in (\S+)')
 
 
-def cause(stderr: str) -> str:
-    """Return what killed a process, by what it wrote last: an assertion, or else the innermost line of Python."""
-    for line in reversed(stderr.splitlines()):
-        if match := re.search(r"([\w.-]+/[\w.-]+\.(?:c|cpp|h|hpp)):(\d+): (.*)", line):
-            return f"{match[1]}:{match[2]}: {match[3][:100]}"
+def cause(stderr: str, step: str) -> str:
+    """Return what ended a process, by its last words: an assertion, or else the step and the innermost line of Python."""
+    if found := ASSERTION.findall(stderr):
+        return f"{found[-1][0]}: {found[-1][1]}"
     words = [line.strip() for line in stderr.splitlines() if LAST_WORDS.fullmatch(line.strip())]
     frame = FRAME.search(stderr)
-    return "; ".join([*words[-2:], *([f"{frame[1]}:{frame[3]}"] if frame else [])]) or "without a word"
+    return "; ".join([step, *words[-2:], *([f"{frame[1]}:{frame[2]}"] if frame else [])])
 
 
 def outcome_of(mutant: Mutant, status: int, resident_bytes: int) -> str:
     """Return what became of a mutant whose process has ended."""
-    messages = mutant.messages
-    step = next((message["step"] for message in reversed(messages) if "step" in message), "start")
+    step = mutant.told("step") or "start"
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     if mutant.stuck or number == signal.SIGXCPU:
         return f"hang: {step}"
     if resident_bytes > MAX_RESIDENT_BYTES:
         return f"memory: {step}"
-    outcome = messages[-1].get("outcome") if messages else None
+    outcome: str | None = mutant.told("outcome")
     if outcome is not None:
         return outcome
-    stderr = (mutant.folder / "stderr").read_text(errors="replace")
     how = signal.Signals(number).name if number else f"exit {os.waitstatus_to_exitcode(status)}"
-    return f"death: {how} at {step}: {cause(stderr)}"
+    return f"death: {how}: {cause((mutant.folder / 'stderr').read_text(errors='replace'), step)}"
 
 
 @dataclass
@@ -200,9 +203,10 @@ class Results:
         finding = {
             "mutant": mutant.name,
             "outcome": outcome,
-            "mutations": next((message["mutations"] for message in mutant.messages if "mutations" in message), None),
-            "steps": [message["step"] for message in mutant.messages if "step" in message],
-            "message": next((message["message"] for message in mutant.messages if "message" in message), None),
+            "mutations": mutant.told("mutations"),
+            "mmap": mutant.told("mmap"),
+            "step": mutant.told("step"),
+            "message": mutant.told("message"),
             "reproduce": f"PYTHONPATH=tests python -m fuzz.run --one {mutant.name} --out DIR",
         }
         print(json.dumps(finding), flush=True)
@@ -211,7 +215,9 @@ class Results:
 
     def keep(self, mutant: Mutant, finding: dict[str, object]) -> None:
         """Copy the files of a mutant and what is known of it to the folder for findings."""
-        files = [path for path in mutant.folder.iterdir() if path.suffix in (".gguf", ".saved") and path.stem != "model"]
+        files = [
+            path for path in mutant.folder.iterdir() if path.suffix in (".gguf", ".saved") and path.stem != "model"
+        ]
         size = sum(path.stat().st_size for path in files)
         if self.out is None or self.saved_bytes + size > MAX_SAVED_BYTES:
             return
