@@ -3,7 +3,7 @@
 import os
 import struct
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,21 +33,14 @@ class Base:
     kv_type: str = "f16"
 
 
-SMALL = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_head_kv": 1, "n_ff": 96, "n_ctx_train": 128}
-BLOCKS = {"n_layer": 1, "n_embd": 256, "n_head": 4, "n_head_kv": 2, "n_ff": 256, "n_ctx_train": 128}  # rows of 256
+SMALL = TinyModel(n_layer=2, n_embd=64, n_head=2, n_head_kv=1, n_ff=96, n_ctx_train=128)
+BLOCKS = TinyModel(n_layer=1, n_embd=256, n_ff=256, n_ctx_train=128)  # rows for blocks of 256
 
+ARCHITECTURES = ("llama", "qwen3moe", "mamba", "jamba", "gpt2", "smollm3", "lfm2", "rwkv7", "t5")
 MODELS = {
-    "llama": TinyModel(**SMALL),
-    "llama-tied": TinyModel(**SMALL, tied=True),
-    "gemma2": TinyModel("gemma2", **SMALL, tied=True),
-    "qwen3moe": TinyModel("qwen3moe", **SMALL),
-    "mamba": TinyModel("mamba", **SMALL),
-    "jamba": TinyModel("jamba", **SMALL),
-    "gpt2": TinyModel("gpt2", **SMALL),
-    "smollm3": TinyModel("smollm3", **SMALL),
-    "lfm2": TinyModel("lfm2", **SMALL),
-    "rwkv7": TinyModel("rwkv7", **SMALL),
-    "t5": TinyModel("t5", **SMALL),
+    **{name: replace(SMALL, architecture=name) for name in ARCHITECTURES},
+    "gemma2": replace(SMALL, architecture="gemma2", tied=True),
+    "llama-tied": replace(SMALL, tied=True),
 }
 TENSOR_TYPES = ("f16", "bf16", "q8_0", "q4_0", "q5_1", "q2_K", "q4_K", "q6_K", "iq4_nl", "iq4_xs", "tq2_0", "mxfp4")
 SAVED = {
@@ -154,7 +147,7 @@ def quantize(data: bytes, kind: int, width: int) -> bytes:
     elements, size = mutate.TYPE_SIZES[kind]
     output = np.zeros(len(weights) // elements * size, np.uint8)
     source = ffi.from_buffer("float[]", weights)
-    target = ffi.from_buffer(output, require_writable=True)
+    target = ffi.from_buffer("char[]", output, require_writable=True)
     lib.ggml_quantize_chunk(kind, source, target, 0, len(weights) // width, width, ffi.NULL)
     return output.tobytes()
 
@@ -197,7 +190,7 @@ def bases() -> list[Base]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         models = {name: model.write(folder / f"{name}.gguf").read_bytes() for name, model in MODELS.items()}
-        blocks = TinyModel(**BLOCKS).write(folder / "blocks.gguf").read_bytes()
+        blocks = BLOCKS.write(folder / "blocks.gguf").read_bytes()
         made = [Base(name, (data,)) for name, data in models.items()]
         llama = MODELS["llama"]
         keys: dict[str, Key] = {f"llama.{key}": value for key, value in llama.hyperparameters.items()}

@@ -210,23 +210,27 @@ def write(file: File) -> bytes:
 
 # What mutations choose from
 
-INTEGERS = (0, 1, 2, 3, -1, -2, 7, 31, 33, 127, 255, 256, 257, 512, 513, 65535, 65536, 2**24, 2**31 - 1, 2**31)
-INTEGERS += (2**32 - 1, 2**32 - 2, 2**32, 2**53, 2**63 - 1, 2**63, 2**64 - 1)
+INTEGERS = (
+    *(0, 1, 2, 3, -1, -2, 7, 31, 33, 127, 255, 256, 257, 512, 513, 65535, 65536, 2**24),
+    *(2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1, 2**32, 2**53, 2**63 - 1, 2**63, 2**64 - 1),
+)
 FLOATS = (0.0, -0.0, 1.0, -1.0, 1e-30, 1e30, -1e30, 1e-45, 3.4e38, math.nan, math.inf, -math.inf)
-STRINGS = (b"", b"\0", b"a\0b", b" ", b"\n", b"a" * 300, b"a" * 1001, b"a" * 100_000, b"\xff\xfe", b"\xe2\x96", b"%s%n")
-STRINGS += ("▁".encode(), b"\x1b[2J", b"none", b"default", b"<0x0A>", b"[EMPTY_5]", b"\xf0\x9f\xa6\x99", b"{{ x }}")
-
+STRINGS = (
+    *(b"", b"\0", b"a\0b", b" ", b"\n", b"a" * 300, b"a" * 1001, b"a" * 100_000, b"\xff\xfe", b"\xe2\x96"),
+    *("▁".encode(), "🦙".encode(), b"\x1b[2J", b"none", b"default", b"<0x0A>", b"[EMPTY_5]", b"%s%n", b"{{ x }}"),
+)
 ROPE_SCALING = (b"none", b"linear", b"yarn", b"longrope", b"dynamic")
-VOCABULARIES = (b"llama", b"gpt2", b"bert", b"t5", b"rwkv", b"plamo2", b"none", b"no_vocab", b"test", b"gemma4")
-VOCABULARIES += (b"hybriddna", b"whitespace")
-PRE_TOKENIZERS = b"""default llama3 llama-bpe falcon3 falcon deepseek-llm deepseek-coder deepseek-v3 mpt starcoder gpt-2
-    jina-v2-es jina-v1-en jina-v2-code roberta-bpe whitespace refact command-r qwen2 qwen35 stablelm2 olmo dbrx smaug-bpe
-    poro-chat chatglm-bpe glm4 viking jais tekken smollm codeshell bloom gpt3-finnish exaone exaone4 exaone-moe chameleon
-    minerva-7b megrez gpt-4o superbpe trillion bailingmoe seed-coder hunyuan hunyuan-dense kimi-k2 grok-2 afmoe youtu
-    gemma4 modern-bert jais-2 tiny_aya cohere2moe joyai-llm minimax-m2 solar-open nonsense""".split()
+VOCABULARIES = tuple(b"llama gpt2 bert t5 rwkv plamo2 none no_vocab test gemma4 hybriddna whitespace".split())
+PRE_TOKENIZERS = tuple(
+    b"""default llama3 llama-bpe falcon3 falcon deepseek-llm deepseek-coder deepseek-v3 mpt starcoder gpt-2 jina-v2-es
+    jina-v1-en jina-v2-code roberta-bpe whitespace refact command-r qwen2 qwen35 stablelm2 olmo dbrx smaug-bpe
+    poro-chat chatglm-bpe glm4 viking jais tekken smollm codeshell bloom gpt3-finnish exaone exaone4 exaone-moe
+    chameleon minerva-7b megrez gpt-4o superbpe trillion bailingmoe seed-coder hunyuan hunyuan-dense kimi-k2 grok-2
+    afmoe youtu gemma4 modern-bert jais-2 tiny_aya cohere2moe joyai-llm minimax-m2 solar-open nonsense""".split()
+)
 CHOICES = {
     b"tokenizer.ggml.model": VOCABULARIES,
-    b"tokenizer.ggml.pre": tuple(PRE_TOKENIZERS),
+    b"tokenizer.ggml.pre": PRE_TOKENIZERS,
     b"general.type": (b"adapter", b"mmproj", b"imatrix", b"model", b"vocab"),
 }
 ARCHITECTURES = tuple(sorted(name.encode() for name in gguf.MODEL_ARCH_NAMES.values()))

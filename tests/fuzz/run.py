@@ -163,7 +163,7 @@ FRAME = re.compile(r'File ".*/(minerva_native/\S+|fuzz/\S+)", line \d+ in (\S+)'
 
 
 def cause(stderr: str, step: str) -> str:
-    """Return what ended a process, by its last words: an assertion, or else the step and the innermost line of Python."""
+    """Return what ended a process, by its last words: an assertion, or else the step and the innermost Python frame."""
     if found := ASSERTION.findall(stderr):
         return f"{found[-1][0]}: {found[-1][1]}"
     words = [line.strip() for line in stderr.splitlines() if LAST_WORDS.fullmatch(line.strip())]
