@@ -41,8 +41,8 @@ STUCK_FACTOR = 8  # a process that waits for ever uses no CPU: it is stopped aft
 MAX_SAVED = 5  # files of one kind
 MAX_SAVED_BYTES = 500_000_000
 
-GOOD = {"generates", "restores", *(kind.__name__ for kind in vars(mn).values() if isinstance(kind, type)
-                                   and issubclass(kind, mn.MinervaError))}  # fmt: skip
+USEFUL = {"generates", "restores"}
+ERRORS = {kind.__name__ for kind in vars(mn).values() if isinstance(kind, type) and issubclass(kind, mn.MinervaError)}
 
 
 @dataclass
@@ -159,6 +159,7 @@ def live(mutant: Mutant, writer: int, bystander_path: Path) -> None:
 
 ASSERTION = re.compile(r"([\w.-]+/[\w.-]+\.(?:c|cpp|h|hpp):\d+): (GGML_ASSERT\(.*\)|[^:]*)")
 LAST_WORDS = re.compile(r"terminate called .*|what\(\):.*|.*(?:free|alloc\w*|corrupt\w*|smashing|unsorted|libgomp).*")
+KIND = re.compile(r"(?:part \d+: )?(\w+).*", re.DOTALL)
 FRAME = re.compile(r'File ".*/(minerva_native/\S+|fuzz/\S+)", line \d+ in (\S+)')
 
 
@@ -183,7 +184,11 @@ def outcome_of(mutant: Mutant, status: int, resident_bytes: int) -> str:
     if outcome is not None:
         return outcome
     how = signal.Signals(number).name if number else f"exit {os.waitstatus_to_exitcode(status)}"
-    return f"death: {how}: {cause((mutant.folder / 'stderr').read_text(errors='replace'), step)}"
+    why = cause((mutant.folder / "stderr").read_text(errors="replace"), step)
+    if number == signal.SIGABRT:
+        return f"death: {how}: {why}"
+    kinds = sorted({KIND.sub(r"\1", line) for line in mutant.told("mutations") or ()})
+    return f"death: {how}: {why} ({', '.join(kinds)})"  # there are no last words to tell one from another
 
 
 @dataclass
@@ -197,7 +202,7 @@ class Results:
 
     def add(self, mutant: Mutant, outcome: str) -> None:
         self.outcomes[outcome] += 1
-        if outcome in GOOD:
+        if outcome in USEFUL or (outcome in ERRORS and mutant.index >= 0):
             return
         self.n_findings += 1
         finding = {
@@ -231,7 +236,7 @@ class Results:
 
     def summary(self) -> str:
         """Return the outcomes as a table in Markdown."""
-        rows = [f"| {count} | {'' if outcome in GOOD else 'finding'} | {outcome.replace('|', '/')} |"
+        rows = [f"| {count} | {'' if outcome in USEFUL | ERRORS else 'finding'} | {outcome.replace('|', '/')} |"
                 for outcome, count in self.outcomes.most_common()]  # fmt: skip
         total = f"{self.outcomes.total()} mutants, {self.n_findings} findings"
         return "\n".join([total, "", "| count | | outcome |", "| ---: | --- | --- |", *rows, ""])
@@ -309,6 +314,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     options = arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ["GGML_NO_BACKTRACE"] = "1"  # by a debugger, which takes a second
     every = bases.bases()
     if options.out is not None:
@@ -339,7 +345,7 @@ def main() -> int:
                 interrupted = True
     table = Table("count", "outcome", title=f"{results.outcomes.total()} mutants, {results.n_findings} findings")
     for outcome, number in results.outcomes.most_common():
-        table.add_row(str(number), outcome, style=None if outcome in GOOD else "bold")
+        table.add_row(str(number), outcome, style=None if outcome in USEFUL | ERRORS else "bold")
     Console(stderr=True).print(table)
     return 130 if interrupted else int(results.n_findings > 0)
 
