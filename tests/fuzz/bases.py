@@ -181,29 +181,40 @@ def save(path: Path, kv_type: str, to: Path) -> bytes:
 
 
 def context(model: mn.Model, kv_type: str) -> mn.Context:
-    """Return a context that those sequences can be restored into."""
-    return model.context(n_ctx=N_CTX, n_batch=16, n_seq=2, n_threads=1, kv_type=kv_type, prefix_cache=False)
+    """Return a context that those sequences can be restored into.
+
+    Without flash attention, which never looks at the cells of other sequences, so that nothing bad in them could show.
+    """
+    flash = "off" if kv_type == "f16" else "auto"
+    return model.context(n_ctx=N_CTX, n_seq=2, n_threads=1, kv_type=kv_type, flash_attention=flash, prefix_cache=False)
+
+
+def models(folder: Path) -> list[Base]:
+    """Return every model, made in a folder; they are the same on every machine."""
+    made = {name: model.write(folder / f"{name}.gguf").read_bytes() for name, model in MODELS.items()}
+    blocks = BLOCKS.write(folder / "blocks.gguf").read_bytes()
+    llama = MODELS["llama"]
+    keys: dict[str, Key] = {f"llama.{key}": value for key, value in llama.hyperparameters.items()}
+    vocabularies_of_llama = {}
+    for name, vocabulary_keys in vocabularies().items():
+        path = write_gguf(folder / f"{name}.gguf", "llama", keys | vocabulary_keys, llama.weights)
+        file = mutate.parse(path.read_bytes())
+        if charsmap_of := file.array(b"tokenizer.ggml.precompiled_charsmap"):
+            charsmap_of.kind = mutate.UINT8
+        vocabularies_of_llama[name] = mutate.write(file)
+    types = {name: quantized(blocks, name) for name in TENSOR_TYPES}
+    return [
+        *(Base(name, (data,)) for name, data in (made | vocabularies_of_llama | types).items()),
+        *(Base(name, split(made[of], count)) for name, (of, count) in SPLIT.items()),
+    ]
 
 
 def bases() -> list[Base]:
-    """Return every base; equal ones on every machine, but for the saved sequences."""
+    """Return every base, the saved sequences included."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        models = {name: model.write(folder / f"{name}.gguf").read_bytes() for name, model in MODELS.items()}
-        blocks = BLOCKS.write(folder / "blocks.gguf").read_bytes()
-        made = [Base(name, (data,)) for name, data in models.items()]
-        llama = MODELS["llama"]
-        keys: dict[str, Key] = {f"llama.{key}": value for key, value in llama.hyperparameters.items()}
-        for name, vocabulary_keys in vocabularies().items():
-            path = write_gguf(folder / f"{name}.gguf", "llama", keys | vocabulary_keys, llama.weights)
-            file = mutate.parse(path.read_bytes())
-            if charsmap_of := file.array(b"tokenizer.ggml.precompiled_charsmap"):
-                charsmap_of.kind = mutate.UINT8
-            made.append(Base(name, (mutate.write(file),)))
-        made += [Base(name, (quantized(blocks, name),)) for name in TENSOR_TYPES]
-        made += [Base(name, split(models[of], count)) for name, (of, count) in SPLIT.items()]
+        made = {base.name: base for base in models(folder)}
         for name, (of, kv_type) in SAVED.items():
             saved = save(folder / f"{of}.gguf", kv_type, folder / name)
-            made.append(Base(name, (models[of],), saved, kv_type))
-    assert len({base.name for base in made}) == len(made)
-    return made
+            made[name] = Base(name, made[of].parts, saved, kv_type)
+    return list(made.values())

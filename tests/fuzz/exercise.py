@@ -154,18 +154,23 @@ def use_saved(base: bases.Base, model_path: Path, saved: Path, at: Report) -> st
     ):
         other.extend(bases.IDS[:9])
         expected = other.logits
-        outcome = "restores"
+
+        def check(when: str) -> None:
+            at(f"another sequence {when}")
+            other.rewind(1)
+            other.append(bases.IDS[8])
+            assert np.allclose(other.logits, expected, rtol=1e-3, atol=1e-3), f"another sequence's logits differ {when}"
+
         at("restore")
         try:
             with context.restore(saved) as sequence:
+                check("beside what is restored")
                 at("continue")
                 sequence.append(bases.IDS[0])
                 _ = sequence.logits
+                outcome = "restores"
         except RESTORE_ERRORS as error:
             outcome = type(error).__name__
-        at("other sequence")
-        other.rewind(1)
-        other.append(bases.IDS[8])
-        assert np.allclose(other.logits, expected, rtol=1e-3, atol=1e-3), "another sequence's logits have changed"
+        check("afterwards")
         at("close")
     return outcome

@@ -8,6 +8,7 @@ finding, progress and a table of outcomes on stderr. The exit status is 1 if the
 import argparse
 import faulthandler
 import json
+import math
 import os
 import random
 import re
@@ -129,7 +130,7 @@ def live(mutant: Mutant, writer: int, bystander_path: Path) -> None:
         os.write(writer, json.dumps(message).encode() + b"\n")
 
     def at(step: str) -> None:
-        tell(step=step)
+        tell(step=step, resident_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
     at("mutate")
     rng = random.Random(mutant.name)
@@ -157,7 +158,7 @@ def live(mutant: Mutant, writer: int, bystander_path: Path) -> None:
     tell(outcome=outcome)
 
 
-ASSERTION = re.compile(r"([\w.-]+/[\w.-]+\.(?:c|cpp|h|hpp):\d+): (GGML_ASSERT\(.*\)|[^:]*)")
+ASSERTION = re.compile(r"([\w.-]+/[\w.-]+\.(?:c|cpp|h|hpp):\d+): (GGML_ASSERT\(.*\)|[^:\n]*)")
 LAST_WORDS = re.compile(r"terminate called .*|what\(\):.*|.*(?:free|alloc\w*|corrupt\w*|smashing|unsorted|libgomp).*")
 KIND = re.compile(r"(?:part \d+: )?(\w+).*", re.DOTALL)
 FRAME = re.compile(r'File ".*/(minerva_native/\S+|fuzz/\S+)", line \d+ in (\S+)')
@@ -179,7 +180,10 @@ def outcome_of(mutant: Mutant, status: int, resident_bytes: int) -> str:
     if mutant.stuck or number == signal.SIGXCPU:
         return f"hang: {step}"
     if resident_bytes > MAX_RESIDENT_BYTES:
-        return f"memory: {step}"
+        within = [
+            each["step"] for each in mutant.messages if each.get("resident_bytes", math.inf) <= MAX_RESIDENT_BYTES
+        ]
+        return f"memory: {within[-1]}"
     outcome: str | None = mutant.told("outcome")
     if outcome is not None:
         return outcome
@@ -314,7 +318,8 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     options = arguments()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stop in (signal.SIGINT, signal.SIGTERM):  # a shell starts background jobs with Ctrl-C ignored
+        signal.signal(stop, signal.default_int_handler)
     os.environ["GGML_NO_BACKTRACE"] = "1"  # by a debugger, which takes a second
     every = bases.bases()
     if options.out is not None:
