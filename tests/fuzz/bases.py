@@ -45,6 +45,7 @@ MODELS = {
 TENSOR_TYPES = ("f16", "bf16", "q8_0", "q4_0", "q5_1", "q2_K", "q4_K", "q6_K", "iq4_nl", "iq4_xs", "tq2_0", "mxfp4")
 SAVED = {
     "saved-llama": ("llama", "f16"),
+    "saved-f32": ("llama", "f32"),
     "saved-q8_0": ("llama", "q8_0"),
     "saved-gemma2": ("gemma2", "f16"),
     "saved-mamba": ("mamba", "f16"),
@@ -185,7 +186,7 @@ def context(model: mn.Model, kv_type: str) -> mn.Context:
 
     Without flash attention, which never looks at the cells of other sequences, so that nothing bad in them could show.
     """
-    flash = "off" if kv_type == "f16" else "auto"
+    flash = kv_type.startswith("q")
     return model.context(n_ctx=N_CTX, n_seq=2, n_threads=1, kv_type=kv_type, flash_attention=flash, prefix_cache=False)
 
 

@@ -151,6 +151,8 @@ def live(mutant: Mutant, writer: int, bystander_path: Path) -> None:
                 tell(message=str(error))
             at("bystander afterwards")
             bystander.check()
+    except AssertionError as error:
+        outcome = f"wrong: {error}"
     except BaseException as error:
         traceback.print_exc()
         frame = traceback.extract_tb(error.__traceback__)[-1]
