@@ -3,6 +3,7 @@
 import os
 import struct
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +12,18 @@ from gguf import GGMLQuantizationType, TokenType
 
 import minerva_native as mn
 from minerva_native._binding import ffi, lib
-from tiny_models import TOKENS, Key, TinyModel, write_gguf
+from tiny_models import (
+    TOKENS,
+    VOCABULARY,
+    Key,
+    Tensor,
+    TinyModel,
+    common_hyperparameters,
+    decoder,
+    draw,
+    feed_forward,
+    write_gguf,
+)
 
 from . import mutate
 
@@ -36,11 +48,12 @@ class Base:
 SMALL = TinyModel(n_layer=2, n_embd=64, n_head=2, n_head_kv=1, n_ff=96, n_ctx_train=128)
 BLOCKS = TinyModel(n_layer=1, n_embd=256, n_ff=256, n_ctx_train=128)  # rows for blocks of 256
 
-ARCHITECTURES = ("llama", "qwen3moe", "mamba", "jamba", "gpt2", "smollm3", "lfm2", "rwkv7", "t5")
+ARCHITECTURES = ("llama", "qwen3moe", "mamba", "jamba", "gpt2", "smollm3", "lfm2", "t5")
 MODELS = {
     **{name: replace(SMALL, architecture=name) for name in ARCHITECTURES},
     "gemma2": replace(SMALL, architecture="gemma2", tied=True),
     "llama-tied": replace(SMALL, tied=True),
+    "rwkv7": replace(SMALL, architecture="rwkv7", n_embd=128),  # heads of 64
 }
 TENSOR_TYPES = ("f16", "bf16", "q8_0", "q4_0", "q5_1", "q2_K", "q4_K", "q6_K", "iq4_nl", "iq4_xs", "tq2_0", "mxfp4")
 SAVED = {
@@ -133,6 +146,102 @@ def vocabularies() -> dict[str, dict[str, Key]]:
     }
 
 
+def mamba2(model: TinyModel) -> tuple[dict[str, Key], list[Tensor]]:
+    """Return the keys and tensors of a recurrent model with heads and groups."""
+    n_head, n_group, n_state, n_conv, inner = 4, 2, 16, 4, 2 * model.n_embd
+    mixed = inner + 2 * n_group * n_state
+    keys: dict[str, Key] = {
+        "ssm.conv_kernel": n_conv,
+        "ssm.inner_size": inner,
+        "ssm.state_size": n_state,
+        "ssm.time_step_rank": n_head,
+        "ssm.group_count": n_group,
+    }
+    return keys, [
+        *(
+            (f"blk.{layer}.{name}", shape)
+            for layer in range(model.n_layer)
+            for name, shape in (
+                ("attn_norm.weight", (model.n_embd,)),
+                ("ssm_in.weight", (inner + mixed + n_head, model.n_embd)),
+                ("ssm_conv1d.weight", (mixed, n_conv)),
+                ("ssm_conv1d.bias", (mixed,)),
+                ("ssm_dt.bias", (n_head,)),
+                ("ssm_a", (n_head, 1)),
+                ("ssm_d", (n_head, 1)),
+                ("ssm_norm.weight", (n_group, inner // n_group)),
+                ("ssm_out.weight", (model.n_embd, inner)),
+            )
+        ),
+    ]
+
+
+def deepseek2(model: TinyModel) -> tuple[dict[str, Key], list[Tensor]]:
+    """Return the keys and tensors of a model with compressed keys and values (MLA) and groups of experts."""
+    n_head, n_query, n_latent, n_rope, n_rest, n_expert, n_ff = 2, 16, 32, 16, 16, 4, 32
+    keys: dict[str, Key] = {
+        "attention.head_count": n_head,
+        "attention.head_count_kv": 1,
+        "attention.q_lora_rank": n_query,
+        "attention.kv_lora_rank": n_latent,
+        "attention.key_length": n_latent + n_rope,
+        "attention.value_length": n_latent,
+        "attention.key_length_mla": n_rest + n_rope,
+        "attention.value_length_mla": n_latent,
+        "rope.dimension_count": n_rope,
+        "feed_forward_length": model.n_ff,
+        "leading_dense_block_count": 1,
+        "expert_count": n_expert,
+        "expert_used_count": 2,
+        "expert_shared_count": 1,
+        "expert_feed_forward_length": n_ff,
+        "expert_group_count": 2,
+        "expert_group_used_count": 1,
+        "expert_gating_func": 2,
+        "expert_weights_scale": 1.5,
+        "expert_weights_norm": True,
+    }
+    attention: tuple[Tensor, ...] = (
+        ("attn_norm.weight", (model.n_embd,)),
+        ("attn_q_a_norm.weight", (n_query,)),
+        ("attn_kv_a_norm.weight", (n_latent,)),
+        ("attn_q_a.weight", (n_query, model.n_embd)),
+        ("attn_q_b.weight", (n_head * (n_rest + n_rope), n_query)),
+        ("attn_kv_a_mqa.weight", (n_latent + n_rope, model.n_embd)),
+        ("attn_k_b.weight", (n_head, n_latent, n_rest)),
+        ("attn_v_b.weight", (n_head, n_latent, n_latent)),
+        ("attn_output.weight", (model.n_embd, n_head * n_latent)),
+    )
+    experts: tuple[Tensor, ...] = (
+        ("ffn_norm.weight", (model.n_embd,)),
+        ("ffn_gate_inp.weight", (n_expert, model.n_embd)),
+        ("exp_probs_b.bias", (n_expert,)),
+        ("ffn_gate_exps.weight", (n_expert, n_ff, model.n_embd)),
+        ("ffn_up_exps.weight", (n_expert, n_ff, model.n_embd)),
+        ("ffn_down_exps.weight", (n_expert, model.n_embd, n_ff)),
+        ("ffn_gate_shexp.weight", (n_ff, model.n_embd)),
+        ("ffn_up_shexp.weight", (n_ff, model.n_embd)),
+        ("ffn_down_shexp.weight", (model.n_embd, n_ff)),
+    )
+    return keys, [
+        *((f"blk.{layer}.{name}", shape) for layer in range(model.n_layer) for name, shape in attention),
+        *feed_forward(model, "blk.0"),
+        *((f"blk.1.{name}", shape) for name, shape in experts),
+    ]
+
+
+def write_other(path: Path, make: Callable[[TinyModel], tuple[dict[str, Key], list[Tensor]]]) -> bytes:
+    """Write a model whose architecture `TinyModel` does not know."""
+    own_keys, own_tensors = make(SMALL)
+    keys: dict[str, Key] = {
+        f"{make.__name__}.{key}": value for key, value in (common_hyperparameters(SMALL) | own_keys).items()
+    }
+    tensors = [*decoder(lambda model, layer: iter(()), SMALL), *own_tensors]
+    rng = np.random.default_rng(1)
+    weights = {name: draw(rng, name, shape, {"ssm_a": -0.5}) for name, shape in tensors}
+    return write_gguf(path, make.__name__, keys | VOCABULARY, weights).read_bytes()
+
+
 def quantized(data: bytes, name: str) -> bytes:
     """Return a model with its matrices in another type."""
     kind, file = int(GGMLQuantizationType[name.upper()]), mutate.parse(data)
@@ -193,6 +302,7 @@ def context(model: mn.Model, kv_type: str) -> mn.Context:
 def models(folder: Path) -> list[Base]:
     """Return every model, made in a folder; they are the same on every machine."""
     made = {name: model.write(folder / f"{name}.gguf").read_bytes() for name, model in MODELS.items()}
+    made |= {make.__name__: write_other(folder / "other.gguf", make) for make in (mamba2, deepseek2)}
     blocks = BLOCKS.write(folder / "blocks.gguf").read_bytes()
     llama = MODELS["llama"]
     keys: dict[str, Key] = {f"llama.{key}": value for key, value in llama.hyperparameters.items()}
