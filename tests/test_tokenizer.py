@@ -400,7 +400,7 @@ def test_no_splitter_ends_the_process_with_a_long_text(splitters: Path, length: 
     assert done.returncode == 0, done.stdout.splitlines()[-1] + done.stderr
 
 
-# What a child process does with a folder of vocabularies: compare this thread's ids with those of one with a small stack.
+# What a child process does with a folder of vocabularies: compare its ids with those of a thread with a small stack.
 COMPARE = """
 import sys, threading
 import minerva_native as mn

@@ -1,7 +1,6 @@
 """Text to token ids and back, by the vocabulary in the model's file."""
 
 import codecs
-import functools
 import operator
 import os
 import re
@@ -164,19 +163,19 @@ class Tokenizer(NoCopy):
             self._require_special_tokens()
         if cancel is not None and cancel.is_set():
             raise Cancelled("encoding was cancelled")
-        tokenize = functools.partial(self._tokenize, data, bool(add_special), bool(parse_special))
+        add_special, parse_special = bool(add_special), bool(parse_special)
         match = self._longest_match(text)
         stack_bytes = _STACK_BYTES + match * _STACK_BYTES_A_CHARACTER
         if match > _SHORT_MATCH or len(text) > _LONG_TEXT or (match and stack_bytes > lib.minerva_stack_left()):
-            return _in_a_thread(tokenize, stack_bytes, cancel)
-        return tokenize()
+            return _in_a_thread(lambda: self._tokenize(data, add_special, parse_special), stack_bytes, cancel)
+        return self._tokenize(data, add_special, parse_special)
 
     def _longest_match(self, text: str) -> int:
         """Return how many characters of the text a recursive splitter may match at once; 0 for the others."""
         if not self._splitter or self._splitter in _LOOPS:
             return 0
         length = len(text)
-        if length > _LONG_TEXT and self._splitter in _WITHIN_LINES:
+        if length > _SHORT_MATCH and self._splitter in _WITHIN_LINES:
             length = min(length, _longest_stretch(text))
         if length > _LONGEST_MATCH:
             raise TokenizerError(
