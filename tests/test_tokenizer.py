@@ -476,7 +476,7 @@ with mn.Model.load(sys.argv[1], vocab_only=True) as model:
 def test_a_stack_that_cannot_be_had_is_a_tokenizer_error(splitters: Path) -> None:
     done = run(LIMITED, str(splitters / "deepseek-v3.gguf"))
     assert (done.returncode, done.stderr) == (0, "")
-    assert "no thread with a stack of 950,256 KB" in done.stdout
+    assert "no thread with a stack of 950,272 KB" in done.stdout
 
 
 def test_a_space_beside_white_space_is_refused_where_libllama_would_abort(splitters: Path, tmp_path: Path) -> None:
@@ -542,19 +542,47 @@ def test_a_process_can_exit_while_an_encoding_that_was_left_goes_on(splitters: P
         assert (done.returncode, done.stdout, done.stderr) == (7, f"{error}\n", "")
 
 
+FORK = """
+import os, signal, sys, threading, warnings
+import minerva_native as mn
+warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
+encode = mn.Model.load(sys.argv[1], vocab_only=True).tokenizer.encode
+done = threading.Event()
+def work():
+    while not done.is_set():
+        encode("a" * 3000)
+threads = [threading.Thread(target=work) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for _ in range(20):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        os._exit(0 if len(encode("b" * 3000)) == 3001 else 1)
+    assert os.waitpid(child, 0)[1] == 0
+done.set()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_child_of_a_fork_encodes_whatever_other_threads_did(splitters: Path) -> None:
+    done = run(FORK, str(splitters / "deepseek-v3.gguf"))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # Arguments
 
 
 def test_wrong_arguments_are_named(tokenizer: mn.Tokenizer) -> None:
     wrong: list[tuple[Callable[[Any], object], Any, type[Exception], str]] = [
-        (tokenizer.piece, "x", TypeError, "must be an integer, not a str"),
-        (tokenizer.is_end, 2.0, TypeError, "must be an integer, not a float"),
-        (tokenizer.is_control, [], TypeError, "must be an integer, not a list"),
-        (tokenizer.stream().feed, 2.0, TypeError, "must be an integer, not a float"),
-        (tokenizer.decode, 3, TypeError, "a list or an array of integers, not a int"),
-        (tokenizer.decode, None, TypeError, "a list or an array of integers, not a NoneType"),
+        (tokenizer.piece, "x", TypeError, "must be an integer, not str"),
+        (tokenizer.is_end, 2.0, TypeError, "must be an integer, not float"),
+        (tokenizer.is_control, [], TypeError, "must be an integer, not list"),
+        (tokenizer.stream().feed, 2.0, TypeError, "must be an integer, not float"),
+        (tokenizer.decode, 3, TypeError, "a list or an array of integers, not int"),
+        (tokenizer.decode, None, TypeError, "a list or an array of integers, not NoneType"),
         (lambda after: tokenizer.stream(after=after), 10**30, ValueError, "out of range"),
-        (lambda after: tokenizer.stream(after=after), "a", TypeError, "must be an integer, not a str"),
+        (lambda after: tokenizer.stream(after=after), "a", TypeError, "must be an integer, not str"),
     ]
     for token in range(tokenizer.n_vocab):  # what is remembered of a token must not answer for 2.0
         tokenizer.is_end(token), tokenizer.is_control(token), tokenizer.stream().feed(token)

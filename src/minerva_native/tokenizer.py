@@ -165,7 +165,7 @@ class Tokenizer(NoCopy):
             raise Cancelled("encoding was cancelled")
         add_special, parse_special = bool(add_special), bool(parse_special)
         match = self._longest_match(text)
-        stack_bytes = _STACK_BYTES + match * _STACK_BYTES_A_CHARACTER
+        stack_bytes = _STACK_BYTES + -(-match * _STACK_BYTES_A_CHARACTER // _STACK_BYTES) * _STACK_BYTES  # whole pages
         if match > _SHORT_MATCH or len(text) > _LONG_TEXT or (match and stack_bytes > lib.minerva_stack_left()):
             return _in_a_thread(lambda: self._tokenize(data, add_special, parse_special), stack_bytes, cancel)
         return self._tokenize(data, add_special, parse_special)
@@ -265,7 +265,7 @@ class Tokenizer(NoCopy):
         try:
             token = operator.index(token)
         except TypeError:
-            raise TypeError(f"a token id must be an integer, not a {type(token).__name__}") from None
+            raise TypeError(f"a token id must be an integer, not {type(token).__name__}") from None
         if not 0 <= token < self.n_vocab:
             raise ValueError(f"token id {token} is out of range: the vocabulary has ids 0 to {self.n_vocab - 1}")
         return token
@@ -280,7 +280,7 @@ class Tokenizer(NoCopy):
         try:
             array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
         except TypeError:
-            raise TypeError(f"token ids must be a list or an array of integers, not a {type(ids).__name__}") from None
+            raise TypeError(f"token ids must be a list or an array of integers, not {type(ids).__name__}") from None
         if array.ndim != 1:
             raise ValueError(f"token ids must be one-dimensional, not of shape {array.shape}")
         if not array.size:
