@@ -551,7 +551,7 @@ done = threading.Event()
 def work():
     while not done.is_set():
         encode("a" * 3000)
-threads = [threading.Thread(target=work) for _ in range(3)]
+threads = [threading.Thread(target=work, daemon=True) for _ in range(3)]
 for thread in threads:
     thread.start()
 for _ in range(20):
