@@ -57,11 +57,9 @@ _SHORT_MATCH = 1000  # characters; what may be longer gets a stack of its own
 _LONGEST_MATCH = 2_000_000  # which takes 640 MB
 _SPACE_BESIDE_SPACE = re.compile(r" \s|\s ")
 _stack_size_lock = threading.RLock()  # re-entrant, because a signal handler may encode too
-_running: set[threading.Event] = set()  # of the threads that encode, each set at its end
 
 _LONG_TEXT = 1 << 16  # characters; a longer one is encoded in a thread, so that its caller can leave
 _LOOK_SECONDS = 0.01  # how often a caller looks at its cancel token
-_EXIT_SECONDS = 10.0  # how long the process waits for such a thread at its end, where it has to
 _MAX_TEXT_BYTES = 1 << 30  # libllama counts bytes and tokens in 32-bit integers
 
 
@@ -405,17 +403,14 @@ def _in_a_thread(function: Callable[[], list[int]], stack_bytes: int, cancel: th
         except BaseException as error:
             errors.append(error)
         finally:
-            _running.discard(done)
             done.set()
 
     with _stack_size_lock:
         before = threading.stack_size()
         try:
             threading.stack_size(stack_bytes)
-            _running.add(done)
             threading.Thread(target=work, name="minerva_native encode", daemon=True).start()
         except RuntimeError:
-            _running.discard(done)
             raise TokenizerError(
                 f"the system grants no thread with a stack of {stack_bytes >> 10:,} KB, which the text needs: encode "
                 "it in pieces, or raise the limit of address space or threads"
@@ -430,24 +425,12 @@ def _in_a_thread(function: Callable[[], list[int]], stack_bytes: int, cancel: th
     return results[0]
 
 
-@atexit.register
-def _leave_threads() -> None:
-    """Let the process exit beside threads that still encode."""
-    running = list(_running)
-    if running and not lib.minerva_exit_at_once():
-        for done in running:
-            done.wait(_EXIT_SECONDS)
-
-
-def _after_fork() -> None:
-    _running.clear()
-    _stack_size_lock.release()
-
-
 # A child of a fork during `_in_a_thread` would find the lock taken, and the wrong size.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
-        before=_stack_size_lock.acquire, after_in_parent=_stack_size_lock.release, after_in_child=_after_fork
+        before=_stack_size_lock.acquire,
+        after_in_parent=_stack_size_lock.release,
+        after_in_child=_stack_size_lock.release,
     )
 
 
