@@ -63,6 +63,8 @@ SAVED = {
     "saved-gemma2": ("gemma2", "f16"),
     "saved-mamba": ("mamba", "f16"),
     "saved-jamba": ("jamba", "f16"),
+    "saved-lfm2": ("lfm2", "f16"),
+    "saved-deepseek2": ("deepseek2", "f16"),
 }
 SPLIT = {"split-llama": ("llama", 2), "split-gpt2": ("gpt2", 3)}
 
@@ -277,17 +279,23 @@ def split(data: bytes, count: int) -> tuple[bytes, ...]:
     return tuple(parts)
 
 
-def save(path: Path, kv_type: str, to: Path) -> bytes:
+def save(data: bytes, kv_type: str, folder: Path) -> bytes:
     """Return a sequence saved from a model, as a child process wrote it: nothing may compute in this one."""
+    path, saved = folder / "model.gguf", folder / "saved"
+    path.write_bytes(data)
     child = os.fork()
     if not child:
-        with mn.Model.load(path, gpu_layers=0) as model, context(model, kv_type) as own, own.sequence() as sequence:
-            sequence.extend(IDS)
-            _ = sequence.logits
-            sequence.save(to)
-        os._exit(0)
-    os.waitpid(child, 0)
-    return to.read_bytes()
+        status = 1
+        try:
+            with mn.Model.load(path, gpu_layers=0) as model, context(model, kv_type) as own, own.sequence() as sequence:
+                sequence.extend(IDS)
+                _ = sequence.logits
+                sequence.save(saved)
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "no sequence can be saved from a base"
+    return saved.read_bytes()
 
 
 def context(model: mn.Model, kv_type: str) -> mn.Context:
@@ -326,6 +334,5 @@ def bases() -> list[Base]:
         folder = Path(name)
         made = {base.name: base for base in models(folder)}
         for name, (of, kv_type) in SAVED.items():
-            saved = save(folder / f"{of}.gguf", kv_type, folder / name)
-            made[name] = Base(name, made[of].parts, saved, kv_type)
+            made[name] = Base(name, made[of].parts, save(made[of].parts[0], kv_type, folder), kv_type)
     return list(made.values())

@@ -776,7 +776,9 @@ def mutate_saved(rng: random.Random, data: bytes) -> tuple[bytes, list[str]]:
     magic, version, size = LEAD.unpack_from(data)
     header = json.loads(data[LEAD.size : LEAD.size + size])
     body = bytearray(data[LEAD.size + size : -DIGEST_BYTES])
-    kind = rng.choice(("header", "header", "words", "words", "bits", "NaN", "size", "lead", "deep", "cut"))
+    kind = rng.choice(
+        ("header", "header", "words", "words", "words", "pattern", "bits", "NaN", "size", "lead", "deep", "cut")
+    )
     text = ""
     if kind == "header":
         name = rng.choice(list(header))
@@ -794,6 +796,11 @@ def mutate_saved(rng: random.Random, data: bytes) -> tuple[bytes, list[str]]:
             at = min(at, len(body) - 8)
             body[at : at + 4] = pack(UINT32, rng.choice((*INTEGERS, rng.randrange(64))))
             text += f"word at {at} "
+    elif kind == "pattern":
+        words = [rng.choice((0, 1, 1, 2, 3, header["n_tokens"], 2**32 - 1)) for _ in range(rng.randrange(1, 7))]
+        start = 4 * (header["n_tokens"] + header["n_logits"]) + rng.choice((0, 4, 8, 8, 12, 16, 20))
+        body[start:] = b"".join(pack(UINT32, word) for word in words) * rng.choice((1, 10, 1000, 20_000))
+        text = f"{words} from {start} on"
     elif kind == "bits":
         for _ in range(rng.choice((1, 8, 64))):
             body[rng.randrange(len(body))] ^= 1 << rng.randrange(8)
