@@ -1,7 +1,9 @@
 """What is done with every mutant: all that a program does with a model, with arguments that are right."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,6 +32,14 @@ def ids(model: mn.Model, count: int) -> list[int]:
     return [(7 * index + 5) % model.tokenizer.n_vocab for index in range(count)]
 
 
+class Way(NamedTuple):
+    """How a file is opened, and with how many threads its model computes the second time."""
+
+    mmap: bool
+    check: bool
+    n_threads: int
+
+
 class Bystander:
     """A healthy model beside the mutant, which must not notice it."""
 
@@ -51,22 +61,43 @@ class Bystander:
             assert np.isfinite(sequence.logits).all(), "a new context computes no numbers"
 
 
-def use_model(path: Path, mmap: bool, at: Report) -> None:
-    """Take a file through everything; raise what it raises."""
-    at("load")
-    with mn.Model.load(path, gpu_layers=0, mmap=mmap) as model:
+def use_model(path: Path, how: Way, at: Report) -> None:
+    """Take a file through everything; raise the first error that is no surprise, and any other at once."""
+    errors: list[mn.MinervaError] = []
+    for step, use in ("load", use_weights), ("load the vocabulary", use_vocabulary):
+        at(step)
+        try:
+            use(path, how, at)
+        except mn.MinervaError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def use_vocabulary(path: Path, how: Way, at: Report) -> None:
+    with mn.Model.load(path, vocab_only=True, check=how.check) as model:
+        describe(model)
+        use_tokenizer(model.tokenizer, at)
+
+
+def use_weights(path: Path, how: Way, at: Report) -> None:
+    errors: list[mn.MinervaError] = []
+    with mn.Model.load(path, gpu_layers=0, mmap=how.mmap, check=how.check) as model:
         at("describe")
         describe(model)
         use_tokenizer(model.tokenizer, at)
         if not model.tokenizer.n_vocab:
             return
-        at("context")
-        with model.context(n_ctx=bases.N_CTX, n_batch=16, n_seq=3, n_threads=1) as context:
-            use_context(context, path.with_suffix(".saved"), at)
-        at("context of 2 threads")
-        with model.context(n_ctx=bases.N_CTX, n_threads=2) as context:
-            use_threads(context, at)
+        for n_threads in 1, how.n_threads:
+            at(f"context of {n_threads} threads")
+            try:
+                with model.context(n_ctx=bases.N_CTX, n_batch=16, n_seq=3, n_threads=n_threads) as context:
+                    use_context(context, path.with_suffix(".saved"), at)
+            except mn.MinervaError as error:
+                errors.append(error)
         at("close")
+    if errors:
+        raise errors[0]
 
 
 def describe(model: mn.Model) -> None:
@@ -99,13 +130,44 @@ def use_tokenizer(tokenizer: mn.Tokenizer, at: Report) -> None:
 
 
 def use_context(context: mn.Context, saved: Path, at: Report) -> None:
-    prompt = ids(context.model, 20)
+    """Compute, and if that fails, see that the context still answers."""
+    try:
+        # Threads wait for each other, on a busy machine for long: with several, as little as possible.
+        compute(context, at) if context.n_threads > 1 else compute_all(context, saved, at)
+    except mn.MinervaError:
+        at("after an error")
+        with contextlib.suppress(mn.MinervaError), context.sequence() as sequence:
+            sequence.extend([0])
+            _ = sequence.logits
+        with contextlib.suppress(mn.MinervaError):
+            context.clear_cache()
+        raise
+
+
+def compute(context: mn.Context, at: Report) -> None:
+    prompt = read_text(context, 3, at)
+    with context.sequence() as sequence:
+        at("prefill with threads")
+        sequence.extend(prompt[:2])
+        at("decode with threads")
+        sequence.append(prompt[2])
+        _ = sequence.logits
+
+
+def read_text(context: mn.Context, count: int, at: Report) -> list[int]:
+    """Return token ids to begin with; an encoder has read them."""
+    prompt = ids(context.model, count)
     if context.model.has_encoder:
         at("encode")
-        prompt[0] = context.encode(prompt[:12])
+        prompt[0] = context.encode(prompt)
+    return prompt
+
+
+def compute_all(context: mn.Context, saved: Path, at: Report) -> None:
+    prompt = read_text(context, 16, at)
     with context.sequence() as sequence:
         at("prefill")
-        sequence.extend(prompt)
+        sequence.extend([*prompt, *prompt[:4]])
         _ = sequence.logits
         at("decode")
         for token in prompt[:3]:
@@ -119,29 +181,16 @@ def use_context(context: mn.Context, saved: Path, at: Report) -> None:
         sequence.truncate(12)
         sequence.extend(prompt[:2])
         _ = sequence.logits
+        at("generate")
+        with contextlib.suppress(mn.SamplingError):  # weights that are no numbers
+            for _ in mn.generate(sequence, mn.SamplingParams(temperature=0.8, seed=1), max_tokens=3):
+                pass
         at("save")
         sequence.save(saved)
         at("restore")
         with context.restore(saved) as restored:
             restored.append(prompt[3])
             _ = restored.logits
-        at("generate")
-        for _ in mn.generate(sequence, mn.SamplingParams(temperature=0.8, seed=1), max_tokens=3):
-            pass
-
-
-def use_threads(context: mn.Context, at: Report) -> None:
-    """Compute with a team of threads, as little as possible: on a busy machine they wait for each other for long."""
-    prompt = ids(context.model, 3)
-    if context.model.has_encoder:
-        at("encode with 2 threads")
-        prompt[0] = context.encode(prompt)
-    with context.sequence() as sequence:
-        at("prefill with 2 threads")
-        sequence.extend(prompt[:2])
-        at("decode with 2 threads")
-        sequence.append(prompt[2])
-        _ = sequence.logits
 
 
 def use_saved(base: bases.Base, model_path: Path, saved: Path, at: Report) -> str:

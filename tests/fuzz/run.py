@@ -21,7 +21,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ class Mutant:
     seed: int
     index: int
     folder: Path
+    check: bool = True
     pid: int = 0
     pipe: int = -1
     started: float = 0.0
@@ -135,8 +136,8 @@ def live(mutant: Mutant, writer: int, bystander_path: Path) -> None:
     at("mutate")
     rng = random.Random(mutant.name)
     path, done = mutant.write(rng)
-    mmap = rng.random() < 0.7
-    tell(mutations=done, mmap=mmap)
+    how = exercise.Way(mmap=rng.random() < 0.7, check=mutant.check, n_threads=rng.choice((2, 3)))
+    tell(mutations=done, how=how._asdict())
     try:
         if mutant.base.saved is not None:
             outcome = exercise.use_saved(mutant.base, mutant.folder / "model.gguf", path, at)
@@ -144,7 +145,7 @@ def live(mutant: Mutant, writer: int, bystander_path: Path) -> None:
             at("bystander")
             bystander = exercise.Bystander(bystander_path)
             try:
-                exercise.use_model(path, mmap, at)
+                exercise.use_model(path, how, at)
                 outcome = "generates"
             except mn.MinervaError as error:
                 outcome = type(error).__name__
@@ -215,10 +216,11 @@ class Results:
             "mutant": mutant.name,
             "outcome": outcome,
             "mutations": mutant.told("mutations"),
-            "mmap": mutant.told("mmap"),
+            "how": mutant.told("how"),
             "step": mutant.told("step"),
             "message": mutant.told("message"),
-            "reproduce": f"PYTHONPATH=tests python -m fuzz.run --one {mutant.name} --out DIR",
+            "reproduce": f"PYTHONPATH=tests python -m fuzz.run --one {mutant.name} --out DIR"
+            + " --unchecked" * (not mutant.check),
         }
         print(json.dumps(finding), flush=True)
         if self.outcomes[outcome] <= MAX_SAVED:
@@ -252,11 +254,6 @@ class Results:
             (self.out / "SUMMARY.md").write_text(self.summary())
 
 
-def mutants(every: list[bases.Base], seed: int, first: int, count: int, folder: Path) -> Iterator[Mutant]:
-    for index in range(first, first + count):
-        yield Mutant(every[index % len(every)], seed, index, folder / str(index))
-
-
 def run(todo: Iterator[Mutant], results: Results, jobs: int, seconds: int, bystander: Path, progress: Progress) -> None:
     """Take mutants through their processes, `jobs` at a time."""
     task, alive = progress.task_ids[0], dict[int, Mutant]()
@@ -283,7 +280,8 @@ def run(todo: Iterator[Mutant], results: Results, jobs: int, seconds: int, bysta
                 outcome = outcome_of(mutant, status, usage.ru_maxrss * 1024)
                 if outcome.startswith("hang") and not mutant.again:
                     shutil.rmtree(mutant.folder)
-                    suspects.append(Mutant(mutant.base, mutant.seed, mutant.index, mutant.folder, again=True))
+                    again = Mutant(mutant.base, mutant.seed, mutant.index, mutant.folder, mutant.check, again=True)
+                    suspects.append(again)
                     continue
                 results.add(mutant, outcome)
                 shutil.rmtree(mutant.folder)
@@ -315,7 +313,20 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--base", action="append", help="only this base; may be given several times")
     parser.add_argument("--one", metavar="BASE:SEED:INDEX", help="this mutant alone, and keep its file")
     parser.add_argument("--unchanged", action="store_true", help="the bases themselves, all of which should generate")
+    parser.add_argument("--unchecked", action="store_true", help="load with check=False: what is caught, not refused")
     return parser.parse_args()
+
+
+def chosen(options: argparse.Namespace, every: list[str]) -> Sequence[tuple[str, int, int]]:
+    """Return the names of the mutants that are asked for: base, seed and index."""
+    if options.one:
+        name, seed, index = options.one.split(":")
+        return [(name, int(seed), int(index))]
+    wanted = [name for name in every if not options.base or name in options.base]
+    if options.unchanged:
+        return [(name, options.seed, -1) for name in wanted]
+    indices = range(options.first, options.first + options.count)
+    return [(wanted[index % len(wanted)], options.seed, index) for index in indices]
 
 
 def main() -> int:
@@ -332,18 +343,15 @@ def main() -> int:
         folder = Path(name)
         bystander = folder / "bystander.gguf"
         bystander.write_bytes(every[0].parts[0])
-        if options.one:
-            base, seed, index = options.one.split(":")
-            chosen = next(each for each in every if each.name == base)
-            todo, count = iter([Mutant(chosen, int(seed), int(index), folder / "one")]), 1
-        elif options.unchanged:
-            todo, count = (Mutant(base, options.seed, -1, folder / base.name) for base in every), len(every)
-        else:
-            wanted = [base for base in every if not options.base or base.name in options.base]
-            todo, count = mutants(wanted, options.seed, options.first, options.count, folder), options.count
+        names = chosen(options, [base.name for base in every])
+        of = {base.name: base for base in every}
+        todo = (
+            Mutant(of[name], seed, index, folder / f"{name}{index}", not options.unchecked)
+            for name, seed, index in names
+        )
         # No thread that refreshes it: what a thread holds at a fork, the child waits for in vain.
         progress = Progress(console=Console(stderr=True), auto_refresh=False)
-        progress.add_task("", total=count)
+        progress.add_task("", total=len(names))
         interrupted = False
         with progress:
             try:
