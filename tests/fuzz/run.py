@@ -2,7 +2,7 @@
 
 Each mutant has a process of its own, forked from one that has never computed, and is a function of its name
 BASE:SEED:INDEX; `--one BASE:SEED:INDEX` does one of them again and keeps its file. A JSON line on stdout for each
-finding, progress and a table of outcomes on stderr. The exit status is 1 if there are findings.
+finding, progress and a table of outcomes on stderr. The exit status is 1 if there are findings, 130 after Ctrl-C.
 """
 
 import argparse
@@ -28,22 +28,25 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 import minerva_native as mn
 
 from . import bases, exercise, mutate
 
 MAX_RESIDENT_BYTES = 1 << 30  # more is a finding
-# What the process may map: enough for stacks and files, and for a mutant that goes too far to be stopped by the machine
-# it is not.
-MAX_MAPPED_BYTES = 6 << 30
-STUCK_FACTOR = 8  # a process that waits for ever uses no CPU: it is stopped after so many times the limit, by the clock
+MAX_MAPPED_BYTES = 6 << 30  # address space: room for stacks and mapped files, but no mutant exhausts the machine
+STUCK_FACTOR = 8  # a deadlock uses no CPU time: a process is also stopped after this many times the limit by the clock
 MAX_SAVED = 5  # files of one kind
 MAX_SAVED_BYTES = 500_000_000
 
 USEFUL = {"generates", "restores"}
-ERRORS = {kind.__name__ for kind in vars(mn).values() if isinstance(kind, type) and issubclass(kind, mn.MinervaError)}
+TYPED = (mn.ModelLoadError, mn.TokenizerError, mn.ContextError, mn.SamplingError, mn.StateError)
+UNEXPECTED = (mn.ReentryError, mn.SequencesInUseError)  # no file is a reason for these
+ERRORS = {
+    kind.__name__
+    for kind in vars(mn).values()
+    if isinstance(kind, type) and issubclass(kind, TYPED) and not issubclass(kind, UNEXPECTED)
+}
 
 
 @dataclass
@@ -153,6 +156,7 @@ def live(mutant: Mutant, writer: int, bystander_path: Path) -> None:
             at("bystander afterwards")
             bystander.check()
     except AssertionError as error:
+        traceback.print_exc()
         outcome = f"wrong: {error}"
     except BaseException as error:
         traceback.print_exc()
@@ -200,18 +204,20 @@ def outcome_of(mutant: Mutant, status: int, resident_bytes: int) -> str:
 
 @dataclass
 class Results:
-    """The outcomes so far, and the folder that findings are kept in."""
+    """The outcomes so far, and the folder that findings are kept in, or every mutant."""
 
     out: Path | None
+    keeps_all: bool = False
     outcomes: Counter[str] = field(default_factory=Counter)
     n_findings: int = 0
     saved_bytes: int = 0
 
     def add(self, mutant: Mutant, outcome: str) -> None:
         self.outcomes[outcome] += 1
-        if outcome in USEFUL or (outcome in ERRORS and mutant.index >= 0):
+        is_finding = outcome not in (USEFUL | ERRORS if mutant.index >= 0 else USEFUL)
+        self.n_findings += is_finding
+        if not (is_finding or self.keeps_all):
             return
-        self.n_findings += 1
         finding = {
             "mutant": mutant.name,
             "outcome": outcome,
@@ -222,7 +228,8 @@ class Results:
             "reproduce": f"PYTHONPATH=tests python -m fuzz.run --one {mutant.name} --out DIR"
             + " --unchecked" * (not mutant.check),
         }
-        print(json.dumps(finding), flush=True)
+        if is_finding:
+            print(json.dumps(finding), flush=True)
         if self.outcomes[outcome] <= MAX_SAVED:
             self.keep(mutant, finding)
 
@@ -244,8 +251,10 @@ class Results:
 
     def summary(self) -> str:
         """Return the outcomes as a table in Markdown."""
-        rows = [f"| {count} | {'' if outcome in USEFUL | ERRORS else 'finding'} | {outcome.replace('|', '/')} |"
-                for outcome, count in self.outcomes.most_common()]  # fmt: skip
+        rows = [
+            f"| {count} | {'' if outcome in USEFUL | ERRORS else 'finding'} | {outcome.replace('|', '/')} |"
+            for outcome, count in self.outcomes.most_common()
+        ]
         total = f"{self.outcomes.total()} mutants, {self.n_findings} findings"
         return "\n".join([total, "", "| count | | outcome |", "| ---: | --- | --- |", *rows, ""])
 
@@ -337,7 +346,7 @@ def main() -> int:
     every = bases.bases()
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-    results = Results(options.out)
+    results = Results(options.out, keeps_all=bool(options.one))
     # In memory if that is to be had: `Sequence.save` waits for the disk.
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as name:
         folder = Path(name)
@@ -358,10 +367,7 @@ def main() -> int:
                 run(todo, results, options.jobs, options.seconds, bystander, progress)
             except KeyboardInterrupt:
                 interrupted = True
-    table = Table("count", "outcome", title=f"{results.outcomes.total()} mutants, {results.n_findings} findings")
-    for outcome, number in results.outcomes.most_common():
-        table.add_row(str(number), outcome, style=None if outcome in USEFUL | ERRORS else "bold")
-    Console(stderr=True).print(table)
+    print(results.summary(), file=sys.stderr)
     return 130 if interrupted else int(results.n_findings > 0)
 
 
