@@ -1,14 +1,18 @@
 """Reading the header of a GGUF file. Invalid files are in `test_bad_input.py`."""
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import minerva_native as mn
-from tiny_models import TOKENS, TinyModel, write_gguf
+import minerva_native.gguf
+from tiny_models import TOKENS, Key, TinyModel, write_gguf
 
 T = gguf.GGUFValueType
 
@@ -171,3 +175,50 @@ def test_changing_a_list_of_the_metadata_does_not_change_the_metadata(demo: mn.M
     assert isinstance(tokens, list)
     tokens.clear()
     assert demo.metadata["tokenizer.ggml.tokens"] != []
+
+
+@pytest.mark.parametrize(("kind", "values"), ARRAYS.values(), ids=ARRAYS.keys())
+def test_arrays_can_be_read_as_numpy_arrays(write: Write, kind: gguf.GGUFValueType, values: list[object]) -> None:
+    file = write(values, T.ARRAY, kind)
+    numbers, strings = file.numbers("the.key"), file.strings("the.key")
+    if kind == T.STRING:
+        assert numbers is None
+        assert strings == [str(value).encode() for value in values]
+    else:
+        assert strings is None
+        assert numbers is not None
+        assert numbers.tolist() == values
+
+
+@pytest.mark.parametrize("key", ["no.such.key", "general.architecture", "number"])
+def test_what_is_no_array_has_no_elements(tmp_path: Path, key: str) -> None:
+    file = mn.GGUF(write_gguf(tmp_path / "file.gguf", "llama", {"number": 1}))
+    assert file.numbers(key) is None
+    assert file.strings(key) is None
+
+
+# Lengths around a byte, zeros where a length could be, and, with a small window, strings across its end.
+STRINGS = st.one_of(
+    st.text(max_size=40),
+    st.sampled_from(["", "\0", "\0" * 8, "a\0\0\0\0\0\0\0", "\x01\0\0\0\0\0\0\0\0", "x" * 255, "x" * 256, "x" * 1000]),
+)
+
+
+@pytest.mark.parametrize("window", [9, 64, 1 << 17])
+@given(before=st.lists(STRINGS, min_size=1), strings=st.lists(STRINGS, min_size=1))
+def test_strings_are_what_was_written(window: int, before: list[str], strings: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(minerva_native.gguf, "_WINDOW", window)
+        keys: dict[str, Key] = {"before": before, "numbers": [1, 2, 3], "flag": True, "text": "a", "strings": strings}
+        file = mn.GGUF(write_gguf(Path(folder) / "file.gguf", "llama", keys, {"a": np.zeros(3, np.float32)}))
+        assert file.strings("strings") == [string.encode() for string in strings]
+        assert file.strings("before") == [string.encode() for string in before]
+        file.close()
+
+
+def test_a_file_that_was_cut_while_it_was_read(tmp_path: Path) -> None:
+    file = mn.GGUF(write_gguf(tmp_path / "file.gguf", "llama", {"strings": ["a" * 300, "b"]}))
+    for size in (4, 100, 400):
+        (tmp_path / "file.gguf").write_bytes((tmp_path / "file.gguf").read_bytes()[:size].ljust(8, b"\0"))
+        with pytest.raises(mn.ModelLoadError, match="was changed while it was read"):
+            file.strings("strings")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -377,9 +377,21 @@ VOCABULARY: dict[str, Key] = {
 }
 
 
-def write_gguf(path: Path, architecture: str, keys: dict[str, Key], tensors: dict[str, Array] | None = None) -> Path:
-    """Write a GGUF file; integers are written as uint32, other numbers as float32, lists as arrays."""
-    writer = gguf.GGUFWriter(path, architecture)
+def write_gguf(
+    path: Path,
+    architecture: str,
+    keys: dict[str, Key],
+    tensors: Mapping[str, npt.NDArray[Any]] | None = None,
+    tensors_in_a_part: int = 0,
+    alignment: int = 0,
+) -> Path:
+    """Write a GGUF file; integers are written as uint32, other numbers as float32, lists as arrays.
+
+    If there is a limit to the tensors in a part, write `path`-00001-of-0000N.gguf and so on; return the first.
+    """
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_in_a_part)
+    if alignment:
+        writer.add_custom_alignment(alignment)
     for key, value in keys.items():
         if isinstance(value, bool):
             writer.add_bool(key, value)
@@ -397,4 +409,4 @@ def write_gguf(path: Path, architecture: str, keys: dict[str, Key], tensors: dic
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return min(path.parent.glob(f"{path.stem}-00001-of-*.gguf")) if tensors_in_a_part else path

@@ -122,9 +122,8 @@ def check_model(parts: Sequence[GGUF], vocab_only: bool) -> Facts:
     """Raise `ModelLoadError` if libllama could not be trusted with a model's files; return what they say."""
     facts = Facts(parts)
     _check_kind(facts, vocab_only)
-    if not vocab_only:
-        for part in parts:
-            part.check_tensors()
+    for part in parts:
+        part.check_tensors()
     _check_vocabulary(facts)
     if not vocab_only:
         _check_weights(facts)

@@ -39,8 +39,8 @@ class Context:
     def __init__(self, model: "Model", options: ContextOptions | None = None):
         if not model.is_causal:
             raise ContextError(
-                f"this model ({model.architecture}) reads a text in both directions (its attention is not causal), so it "
-                "cannot continue one token by token: it can only be loaded, and its tokenizer used"
+                f"this model ({model.architecture}) attends to a text as a whole, not only to what comes before: "
+                "it cannot continue one, and only its tokenizer can be used"
             )
         self._model, self._options = model, (options or ContextOptions()).resolve(model)
         self._cache = KVCache(model, self._options)
