@@ -8,6 +8,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import minerva_native as mn
 import models
+from minerva_native.check import check_model
+from minerva_native.gguf import open_parts
 
 
 def load(path: Path) -> None:
@@ -18,13 +20,23 @@ def load_unmapped(path: Path) -> None:
     mn.Model.load(path, gpu_layers=0, mmap=False).close()
 
 
+def load_unchecked(path: Path) -> None:
+    mn.Model.load(path, gpu_layers=0, check=False).close()
+
+
 def load_vocabulary(path: Path) -> None:
     mn.Model.load(path, vocab_only=True).close()
 
 
-@pytest.mark.parametrize("how", [load, load_unmapped, load_vocabulary])
+@pytest.mark.parametrize("how", [load, load_unchecked, load_unmapped, load_vocabulary])
 def test_loading_a_vocabulary_of_128_256(benchmark: BenchmarkFixture, how: Callable[[Path], None]) -> None:
     benchmark.pedantic(how, (models.make("wide-34m", "q4_0"),), rounds=9, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("vocabulary", ["1,280", "128,256"])
+def test_checking_a_file_with_a_vocabulary(benchmark: BenchmarkFixture, vocabulary: str) -> None:
+    parts = open_parts(models.make("wide-34m", "q4_0") if vocabulary == "128,256" else mn.DEMO_PATH)
+    benchmark(check_model, parts, False)
 
 
 def test_loading_the_built_in_model(benchmark: BenchmarkFixture) -> None:

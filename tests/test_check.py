@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pytest
 
 import minerva_native as mn
+from minerva_native._binding import lib
 from minerva_native.check import MAX_EXPERTS, MAX_LAYERS, check_model
 from minerva_native.gguf import open_parts
 from tiny_models import ARCHITECTURES, TOKENS, VOCABULARY, Key, TinyModel, write_gguf
@@ -63,6 +64,15 @@ def test_tiny_models_pass(tmp_path: Path, architecture: str) -> None:
 
 def test_the_built_in_model_passes() -> None:
     check(mn.DEMO_PATH)
+
+
+@pytest.mark.parametrize("architecture", sorted({*ARCHITECTURES} - {"t5"}))  # libllama does not write that
+def test_models_that_libllama_has_written_pass(
+    tmp_path: Path, load_tiny: Callable[[TinyModel], mn.Model], architecture: str
+) -> None:
+    with load_tiny(TinyModel(architecture, tied=architecture == "gemma2")).raw() as model:
+        lib.llama_model_save_to_file(model, str(tmp_path / "model.gguf").encode())
+    check(tmp_path / "model.gguf")
 
 
 def test_the_vocabularies_of_the_pinned_source_pass(llama_cpp_source: Path) -> None:
@@ -313,13 +323,14 @@ NUMBERS: dict[str, tuple[TinyModel, dict[str, Key | None], str]] = {
         "gemma2.attention.sliding_window is 4294967295, not from 0 to 16777216",
     ),
     "no trained context": (LLAMA, {"~.context_length": 0}, "llama.context_length is 0, not at least 1"),
-    "a recurrent layer without groups": (JAMBA, {"~.ssm.group_count": 0}, "jamba.ssm.group_count is 0, not at least 1"),
+    "a state of no size": (JAMBA, {"~.ssm.state_size": 0}, "jamba.ssm.state_size is 0, not at least 1"),
     "a recurrent layer of a width that libllama does not expect": (
         JAMBA,
         {"~.ssm.inner_size": 16},
         "jamba.ssm.inner_size is 16, not twice the 128 of jamba.embedding_length",
     ),
-    "a divisor of 0": (LLAMA, {"~.ple.head_vocab_sizes": [5, 0]}, r"llama.ple.head_vocab_sizes is \[5, 0\]"),
+    "a convolution of no width": (LFM2, {"~.shortconv.l_cache": 0}, "lfm2.shortconv.l_cache is 0, not at least 1"),
+    "a head of no size": (LLAMA, {"~.attention.key_length": 0}, "llama.attention.key_length is 0, not at least 1"),
     "no head size in RWKV-7": (RWKV7, {"~.wkv.head_size": 0}, "rwkv7.wkv.head_size is 0, not at least 1"),
     "a head of RWKV-7 that is smaller than what its kernel writes": (
         RWKV7,
@@ -391,6 +402,15 @@ def test_a_tensor_is_refused(tmp_path: Path, model: TinyModel, change: Callable[
     path = write(tmp_path / "model.gguf", model, change=change)
     with pytest.raises(mn.ModelLoadError, match=f"model.gguf: .*{words}"):
         check(path)
+
+
+def test_mamba_2_without_groups_is_refused(tmp_path: Path) -> None:
+    def make_scalars(weights: Arrays) -> None:
+        weights["blk.0.ssm_a"] = weights["blk.0.ssm_a"][:, :1]
+
+    check(write(tmp_path / "model.gguf", JAMBA, {"~.ssm.group_count": 1}, make_scalars))
+    with pytest.raises(mn.ModelLoadError, match=r"jamba\.ssm\.group_count is 0, not at least 1"):
+        check(write(tmp_path / "model.gguf", JAMBA, {"~.ssm.group_count": 0}, make_scalars))
 
 
 @pytest.mark.parametrize("kind", [gguf.GGMLQuantizationType.Q8_1, gguf.GGMLQuantizationType.Q8_K])

@@ -44,13 +44,17 @@ _VECTOR_STEP = 64  # numbers that RWKV-7's kernel reads and writes at one time o
 
 _SCALING_TYPES = ("none", "linear", "yarn", "longrope")
 
-# Numbers that libllama divides by, or counts something with that a model with the key must have.
-_AT_LEAST_ONE = (
-    *("context_length", "embedding_length", "ssm.conv_kernel", "ssm.inner_size", "ssm.state_size"),
-    *("ssm.time_step_rank", "ssm.group_count", "wkv.head_size", "shortconv.l_cache", "attention.key_length"),
-    *("attention.value_length", "attention.key_length_swa", "attention.value_length_swa", "conv_group_size"),
-    *("attention.output_group_count", "attention.indexer.block_size", "experts_per_group", "ple.head_vocab_sizes"),
-)
+# Numbers that libllama divides by or allocates with, by a part of the names of the tensors that they are for. A file
+# that libllama has written has every key, and a 0 for what the model does not have.
+_AT_LEAST_ONE = {
+    "": ("context_length", "embedding_length"),
+    ".attn_q": ("attention.key_length", "attention.value_length"),
+    ".ssm_": ("ssm.conv_kernel", "ssm.inner_size", "ssm.state_size", "ssm.time_step_rank"),
+    ".time_mix_": ("wkv.head_size",),
+    ".shortconv.": ("shortconv.l_cache",),
+    ".ple_": ("ple.head_vocab_sizes",),
+    ".ffn_up_chexps": ("experts_per_group",),
+}
 
 # Tensors of several dimensions that are used element by element, which ggml can only do with f32; and tables of ids.
 _ELEMENTWISE = re.compile(r"norm|\.ssm_a$|\.ssm_conv1d|\.shortconv\.conv\.|\.time_mix_(lerp_|first)")
@@ -81,6 +85,10 @@ class Facts:
         self.architecture = str(self.file.metadata.get("general.architecture", ""))
         self.tensors = {info.name: Tensor(part.path, info) for part in parts for info in part.tensors}
         self.n_layer = self.number("block_count", 0)
+
+    def has_tensor(self, part: str) -> bool:
+        """Return whether there is a tensor with that in its name."""
+        return any(part in name for name in self.tensors)
 
     def key(self, name: str) -> str:
         """Return the whole name of a key that each architecture has for itself."""
@@ -152,7 +160,7 @@ def _check_weights(facts: Facts) -> None:
     _check_heads(facts)
     _check_rotation(facts)
     _check_rwkv(facts)
-    _check_relative_positions(facts)
+    _check_t5(facts)
 
 
 # What kind of file it is
@@ -288,8 +296,6 @@ def _check_layers(facts: Facts) -> None:
     for name in ("nextn_predict_layers", "n_deepstack_layers", "attention.shared_kv_layers"):
         for count in facts.each(name):
             facts.require(name, count, 0 <= count <= n_layer, f"at most the {n_layer} of {facts.key('block_count')}")
-    for count in facts.each("decoder_block_count"):
-        facts.require("decoder_block_count", count, 0 < count <= MAX_LAYERS, f"from 1 to {MAX_LAYERS}")
 
 
 def _check_numbers(facts: Facts) -> None:
@@ -300,10 +306,14 @@ def _check_numbers(facts: Facts) -> None:
             facts.refuse(key, "is NaN", "a number")
         if isinstance(value, float) and key.endswith("epsilon") and not 0 <= value < math.inf:
             facts.refuse(key, f"is {value!r}", "from 0 on and finite")
-    for name in _AT_LEAST_ONE:
-        values = facts.each(name)
-        facts.require(name, facts.value(name), all(value > 0 for value in values), "at least 1")
+    for part, names in _AT_LEAST_ONE.items():
+        for name in names if facts.has_tensor(part) else ():
+            facts.require(name, facts.value(name), all(value > 0 for value in facts.each(name)), "at least 1")
     most = max(_LARGEST_WINDOW, facts.number("context_length", 0))
+    scalars = any(name.endswith(".ssm_a") and shape[0] == 1 for name, (_, (_, shape, *_)) in facts.tensors.items())
+    if scalars:  # Mamba-2, whose states come in groups
+        groups = facts.number("ssm.group_count", 0)
+        facts.require("ssm.group_count", groups, groups > 0, "at least 1")
     if facts.architecture in ("jamba", "granitehybrid"):
         inner, width = facts.number("ssm.inner_size", 0), facts.number("embedding_length", 0)
         facts.require(
@@ -368,6 +378,8 @@ def _check_rotation(facts: Facts) -> None:
 
 
 def _check_rwkv(facts: Facts) -> None:
+    if not facts.has_tensor(".time_mix_"):
+        return
     name, width = "wkv.head_size", facts.number("embedding_length", 0)
     for size in facts.each(name):
         facts.require(name, size, width % size == 0, f"a divisor of the {width} of {facts.key('embedding_length')}")
@@ -377,10 +389,12 @@ def _check_rwkv(facts: Facts) -> None:
         facts.require("token_shift_count", count, count in (1, 2), "1 or 2")
 
 
-def _check_relative_positions(facts: Facts) -> None:
+def _check_t5(facts: Facts) -> None:
     """Refuse a T5 without the table of its positions, which libllama takes from the first layer."""
     if facts.architecture not in ("t5", "t5encoder"):
         return
+    for count in facts.each("decoder_block_count"):
+        facts.require("decoder_block_count", count, 0 < count <= MAX_LAYERS, f"from 1 to {MAX_LAYERS}")
     for stack in ("enc", "dec") if facts.architecture == "t5" else ("enc",):
         name = f"{stack}.blk.0.attn_rel_b.weight"
         if name not in facts.tensors:
