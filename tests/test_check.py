@@ -384,6 +384,16 @@ TENSORS: dict[str, tuple[TinyModel, Callable[[Arrays], object], str]] = {
         lambda weights: weights.update({"blk.0.attn_q.weight": np.zeros((0, 128), np.float32)}),
         r"tensor 'blk.0.attn_q.weight' has the shape \(128, 0\), not one with numbers in it",
     ),
+    "no first layer": (
+        LLAMA,
+        lambda weights: [weights.pop(name) for name in list(weights) if name.startswith("blk.0.")],
+        r"tensor 'blk\.0\.\*' is missing, not a model with its first layer",
+    ),
+    "a router without experts": (
+        QWEN3MOE,
+        lambda weights: weights.pop("blk.1.ffn_up_exps.weight"),
+        "tensor 'blk.1.ffn_up_exps.weight' is missing, not a model with whole layers",
+    ),
     "no positions in an encoder": (
         T5,
         lambda weights: weights.pop("enc.blk.0.attn_rel_b.weight"),
@@ -402,6 +412,15 @@ def test_a_tensor_is_refused(tmp_path: Path, model: TinyModel, change: Callable[
     path = write(tmp_path / "model.gguf", model, change=change)
     with pytest.raises(mn.ModelLoadError, match=f"model.gguf: .*{words}"):
         check(path)
+
+
+def test_phi_3_without_keys_is_refused(tmp_path: Path) -> None:
+    keys: dict[str, Key] = {f"phi3.{key}": value for key, value in LLAMA.hyperparameters.items()}
+    weights: Arrays = dict(LLAMA.weights)
+    check(write_gguf(tmp_path / "model.gguf", "phi3", {**keys, **VOCABULARY}, weights))
+    weights.pop("blk.0.attn_k.weight")
+    with pytest.raises(mn.ModelLoadError, match=r"tensor 'blk\.0\.attn_k\.weight' is missing"):
+        check(write_gguf(tmp_path / "model.gguf", "phi3", {**keys, **VOCABULARY}, weights))
 
 
 def test_mamba_2_without_groups_is_refused(tmp_path: Path) -> None:

@@ -155,6 +155,7 @@ def _check_weights(facts: Facts) -> None:
     for tensor in facts.tensors.values():
         _check_tensor(facts, tensor)
     _check_layers(facts)
+    _check_companions(facts)
     _check_numbers(facts)
     _check_experts(facts)
     _check_heads(facts)
@@ -296,6 +297,28 @@ def _check_layers(facts: Facts) -> None:
     for name in ("nextn_predict_layers", "n_deepstack_layers", "attention.shared_kv_layers"):
         for count in facts.each(name):
             facts.require(name, count, 0 <= count <= n_layer, f"at most the {n_layer} of {facts.key('block_count')}")
+
+
+def _check_companions(facts: Facts) -> None:
+    """Refuse a layer that lacks a tensor which libllama does not ask for, and uses all the same."""
+    if any(name.startswith("blk.") for name in facts.tensors) and not facts.has_tensor("blk.0."):
+        facts.refuse("tensor 'blk.0.*'", "is missing", "a model with its first layer (a draft head is none)")
+    for layer in range(facts.n_layer):
+        _check_layer(facts, f"blk.{layer}.")
+
+
+def _check_layer(facts: Facts, prefix: str) -> None:
+    def missing(*parts: str) -> str | None:
+        """Return the first of these tensors that the layer does not have."""
+        return next((part for part in parts if f"{prefix}{part}.weight" not in facts.tensors), None)
+
+    lacks = None
+    if not missing("ffn_gate_inp"):
+        lacks = missing("ffn_down_exps") or (missing("ffn_gate_up_exps") and missing("ffn_up_exps"))
+    if not lacks and facts.architecture in ("phi3", "pockettts"):
+        lacks = missing("attn_qkv") and missing("attn_q", "attn_k", "attn_v")
+    if lacks:
+        facts.refuse(f"tensor '{prefix}{lacks}.weight'", "is missing", "a model with whole layers")
 
 
 def _check_numbers(facts: Facts) -> None:
