@@ -8,6 +8,7 @@ was expected.
 import functools
 import math
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -39,6 +40,10 @@ _LARGEST_VOCABULARY = 1 << 24  # if there are no embeddings to count
 _LARGEST_WINDOW = 1 << 24  # tokens: the room for a window's mask is reserved before a token is there
 _LARGEST_TABLE = 2 * 10**9  # steps in which PLaMo-2's table of suffixes is made
 _NO_TOKEN = 2**32 - 1  # what converters write for -1
+
+_repr = reprlib.Repr()
+_repr.maxstring, _repr.maxlist = 100, 8
+_shown = _repr.repr  # of what may be long
 
 _VECTOR_STEP = 64  # numbers that RWKV-7's kernel reads and writes at one time on the widest machines
 
@@ -118,12 +123,12 @@ class Facts:
 
     def refuse(self, what: str, is_what: str, expected: str, path: Path | None = None) -> NoReturn:
         """Raise the error of a check."""
-        raise ModelLoadError(f"{path or self.file.path}: {what} {is_what}, not {expected}")
+        raise ModelLoadError(f"{path or self.file.path}: {what} {is_what}: expected {expected}")
 
     def require(self, name: str, value: object, holds: bool, expected: str) -> None:
         """Refuse the value of a key that each architecture has for itself unless a condition holds."""
         if not holds:
-            self.refuse(self.key(name), f"is {value!r}", expected)
+            self.refuse(self.key(name), f"is {_shown(value)}", expected)
 
 
 def check_model(parts: Sequence[GGUF], vocab_only: bool) -> Facts:
@@ -170,10 +175,12 @@ def _check_weights(facts: Facts) -> None:
 def _check_kind(facts: Facts, vocab_only: bool) -> None:
     path, metadata = facts.file.path, facts.file.metadata
     for key in ("general.type", "general.architecture"):
-        if metadata.get(key) in OTHER_FILES:
-            raise ModelLoadError(f"{path} is {OTHER_FILES[str(metadata[key])]}")
+        kind = str(metadata.get(key))
+        if kind in OTHER_FILES:
+            raise ModelLoadError(f"{path} is {OTHER_FILES[kind]}")
     if not re.fullmatch(r"[\w.-]+", facts.architecture, re.ASCII):
-        facts.refuse("general.architecture", f"is {metadata.get('general.architecture')!r}", "the name of one")
+        shown = _shown(metadata.get("general.architecture"))
+        facts.refuse("general.architecture", f"is {shown}", "the name of an architecture, such as llama")
     if not vocab_only and not facts.tensors:
         raise ModelLoadError(f"{path} has a vocabulary at most, and no weights: load it with vocab_only=True")
 
@@ -189,7 +196,7 @@ def _check_vocabulary(facts: Facts) -> None:
     if kind in ("no_vocab", "none"):
         size = facts.number("vocab_size", 0)
         most = _LARGEST_VOCABULARY if rows is None else rows
-        facts.require("vocab_size", size, 0 <= size <= most, f"at most {most}, as there are embeddings")
+        facts.require("vocab_size", size, 0 <= size <= most, f"at most {most}")
         return
     tokens = facts.file.strings(key)
     if tokens is None:
@@ -206,7 +213,7 @@ def _check_vocabulary(facts: Facts) -> None:
     if kind == "bert" and types is not None and (types == lib.LLAMA_TOKEN_TYPE_BYTE).any():
         token = (types == lib.LLAMA_TOKEN_TYPE_BYTE).argmax()
         facts.refuse(
-            "tokenizer.ggml.token_type", f"is {types[token]} (a byte) for token {token}", "possible in WordPiece"
+            "tokenizer.ggml.token_type", f"is {types[token]} (a byte) for token {token}", "no bytes in WordPiece"
         )
     for name in ("bos", "eos"):
         token = metadata.get(f"tokenizer.ggml.{name}_token_id")
@@ -233,7 +240,9 @@ def _check_tokens(facts: Facts, key: str, tokens: list[bytes]) -> None:
     if count > 1:
         first = seen.index(token)
         second = seen.index(token, first + 1)
-        facts.refuse(key, f"has {token.decode(errors='replace')!r} as tokens {first} and {second}", "every token once")
+        facts.refuse(
+            key, f"has {_shown(token.decode(errors='replace'))} as tokens {first} and {second}", "every token once"
+        )
 
 
 def _check_single_bytes(facts: Facts, key: str, tokens: list[bytes]) -> None:
@@ -302,7 +311,7 @@ def _check_layers(facts: Facts) -> None:
 def _check_companions(facts: Facts) -> None:
     """Refuse a layer that lacks a tensor which libllama does not ask for, and uses all the same."""
     if any(name.startswith("blk.") for name in facts.tensors) and not facts.has_tensor("blk.0."):
-        facts.refuse("tensor 'blk.0.*'", "is missing", "a model with its first layer (a draft head is none)")
+        facts.refuse("tensor 'blk.0.*'", "is missing", "the first layer (this may be only the part that drafts)")
     for layer in range(facts.n_layer):
         _check_layer(facts, f"blk.{layer}.")
 
@@ -318,7 +327,7 @@ def _check_layer(facts: Facts, prefix: str) -> None:
     if not lacks and facts.architecture in ("phi3", "pockettts"):
         lacks = missing("attn_qkv") and missing("attn_q", "attn_k", "attn_v")
     if lacks:
-        facts.refuse(f"tensor '{prefix}{lacks}.weight'", "is missing", "a model with whole layers")
+        facts.refuse(f"tensor '{prefix}{lacks}.weight'", "is missing", "all tensors of the layer")
 
 
 def _check_numbers(facts: Facts) -> None:
@@ -421,7 +430,7 @@ def _check_t5(facts: Facts) -> None:
     for stack in ("enc", "dec") if facts.architecture == "t5" else ("enc",):
         name = f"{stack}.blk.0.attn_rel_b.weight"
         if name not in facts.tensors:
-            facts.refuse(f"tensor {name!r}", "is missing", "a model that knows positions")
+            facts.refuse(f"tensor {name!r}", "is missing", "the table of positions")
     # A quarter of them are for single distances, and the others have to reach the distance of 128.
     for count in facts.each("attention.relative_buckets_count"):
         facts.require("attention.relative_buckets_count", count, 4 <= count < 256, "from 4 to 255")
