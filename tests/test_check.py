@@ -202,9 +202,10 @@ def test_an_rwkv_vocabulary_with_escapes_passes(tmp_path: Path) -> None:
     vocabulary += [f"{number:03}" for number in range(len(TOKENS) - len(vocabulary))]
     keys: dict[str, Key | None] = {**RWKV, "tokenizer.ggml.tokens": list(vocabulary), "tokenizer.ggml.token_type": None}
     check(write(tmp_path / "model.gguf", keys=keys))
-    without = [token if token != "\\xe4" else "\\xe4\\xe4" for token in vocabulary]
-    with pytest.raises(mn.ModelLoadError, match="begin with the byte 228"):
-        check(write(tmp_path / "model.gguf", keys={**keys, "tokenizer.ggml.tokens": without}))
+    for single, other, byte in ("\\xe4", "\\xe4\\xe4", 0xE4), ("\\x61", "\\xa", 0x61), ("\\\\", "\\", 0x5C):
+        without = [other if token == single else token for token in vocabulary]
+        with pytest.raises(mn.ModelLoadError, match=f"begin with the byte {byte}"):
+            check(write(tmp_path / "model.gguf", keys={**keys, "tokenizer.ggml.tokens": without}))
 
 
 NUMBERS: dict[str, tuple[TinyModel, dict[str, Key | None], str]] = {

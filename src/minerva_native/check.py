@@ -38,7 +38,7 @@ _LONGEST_TOKEN = 4096
 _LARGEST_PIECES = 1 << 30  # bytes: what libllama writes for a token can have the square of its length
 _LARGEST_VOCABULARY = 1 << 24  # if there are no embeddings to count
 _LARGEST_WINDOW = 1 << 24  # tokens: the room for a window's mask is reserved before a token is there
-_LARGEST_TABLE = 2 * 10**9  # steps in which PLaMo-2's table of suffixes is made
+_LARGEST_TABLE = 5 * 10**9  # steps in which PLaMo-2's table of suffixes is made
 _NO_TOKEN = 2**32 - 1  # what converters write for -1
 
 _repr = reprlib.Repr()
@@ -255,7 +255,7 @@ def _check_single_bytes(facts: Facts, key: str, tokens: list[bytes]) -> None:
             )
 
 
-_ESCAPE = re.compile(rb"\\(x(?s:..)|(?s:.))")
+_ESCAPE = re.compile(rb"\\(x.{0,2}|.?)", re.DOTALL)
 
 
 def _unescaped(token: bytes) -> bytes:
@@ -265,7 +265,7 @@ def _unescaped(token: bytes) -> bytes:
         name = match[1]
         if len(name) == 3:
             return bytes([sum(_hex(digit) << shift for digit, shift in zip(name[1:], (4, 0), strict=True)) % 256])
-        return {b"t": b"\t", b"n": b"\n", b"r": b"\r", b"x": b""}.get(name, name)
+        return {b"t": b"\t", b"n": b"\n", b"r": b"\r"}.get(name, b"" if name.startswith(b"x") else name)
 
     return _ESCAPE.sub(plain, token)
 
