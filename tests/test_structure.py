@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 # A module imports from a lower layer, or from its own without a circle.
 LAYERS = {
     "_binding": 1,
+    "_arguments": 0,
     "_handle": 1,
     "errors": 0,
     "devices": 2,

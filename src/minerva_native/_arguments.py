@@ -1,0 +1,63 @@
+"""Checks of arguments, whose messages name the argument."""
+
+import operator
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def integer(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
+    """Return an integer, within a range if there is one; raise `TypeError` or `ValueError`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, not {what(value)}") from None
+    if low is not None and number < low and high is None:
+        raise ValueError(f"{name} must be {low} or more, not {number}")
+    if low is not None and high is not None and not low <= number <= high:
+        raise ValueError(f"{name} must be from {low} to {high}, not {number}")
+    return number
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return True or False; raise `TypeError` for what only happens to have a truth value, such as "off"."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = int(value) if type(value).__name__ in ("bool_", "bool") else -1  # numpy's own
+    if number not in (0, 1):
+        raise TypeError(f"{name} must be True or False, not {what(value)}")
+    return bool(number)
+
+
+def path(name: str, value: Any) -> Path:
+    """Return a path; raise `TypeError`, or `ValueError` if no file can have that name."""
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name} must be a str or a path, not {what(value)}")
+    path = Path(value)
+    try:
+        if b"\0" not in os.fsencode(path):
+            return path
+    except UnicodeEncodeError:
+        pass
+    raise ValueError(f"{name} has a character that no file name can have: {str(path)!r}")
+
+
+def many(name: str, value: Any) -> Iterator[Any]:
+    """Return an iterator over several things; raise `TypeError` if it is not several."""
+    try:
+        return iter(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a list or something else with several items, not {what(value)}") from None
+
+
+def function(name: str, value: Any) -> None:
+    """Raise `TypeError` unless something can be called, or is None."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be a function or None, not {what(value)}")
+
+
+def what(value: object) -> str:
+    """Return what a value is, for a message."""
+    return "None" if value is None else f"a {type(value).__name__}"
