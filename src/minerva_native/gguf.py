@@ -11,6 +11,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ._arguments import path as as_path
+from ._arguments import what
 from ._binding import callbacks, ffi, lib, text, thrown
 from ._handle import Handle, NoCopy
 from .errors import ModelLoadError
@@ -82,7 +84,7 @@ class GGUF(NoCopy):
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
+        self.path = as_path("path", path)
         self.size_bytes = check_file(self.path)
         parameters = ffi.new("struct gguf_init_params *", {"no_alloc": True, "ctx": ffi.NULL})
         with callbacks.captured_errors() as errors:
@@ -110,8 +112,10 @@ class GGUF(NoCopy):
 
     def has_tensor(self, name: str) -> bool:
         """Return whether the file has a tensor with that name."""
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a str, not {what(name)}")
         with self._handle as gguf:
-            return bool(lib.gguf_find_tensor(gguf, name.encode()) >= 0)
+            return bool(lib.gguf_find_tensor(gguf, name.encode(errors="surrogatepass")) >= 0)
 
     def numbers(self, key: str) -> npt.NDArray[Any] | None:
         """Return an array of numbers as a numpy array, or None if the file has none under that key."""

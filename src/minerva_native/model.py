@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import operator
 import os
 import weakref
 from collections.abc import Callable, Sequence
@@ -10,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, NoReturn, ParamSpec, Self
 
+from ._arguments import flag, function, integer, many
+from ._arguments import path as as_path
 from ._binding import BUILD_INFO, callbacks, ffi, lib, text, thrown
 from ._handle import Handle
 from .check import check_loaded, check_model
@@ -82,13 +83,15 @@ class Model:
         Raises `ModelLoadError` (no model in that file), `DeviceError` (a GPU was asked for and there is none),
         `Cancelled`, and `TypeError` or `ValueError` for an argument out of range.
         """
-        path = Path(path)
+        path, mmap, vocab_only = as_path("path", path), flag("mmap", mmap), flag("vocab_only", vocab_only)
+        check = flag("check", check)
+        function("on_progress", on_progress)
         parts = open_parts(path)
         facts = check_model(parts, vocab_only) if check else None
         parameters = ffi.new("struct llama_model_params *", lib.llama_model_default_params())
         if isinstance(devices, str):
             raise TypeError(f"devices must be a list of names, not a str: [{devices!r}]")
-        chosen = select(list(devices)) if devices is not None else ffi.NULL
+        chosen = select(list(many("devices", devices))) if devices is not None else ffi.NULL
         layers = _resolve_gpu_layers(gpu_layers, has_gpu() and (devices is None or len(chosen) > 1))
         stopped = False
 
@@ -290,11 +293,11 @@ class Model:
 
 def _resolve_gpu_layers(gpu_layers: Literal["auto"] | int, has_device: bool) -> int:
     """Return libllama's number: 0 for the CPU alone, negative for every layer."""
-    if gpu_layers == "auto":
+    if isinstance(gpu_layers, str) and gpu_layers == "auto":
         return -1 if has_device else 0
     if isinstance(gpu_layers, str):
         raise ValueError(f'gpu_layers must be "auto" or a number of layers, not {gpu_layers!r}')
-    layers = operator.index(gpu_layers)
+    layers = integer("gpu_layers", gpu_layers)
     if not -1 <= layers < 2**31:
         raise ValueError(f"gpu_layers must be from 0 to {2**31 - 1}, or -1 for all, not {layers}")
     if layers and not has_device:
