@@ -313,6 +313,21 @@ def test_cells_with_positions_in_two_dimensions_are_read_too(context: mn.Context
         finite.check(wide)
 
 
+@pytest.mark.parametrize(("attention", "value"), [("on", 1e5), ("off", 1e38)])
+def test_numbers_that_only_attention_makes_infinite(
+    tiny: mn.Model, tmp_path: Path, attention: str, value: float
+) -> None:
+    """Flash attention computes with f16, and a product of large numbers of f32 is no number of f32."""
+    with make(tiny, kv_type="f32", flash_attention=attention) as context:
+        with context.sequence() as sequence:
+            sequence.extend(IDS)
+            sequence.save(tmp_path / "saved")
+        header, body = parts(tmp_path / "saved")
+        struct.pack_into("<f", body, len(body) - 400, value)
+        write(tmp_path / "saved", json.dumps(header).encode(), body)
+        refused(context, tmp_path / "saved", "not finite")
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_logits_that_are_not_finite(context: mn.Context, saved: Path, value: float) -> None:
     header, body = parts(saved)

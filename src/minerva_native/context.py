@@ -1,13 +1,13 @@
 """A context: libllama's compute graph and KV cache, and the sequences in it."""
 
-import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
+from ._arguments import flag, function, integer, many, what
+from ._arguments import path as as_path
 from ._binding import lib
 from .engine import state
 from .engine.cache import KVCache
@@ -37,6 +37,8 @@ class Context:
     """
 
     def __init__(self, model: "Model", options: ContextOptions | None = None):
+        if options is not None and not isinstance(options, ContextOptions):
+            raise TypeError(f"options must be ContextOptions, not {what(options)}")
         if not model.is_causal:
             raise ContextError(
                 f"this model ({model.architecture}) attends to a text as a whole, not only to what comes before: "
@@ -158,6 +160,7 @@ class Context:
             is_simple = len(tokens) == len(slots) and on_progress is None and cancel is None
             if is_simple and cache.extend_each_by_one(slots, tokens):
                 return len(slots)
+            function("on_progress", on_progress)
             with cache.handle:
                 as_array = self._model.tokenizer.as_array
                 arrays = [as_array(ids) for ids in prompts.values()]
@@ -188,10 +191,9 @@ class Context:
             ContextFullError: a token that has to be re-evaluated finds no cell.
             ValueError: a sequence belongs to another context, or `max_tokens` is less than 1.
         """
-        max_tokens = None if max_tokens is None else operator.index(max_tokens)
-        if max_tokens is not None and max_tokens < 1:
-            raise ValueError(f"max_tokens must be 1 or more, or None, not {max_tokens}")
-        slots = [slot_of(self._own(sequence)) for sequence in sequences]
+        max_tokens = None if max_tokens is None else integer("max_tokens", max_tokens, 1)
+        function("on_progress", on_progress)
+        slots = [slot_of(self._own(sequence)) for sequence in many("sequences", sequences)]
         cache = self._cache
         with cache.gate.enter(cancel), cache.handle:
             n_left = cache.evaluate(slots, max_tokens, on_progress, cancel)
@@ -241,7 +243,7 @@ class Context:
             SequencesInUseError: all `n_seq` sequences are in use.
             OSError: it cannot be read.
         """
-        path, cache, tokenizer = Path(path), self._cache, self._model.tokenizer
+        path, cache, tokenizer = as_path("path", path), self._cache, self._model.tokenizer
         with cache.gate.enter(), cache.handle:
             payload = state.read(path, cache.requirements(), tokenizer.n_vocab)
             try:
@@ -256,7 +258,7 @@ class Context:
     def clear_cache(self, pinned: bool = False) -> None:
         """Forget what closed sequences have left in the KV cache, pinned ones only if asked to."""
         with self._cache.gate.enter(), self._cache.handle:
-            self._cache.clear_finished(pinned)
+            self._cache.clear_finished(flag("pinned", pinned))
 
     def cancel(self) -> None:
         """Stop whatever computes at this moment, on whatever thread: that call raises `Cancelled`.

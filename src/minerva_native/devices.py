@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ._arguments import integer, what
+from ._arguments import path as as_path
 from ._binding import BUILD_INFO, ffi, lib, text
 from .errors import DeviceError
 
@@ -20,6 +22,7 @@ TYPES = {
 }
 
 _COPY_TIMES, _COPY_ROUNDS = 16, 5  # to measure a device's memory
+_MAX_COPY_BYTES = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,13 @@ class Device:
 
         Raises `DeviceError` if the device is gone or has no room for the buffers.
         """
-        pointer = lib.ggml_backend_dev_by_name(self.name.encode())
-        if pointer == ffi.NULL:
+        size_bytes = integer("size_bytes", size_bytes, 1, _MAX_COPY_BYTES)
+        pointer = {_describe(pointer).name: pointer for pointer in _pointers()}.get(self.name)
+        if pointer is None:
             raise DeviceError(f"there is no device {self.name!r} here")
+        free = _describe(pointer).memory_free_bytes
+        if 2 * size_bytes > free > 0:
+            raise DeviceError(f"{self.name} has {free:,} free bytes: no room for two buffers of {size_bytes:,}")
         best = 0.0
         with _two_tensors(pointer, size_bytes) as (backend, source, target):
             for round_ in range(_COPY_ROUNDS + 1):
@@ -94,6 +101,8 @@ def select(names: list[str]) -> Any:
     """Return libllama's NULL-terminated array of the named devices; raise `DeviceError` if there is no such device."""
     known = {_describe(pointer).name: pointer for pointer in _pointers()}
     for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"devices must be names, such as {next(iter(known))!r}, not {what(name)}")
         if name not in known:
             raise DeviceError(f"there is no device {name!r} here; this build has {', '.join(known)}")
     # libllama uses the CPU anyway, and accepts only offload devices in this list.
@@ -151,13 +160,17 @@ def _two_tensors(device: Any, size: int) -> Iterator[tuple[Any, Any, Any]]:
 
 def cpu_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float:
     """Return the smallest CPU quota of all enclosing cgroups (v2 `cpu.max`, v1 `cfs_quota_us`), or infinity."""
+    root, membership = as_path("root", root), as_path("membership", membership)
     try:
         lines = membership.read_text().splitlines()
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         return math.inf
     tightest = math.inf
     for line in lines:
-        _, controllers, path = line.split(":", 2)
+        _, is_entry, rest = line.partition(":")
+        controllers, is_whole, path = rest.partition(":")
+        if not is_entry or not is_whole or "\0" in path:
+            continue
         if controllers and "cpu" not in controllers.split(","):
             continue
         base = root if not controllers else root / controllers
@@ -174,8 +187,8 @@ def _read_quota(folder: Path) -> float:
     for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
         try:
             quota, period = " ".join((folder / name).read_text() for name in names).split()
+            if quota != "max" and float(quota) > 0 and float(period) > 0:
+                return float(quota) / float(period)
         except (OSError, ValueError):
             continue
-        if quota != "max" and float(quota) > 0 and float(period) > 0:
-            return float(quota) / float(period)
     return math.inf

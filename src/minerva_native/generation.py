@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ._arguments import integer, many, what
 from .errors import ClosedError, EmptySequenceError
 from .sampling import Sampler, SamplingParams, logprob
 from .sequence import Sequence as TokenSequence
@@ -103,16 +104,17 @@ def generate(
         sampler = Sampler(sampler)
     if sampler is not None and not callable(sampler):
         raise TypeError(f"sampler must be a Sampler, SamplingParams or a function, not {type(sampler).__name__}")
-    if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+    if cancel is not None and (isinstance(cancel, type) or not callable(getattr(cancel, "is_set", None))):
         raise TypeError(f"cancel must have is_set(), as a threading.Event has, not be a {type(cancel).__name__}")
-    if decoder is not None and not (hasattr(decoder, "feed") and hasattr(decoder, "flush")):
+    if decoder is not None and not all(callable(getattr(decoder, name, None)) for name in ("feed", "flush")):
         raise TypeError(f"decoder must have feed() and flush(), as StreamDecoder has, not {type(decoder).__name__}")
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(isinstance(text, str) and text for text in stop):
-        raise ValueError("stop must be strings that are not empty")
-    max_tokens = None if max_tokens is None else operator.index(max_tokens)
-    if max_tokens is not None and max_tokens < 0:
-        raise ValueError(f"max_tokens must be 0 or more, or None, not {max_tokens}")
+    stop = (stop,) if isinstance(stop, str) else tuple(many("stop", stop))
+    for text in stop:
+        if not isinstance(text, str):
+            raise TypeError(f"stop must be strings, not {what(text)}")
+        if not text:
+            raise ValueError("stop must be strings that are not empty")
+    max_tokens = None if max_tokens is None else integer("max_tokens", max_tokens, 0)
     if sequence.closed:
         raise ClosedError("this Sequence is closed")
     if not len(sequence):
@@ -140,20 +142,28 @@ def _decode_loop(
     while count != max_tokens:
         before = time.perf_counter()
         logits = sequence.logits
-        token = operator.index(sampler(logits, tokens))
+        chosen = sampler(logits, tokens)
+        try:
+            token = operator.index(chosen)
+        except TypeError:
+            raise TypeError(f"sampler must return a token id, not {what(chosen)}") from None
         step = Step(token, logits)
-        count += 1
-        sequence.append(token)
+        # Whatever may fail comes before the token is appended: then the sequence is as it was.
         if tokenizer.is_end(token):
             step.text, step.finish_reason = "", "end"
         else:
             step.text = decoder.feed(token) if decoder else ""
+            if not isinstance(step.text, str):
+                raise TypeError(f"decoder must return text from feed(), not {what(step.text)}")
             if matcher and matcher.feed(step):
                 step.finish_reason = "stop"
-            elif cancel is not None and cancel.is_set():
-                step.finish_reason = "cancelled"
-            elif count == max_tokens or sequence.is_full:
-                step.finish_reason = "length"
+        is_cancelled = step.finish_reason is None and cancel is not None and cancel.is_set()
+        sequence.append(token)
+        count += 1
+        if is_cancelled:
+            step.finish_reason = "cancelled"
+        elif step.finish_reason is None and (count == max_tokens or sequence.is_full):
+            step.finish_reason = "length"
         if step.finish_reason is not None and step.finish_reason != "stop":
             rest = decoder.flush() if decoder else ""
             step.text += matcher.release() + rest if matcher else rest

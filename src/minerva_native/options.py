@@ -2,11 +2,11 @@
 
 import dataclasses
 import logging
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from ._arguments import flag, integer, what
 from ._binding import lib
 from .devices import available_cpus, devices, physical_memory_bytes
 from .errors import OptionError
@@ -94,21 +94,21 @@ class ContextOptions:
             ("checkpoint_interval", 1, _MAX),
             ("checkpoint_bytes", 0, 2**63 - 1),
         ):
-            self._set(name, _in_range(name, getattr(self, name), low, high))
+            self._set(name, integer(name, getattr(self, name), low, high))
         if self.n_threads is not None:
-            self._set("n_threads", _in_range("n_threads", self.n_threads, 1, lib.GGML_MAX_N_THREADS))
+            self._set("n_threads", integer("n_threads", self.n_threads, 1, lib.GGML_MAX_N_THREADS))
         for name in ("kv_unified", "swa_full", "prefix_cache"):
-            self._set(name, bool(getattr(self, name)))
+            self._set(name, flag(name, getattr(self, name)))
         if isinstance(self.kv_type, list):
             self._set("kv_type", tuple(self.kv_type))
         pair = self.kv_type if isinstance(self.kv_type, tuple) else (self.kv_type, self.kv_type)
-        if len(pair) != 2 or not all(kind in KV_TYPES for kind in pair):
+        if len(pair) != 2 or not all(isinstance(name, str) and name in KV_TYPES for name in pair):
             raise ValueError(f"kv_type must be one of {', '.join(KV_TYPES)}, or a pair of them, not {self.kv_type!r}")
         if isinstance(self.flash_attention, bool):
             self._set("flash_attention", "on" if self.flash_attention else "off")
-        if self.flash_attention not in FLASH_ATTENTION:
+        if not isinstance(self.flash_attention, str) or self.flash_attention not in FLASH_ATTENTION:
             raise ValueError(f'flash_attention must be "auto", "on" or "off", not {self.flash_attention!r}')
-        if self.on_full not in ("error", "shift") and not callable(self.on_full):
+        if not callable(self.on_full) and not (isinstance(self.on_full, str) and self.on_full in ("error", "shift")):
             raise ValueError(f'on_full must be "error", "shift" or a function, not {self.on_full!r}')
         if self.n_cells < 2:
             raise ValueError(
@@ -133,6 +133,8 @@ class ContextOptions:
 
         Raises `OptionError` for what this model or this machine cannot do.
         """
+        if not callable(getattr(model, "hyperparameter", None)):
+            raise TypeError(f"model must be a Model, not {what(model)}")
         n_ctx, n_threads = self.n_ctx, self.n_threads
         if model.has_learned_positions and n_ctx > model.n_ctx_train >= 2:
             n_ctx = model.n_ctx_train
@@ -161,18 +163,8 @@ class ContextOptions:
 
 def ggml_type(name: str) -> int:
     """Return ggml's number of an element type."""
-    kind: int = getattr(lib, f"GGML_TYPE_{name.upper()}")
-    return kind
-
-
-def _in_range(name: str, value: int, low: int, high: int) -> int:
-    try:
-        value = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, not {type(value).__name__}") from None
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be from {low} to {high}, not {value}")
-    return value
+    number: int = getattr(lib, f"GGML_TYPE_{name.upper()}")
+    return number
 
 
 def _check_sequences(model: "Model", options: ContextOptions) -> None:
@@ -198,12 +190,12 @@ def _check_values(model: "Model", options: ContextOptions) -> None:
 
 def _check_heads(model: "Model", options: ContextOptions) -> None:
     """Refuse a quantised type whose blocks do not divide a head."""
-    for name, kind, size in zip(("keys", "values"), options.kv_types, model.head_sizes, strict=True):
-        block = lib.ggml_blck_size(ggml_type(kind))
+    for name, chosen, size in zip(("keys", "values"), options.kv_types, model.head_sizes, strict=True):
+        block = lib.ggml_blck_size(ggml_type(chosen))
         if size % block:
             raise OptionError(
-                f"{name} of type {kind!r} come in blocks of {block} numbers, and a head of this model has {size:.0f}: "
-                "ask for another kv_type"
+                f"{name} of type {chosen!r} come in blocks of {block} numbers, and a head of this model has "
+                f"{size:.0f}: ask for another kv_type"
             )
 
 
@@ -220,7 +212,7 @@ def _check_memory(model: "Model", options: ContextOptions) -> None:
 
 def _kv_bytes_per_token(model: "Model", kv_types: tuple[str, str]) -> float:
     """Return the bytes that one token's keys and values take, by the model's metadata; at least 1."""
-    of_key, of_value = (lib.ggml_type_size(kind) / lib.ggml_blck_size(kind) for kind in map(ggml_type, kv_types))
+    of_key, of_value = (lib.ggml_type_size(number) / lib.ggml_blck_size(number) for number in map(ggml_type, kv_types))
     key, value = model.head_sizes
     heads = model.hyperparameter("attention.head_count_kv", *model.hyperparameter("attention.head_count"))
     heads = heads if len(heads) > 1 else heads * model.n_layer

@@ -5,13 +5,14 @@ import os
 from array import array
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as AbstractSequence
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Self, overload
 
 import numpy as np
 import numpy.typing as npt
 
+from ._arguments import flag, function, integer
+from ._arguments import path as as_path
 from .engine import state
 from .engine.cache import KVCache
 from .engine.gate import CancelToken
@@ -36,6 +37,8 @@ class Sequence(AbstractSequence[int]):
     """
 
     def __init__(self, context: "Context", cache: KVCache, slot: Slot):
+        if not isinstance(slot, Slot):
+            raise TypeError("a Sequence is made by Context.sequence")
         self._context, self._cache, self._slot = context, cache, slot
         self._tokens = slot.tokens  # once the slot is closed, it goes on with another list
         self._tokenizer = context.model.tokenizer
@@ -138,6 +141,7 @@ class Sequence(AbstractSequence[int]):
             ):
                 return 1
             slot.check_open()
+            function("on_progress", on_progress)
             with cache.handle:
                 return cache.extend(slot, self._tokenizer.as_array(ids), on_progress, cancel)
 
@@ -158,6 +162,7 @@ class Sequence(AbstractSequence[int]):
         cache, slot = self._cache, self._slot
         with cache.gate.enter(cancel), cache.handle:
             slot.check_open()
+            function("on_progress", on_progress)
             return cache.assign(slot, self._tokenizer.as_array(ids), on_progress, cancel)
 
     def logits_after(self, ids: TokenIds, cancel: CancelToken | None = None) -> npt.NDArray[np.float32]:
@@ -205,7 +210,7 @@ class Sequence(AbstractSequence[int]):
         """Keep the first `n` tokens, and forget the rest. Raises `ValueError` unless 0 <= n <= len."""
         with self._cache.gate.enter():
             self._slot.check_open()
-            n = operator.index(n)
+            n = integer("n", n)
             if not 0 <= n <= len(self._tokens):
                 raise ValueError(f"n must be from 0 to the sequence's length {len(self._tokens)}, not {n}")
             self._cache.cut(self._slot, n)
@@ -214,7 +219,7 @@ class Sequence(AbstractSequence[int]):
         """Forget the last `n` tokens. Raises `ValueError` unless 0 <= n <= len."""
         with self._cache.gate.enter():
             self._slot.check_open()
-            n = operator.index(n)
+            n = integer("n", n)
             if not 0 <= n <= len(self._tokens):
                 raise ValueError(f"cannot rewind by {n}: the sequence has {len(self._tokens)} tokens")
             self._cache.cut(self._slot, len(self._tokens) - n)
@@ -235,7 +240,7 @@ class Sequence(AbstractSequence[int]):
         """
         with self._cache.gate.enter(), self._cache.handle:
             self._slot.check_open()
-            keep, discard = operator.index(keep), operator.index(discard)
+            keep, discard = integer("keep", keep), integer("discard", discard)
             if keep < 0 or discard < 0 or keep + discard > len(self._tokens):
                 raise ValueError(
                     f"cannot discard {discard} tokens after the first {keep}: there are {len(self._tokens)}"
@@ -257,7 +262,7 @@ class Sequence(AbstractSequence[int]):
         """
         with self._cache.gate.enter(), self._cache.handle:
             self._slot.check_open()
-            n = len(self._tokens) if n is None else operator.index(n)
+            n = len(self._tokens) if n is None else integer("n", n)
             if not 0 <= n <= len(self._tokens):
                 raise ValueError(f"n must be from 0 to the sequence's length {len(self._tokens)}, not {n}")
             return Sequence(self._context, self._cache, self._cache.fork(self._slot, n))
@@ -273,10 +278,10 @@ class Sequence(AbstractSequence[int]):
             ContextFullError: a shift has to be done, and there is no cell for that.
             StateError: libllama does not give the state.
         """
-        model, cache = self._context.model, self._cache
+        model, cache, target = self._context.model, self._cache, as_path("path", path)
         with cache.gate.enter(), cache.handle:
             payload, requirements = cache.payload(self._slot), cache.requirements()
-        state.write(Path(path), payload, requirements, model.path.name)
+        state.write(target, payload, requirements, model.path.name)
 
     # The end
 
@@ -292,7 +297,7 @@ class Sequence(AbstractSequence[int]):
     def pinned(self, pinned: bool) -> None:
         with self._cache.gate.enter():
             self._slot.check_open()
-            self._slot.pin(bool(pinned))
+            self._slot.pin(flag("pinned", pinned))
 
     def close(self) -> None:
         """Give the place back; what was evaluated stays cached while there is room. Closing twice is no error."""

@@ -342,6 +342,17 @@ def test_a_file_name_is_printed_unchanged(capsys: pytest.CaptureFixture[str], ti
     assert " m[red]:cat:.gguf," in Output(capsys, "-m", str(tmp_path / "m[red]:cat:.gguf")).out
 
 
+@pytest.mark.parametrize("kind", ["table", "md", "json", "jsonl", "csv"])
+def test_a_file_name_is_printed_without_its_control_characters(
+    capsys: pytest.CaptureFixture[str], tiny: mn.Model, tmp_path: Path, kind: str
+) -> None:
+    shutil.copy(tiny.path, tmp_path / "m\x1b[2J\x7f.gguf")
+    lengths = ("-p", "4", "-n", "0")
+    out = Output(capsys, "-m", str(tmp_path / "m\x1b[2J\x7f.gguf"), *lengths, "-o", kind).out
+    assert not re.search("[\x00-\x09\x0b-\x1a\x7f]|\x1b\\[2J", out)
+    assert kind == "md" or "[2J" in out
+
+
 def test_several_models(capsys: pytest.CaptureFixture[str], tiny: mn.Model) -> None:
     output = Output(capsys, "-m", str(tiny.path), "-m", str(mn.DEMO_PATH), "-o", "json", "-n", "4", "-p", "0")
     assert [row["model_filename"] for row in output.rows] == [str(tiny.path), str(mn.DEMO_PATH)]

@@ -342,12 +342,11 @@ def test_json_is_printable_ascii(tmp_path: Path, command: str) -> None:
     assert out.removesuffix("\n").isprintable()
     assert out.isascii()
     answer = json.loads(out)
-    shown = {
-        "info": lambda: answer["metadata"]["general.name"],
-        "generate": lambda: answer["prompt"],
-        "tokenize": lambda: mn.Model.demo().tokenizer.decode(answer["ids"]),
-    }
-    assert shown[command]() == HOSTILE
+    assert HOSTILE in (
+        answer.get("metadata", {}).get("general.name"),
+        answer.get("prompt"),
+        mn.Model.demo().tokenizer.decode(answer.get("ids", [])),
+    )
 
 
 @pytest.mark.parametrize(

@@ -45,14 +45,14 @@ class Gate:
         It is the lock itself, so that no signal handler can strike between taking it and the `with` block. With a
         cancel token, waiting for the lock ends with `Cancelled` as soon as the token is set.
         """
+        if cancel is not None and (isinstance(cancel, type) or not callable(getattr(cancel, "is_set", None))):
+            raise TypeError(f"cancel must have is_set(), as a threading.Event has, not be a {type(cancel).__name__}")
         if self._is_mine():
             return self._nested()
         return self._lock if cancel is None else self._queued(cancel)
 
     @contextmanager
     def _queued(self, cancel: CancelToken) -> Iterator[None]:
-        if not callable(getattr(cancel, "is_set", None)):
-            raise TypeError(f"cancel must have is_set(), as a threading.Event has, not be a {type(cancel).__name__}")
         try:
             while not self._lock.acquire(timeout=_LOOK_SECONDS):
                 check(cancel)

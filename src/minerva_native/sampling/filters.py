@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 
+from .arguments import checked
 from .candidates import (
     COLUMNS_FROM,
     Candidates,
@@ -38,6 +39,7 @@ _SAMPLE = 2048
 _BINS = 4096
 
 
+@checked
 def top_k(candidates: Candidates, k: int, scratch: Scratch | None = None) -> Candidates:
     """Keep the k largest logits, in descending order (Fan et al. 2018; `llama_sampler_init_top_k`).
 
@@ -95,6 +97,7 @@ def _top_of(candidates: Candidates, index: Ids, k: int) -> Candidates:
     return Candidates(logits[order], index if candidates.ids is None else candidates.ids[index], True)
 
 
+@checked
 def top_p(candidates: Candidates, p: float, min_keep: int = 0, scratch: Scratch | None = None) -> Candidates:
     """Keep the smallest set of most likely tokens with total probability >= p (nucleus; Holtzman et al. 2020).
 
@@ -185,6 +188,7 @@ def lightest(keys: Floats, weights: Floats, target: float, strictly: bool = Fals
     return np.concatenate((before, edge[:count]))
 
 
+@checked
 def min_p(candidates: Candidates, p: float, min_keep: int = 0, scratch: Scratch | None = None) -> Candidates:
     """Keep tokens at least p times as likely as the most likely one (Nguyen et al. 2024).
 
@@ -210,6 +214,7 @@ def min_p(candidates: Candidates, p: float, min_keep: int = 0, scratch: Scratch 
     return candidates.take(index)
 
 
+@checked
 def typical_p(candidates: Candidates, p: float, min_keep: int = 0, scratch: Scratch | None = None) -> Candidates:
     """Keep tokens whose surprise is closest to the entropy, until their mass exceeds p (Meister et al. 2022).
 
@@ -249,6 +254,7 @@ def _typical_p_exact(candidates: Candidates, p: float, min_keep: int) -> Candida
     return candidates.take(order[: max(count, min_keep)])
 
 
+@checked
 def top_n_sigma(candidates: Candidates, n: float, scratch: Scratch | None = None) -> Candidates:
     """Set logits more than n standard deviations below the largest to `-inf` (Tang et al. 2024).
 
@@ -271,6 +277,7 @@ def top_n_sigma(candidates: Candidates, n: float, scratch: Scratch | None = None
     return Candidates(masked, candidates.ids, candidates.descending)
 
 
+@checked
 def xtc(candidates: Candidates, threshold: float, min_keep: int = 0, scratch: Scratch | None = None) -> Candidates:
     """Drop all tokens with probability >= `threshold` except the least likely of them (`llama_sampler_init_xtc`).
 
@@ -299,6 +306,7 @@ def xtc(candidates: Candidates, threshold: float, min_keep: int = 0, scratch: Sc
     return candidates.take(np.flatnonzero(kept))
 
 
+@checked
 def temperature(candidates: Candidates, t: float) -> Candidates:
     """Divide the logits by t; t <= 0 keeps only the most likely token (`llama_sampler_init_temp`)."""
     logits = candidates.logits
@@ -317,6 +325,7 @@ def temperature(candidates: Candidates, t: float) -> Candidates:
     return Candidates(scaled, candidates.ids, candidates.descending)
 
 
+@checked
 def dynamic_temperature(candidates: Candidates, t: float, spread: float, exponent: float) -> Candidates:
     """Apply a temperature from t - spread to t + spread that grows with the entropy (`llama_sampler_init_temp_ext`).
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .arguments import checked_logits, what
 from .candidates import Floats
 
 _EIGHT_FLOATS = np.dtype("V32")
@@ -25,9 +26,12 @@ def apply_mask(logits: Floats, mask: Mask, out: Floats | None = None) -> Floats:
         out: output array, float32 (n_vocab,); may be `logits` itself. `None` allocates a new one.
 
     Raises:
-        TypeError: the mask is not an array or has another dtype.
-        ValueError: the mask is not one-dimensional or does not fit the number of logits.
+        TypeError: something is not an array or has another dtype.
+        ValueError: something is not one-dimensional, or the mask does not fit the number of logits.
     """
+    logits = checked_logits(logits)
+    if out is not None and (not isinstance(out, np.ndarray) or out.dtype != np.float32 or out.shape != logits.shape):
+        raise TypeError(f"out must be a float32 array of {logits.size} numbers or None, not {what(out)}")
     octets = _packed(logits.size, mask)
     # A table gives the bias of eight tokens at a time, without branches: a mixed mask costs no more than a uniform one.
     apart = out is not None and out.flags.c_contiguous and not np.may_share_memory(out, logits)

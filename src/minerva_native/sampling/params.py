@@ -6,7 +6,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
-from typing import Any, Protocol, SupportsFloat
+from typing import Any, Protocol
+
+import numpy as np
+
+from .arguments import integer, many, number, what
 
 DEFAULT_ORDER = (
     "penalties",
@@ -29,7 +33,8 @@ _STEP_ALIASES = {
     "temp": "temperature",
 }
 
-_MAX_SEED = 2**64 - 1
+MAX_SEED = 2**64 - 1
+"""The largest seed."""
 
 
 class HasMetadata(Protocol):
@@ -114,7 +119,7 @@ class SamplingParams:
         for name, (least, most) in _INT_RANGES.items():
             object.__setattr__(self, name, _integer(name, getattr(self, name), least, most))
         if self.seed is not None:
-            object.__setattr__(self, "seed", _integer("seed", self.seed, 0, _MAX_SEED))
+            object.__setattr__(self, "seed", _integer("seed", self.seed, 0, MAX_SEED))
         if self.repeat_penalty == 0.0 or not math.isfinite(1.0 / self.repeat_penalty):
             raise ValueError(f"repeat_penalty must be greater than 0, not {self.repeat_penalty!r}")
         object.__setattr__(self, "logit_bias", _bias_pairs(self.logit_bias))
@@ -136,7 +141,9 @@ class SamplingParams:
         Raises:
             ValueError: a metadata value has the wrong type or is out of range; the message names the key.
         """
-        metadata = model.metadata
+        metadata = getattr(model, "metadata", None)
+        if not isinstance(metadata, Mapping):
+            raise TypeError(f"model must be a Model, or something else with metadata, not {what(model)}")
         values: dict[str, Any] = {}
         for suffix, name in _METADATA_FIELDS.items():
             key = f"general.sampling.{suffix}"
@@ -226,25 +233,23 @@ def parse_order(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _finite(name: str, value: object, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, SupportsFloat):
-        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, not {number!r}")
-    if abs(number) > 3.4028234663852886e38:
-        raise ValueError(f"{name} must fit a 32-bit float, not {number!r}")
-    if not low <= number <= high:
-        raise ValueError(f"{name} must be {_range_text(low, high)}, not {number!r}")
-    return number
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, not a bool")
+    result = number(name, value)
+    if not math.isfinite(result):
+        raise ValueError(f"{name} must be finite, not {result!r}")
+    if not low <= result <= high:
+        raise ValueError(f"{name} must be {_range_text(low, high)}, not {result!r}")
+    return result
 
 
 def _integer(name: str, value: object, least: int, most: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
-    number: int = value.__index__()
-    if not least <= number <= most:
-        raise ValueError(f"{name} must be from {least} to {most}, not {number}")
-    return number
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, not a bool")
+    result = integer(name, value)
+    if not least <= result <= most:
+        raise ValueError(f"{name} must be from {least} to {most}, not {result}")
+    return result
 
 
 def _range_text(low: float, high: float) -> str:
@@ -259,6 +264,8 @@ def _shortest_float32(value: float) -> float:
     """Return the shortest decimal with the same float32: GGUF's 0.949999988079071 is read as 0.95."""
     import struct
 
+    if not abs(value) < 3.4e38:  # also NaN, which is refused later
+        return value
     packed = struct.pack("f", value)
     for digits in range(1, 9):
         short = float(f"{value:.{digits}g}")
@@ -271,13 +278,13 @@ def _bias_pairs(bias: object) -> tuple[tuple[int, float], ...]:
     if isinstance(bias, (str, bytes)) or not isinstance(bias, Iterable):
         raise TypeError(f"logit_bias must be a mapping or (id, bias) pairs, not {type(bias).__name__}")
     pairs = []
-    for pair in bias.items() if isinstance(bias, Mapping) else bias:
+    for pair in bias.items() if isinstance(bias, Mapping) else many("logit_bias", bias):
         try:
             token, value = pair
         except (TypeError, ValueError):
             raise TypeError(f"logit_bias must contain (id, bias) pairs, not {pair!r}") from None
         token = _integer("logit_bias: token id", token, 0, _INT32_MAX)
-        if value is False or value == -math.inf:
+        if value is False or (isinstance(value, float | np.floating) and value == -math.inf):
             pairs.append((token, -math.inf))
         else:
             pairs.append((token, _finite(f"logit_bias[{token}]", value, -math.inf, math.inf)))
@@ -289,11 +296,11 @@ def _breakers(breakers: object) -> tuple[str | tuple[int, ...], ...]:
     if isinstance(breakers, (str, bytes)) or not isinstance(breakers, Iterable):
         raise TypeError(f"{name} must be a sequence of strings or token ids, not {type(breakers).__name__}")
     parsed: list[str | tuple[int, ...]] = []
-    for breaker in breakers:
+    for breaker in many(name, breakers):
         if isinstance(breaker, str):
             parsed.append(breaker)
         elif isinstance(breaker, Iterable):
-            parsed.append(tuple(_integer(name, token, 0, _INT32_MAX) for token in breaker))
+            parsed.append(tuple(_integer(name, token, 0, _INT32_MAX) for token in many(name, breaker)))
         else:
             parsed.append((_integer(name, breaker, 0, _INT32_MAX),))
         if not parsed[-1]:

@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from .arguments import checked
+from .arguments import history as check_history
 from .candidates import Candidates, Floats, Ids, Scratch
 
 _LOG_MAX_FLOAT32 = 88.7228391
@@ -18,6 +20,7 @@ BreakerTails = dict[int, list[tuple[int, ...]]]
 """For each token that can begin a sequence breaker, the tails that complete it: the tokens that must follow."""
 
 
+@checked
 def penalties(
     candidates: Candidates,
     history: Sequence[int],
@@ -48,6 +51,7 @@ def penalties(
     return Candidates(logits, candidates.ids)
 
 
+@checked
 def dry(
     candidates: Candidates,
     history: Sequence[int],
@@ -247,5 +251,9 @@ def last(tokens: Sequence[int], count: int) -> Sequence[int]:
     """Return the last `count` tokens of a history, in time independent of its length."""
     if count <= 0:
         return ()
-    size = len(tokens)
-    return tokens[size - count :] if size > count else tokens[:]
+    try:
+        size = len(tokens)
+        return tokens[size - count :] if size > count else tokens[:]
+    except (TypeError, LookupError):
+        check_history("tokens", tokens)
+        raise

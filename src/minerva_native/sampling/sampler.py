@@ -8,9 +8,9 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from ..errors import SamplingError
 from . import filters
 from .adaptive import adaptive_p, mirostat, mirostat_mu, mirostat_v2
+from .arguments import checked_logits, integer, many, what
 from .candidates import (
     COLUMNS_FROM,
     Candidates,
@@ -27,7 +27,7 @@ from .candidates import (
 )
 from .logprobs import TokenLogprobs, logprob, top_logprobs
 from .masks import Mask, apply_mask
-from .params import SamplingParams
+from .params import MAX_SEED, SamplingParams
 from .penalties import (
     BreakerTails,
     BreakerTokenizer,
@@ -83,8 +83,13 @@ class Sampler:
     ) -> None:
         self.params = params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
-            raise TypeError(f"params must be SamplingParams, not {type(params).__name__}")
-        self.processors = tuple(processors)
+            raise TypeError(f"params must be SamplingParams, not {what(params)}")
+        self.processors = tuple(many("processors", processors))
+        for processor in self.processors:
+            if not callable(processor):
+                raise TypeError(f"processors must be functions, not {what(processor)}")
+        if tokenizer is not None and not all(hasattr(tokenizer, name) for name in ("n_vocab", "piece", "encode")):
+            raise TypeError(f"tokenizer must be a Tokenizer or something alike, not {what(tokenizer)}")
         self._scratch = Scratch()
         self._bias = LogitBias.of(params.logit_bias) if params.logit_bias else None  # type: ignore[arg-type]
         self._breakers = _resolve_breakers(params, tokenizer)
@@ -154,7 +159,6 @@ class Sampler:
         n: int = 0,
     ) -> TokenLogprobs:
         """Return the log-probabilities of `token` and of the n most likely tokens under the model, before any step."""
-        logits = _checked(logits)
         ids, values = top_logprobs(logits, n, self._scratch)
         return TokenLogprobs(token, logprob(logits, token, self._scratch), ids, values)
 
@@ -165,6 +169,7 @@ class Sampler:
 
         Call this before the draw: the draw advances the state of Mirostat and adaptive-p.
         """
+        token, n = integer("token", token), max(0, integer("n", n))
         ids, probs = self.distribution(logits, tokens, mask=mask)
         values = np.log(probs)
         place = np.flatnonzero(ids == token)
@@ -182,15 +187,17 @@ class Sampler:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` returned. Raises `ValueError` if it is not a valid state."""
+        """Continue from what `state_dict` returned. Raises `TypeError` or `ValueError` if it is not a valid state."""
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be a mapping, as state_dict() returns it, not {what(state)}")
         try:
             version, seed, drawn = (int(state[name]) for name in ("version", "seed", "drawn"))
             values = [float(state[name]) for name in ("mu", "weighted_sum", "total_weight")]
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"state is not a result of state_dict(): {error!r}") from None
         if version != 1:
             raise ValueError(f"state: version must be 1, not {version}")
-        if seed < 0 or drawn < 0 or not np.isfinite(values).all():
+        if not 0 <= seed <= MAX_SEED or not 0 <= drawn <= MAX_SEED or not np.isfinite(values).all():
             raise ValueError("state: a number is out of range")
         self._stream = Stream(seed, drawn)
         self._mu, self._weighted_sum, self._total_weight = values
@@ -224,7 +231,7 @@ class Sampler:
 
     def _prepared(self, logits: Floats, tokens: Sequence[int], mask: Mask | None) -> Candidates:
         """Apply the mask, bias and processors, if there are any, to a copy of the logits."""
-        candidates = Candidates(_checked(logits))
+        candidates = Candidates(checked_logits(logits))
         if self._bias is None and mask is None and not self.processors:
             return candidates
         if mask is not None:
@@ -344,18 +351,6 @@ class Sampler:
                 )
             return (lambda c, tokens: filters.temperature(c, p.temperature)) if p.temperature != 1.0 else None
         return None  # adaptive_p always runs last and is on if it has a target: see _final
-
-
-def _checked(logits: Floats) -> Floats:
-    if not isinstance(logits, np.ndarray):
-        raise TypeError(f"logits must be a numpy array, not {type(logits).__name__}")
-    if logits.dtype != np.float32:
-        raise TypeError(f"logits must be float32, not {logits.dtype}")
-    if logits.ndim != 1:
-        raise ValueError(f"logits must have one dimension, not {logits.ndim}")
-    if not logits.size:
-        raise SamplingError("the logits are empty: no token can be drawn")
-    return logits if logits.flags.c_contiguous else np.ascontiguousarray(logits)
 
 
 def _pick(weights: Doubles, uniform: float) -> int:
