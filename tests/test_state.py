@@ -101,6 +101,15 @@ def test_waiting_tokens_and_unknown_logits(context: mn.Context, tmp_path: Path) 
     np.testing.assert_allclose(restored.logits, sequence.logits, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_short_sequence(load_tiny: Callable[[TinyModel], mn.Model], tmp_path: Path, name: str, n: int) -> None:
+    with make(load_tiny(KINDS[name])) as context, context.sequence() as sequence:
+        sequence.extend(IDS[:n])
+        sequence.save(tmp_path / "saved")
+        assert np.array_equal(context.restore(tmp_path / "saved").logits, sequence.logits)
+
+
 def test_an_empty_sequence(context: mn.Context, tmp_path: Path) -> None:
     context.sequence().save(tmp_path / "saved")
     restored = context.restore(tmp_path / "saved")

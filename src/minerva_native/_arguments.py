@@ -32,16 +32,21 @@ def flag(name: str, value: Any) -> bool:
 
 
 def path(name: str, value: Any) -> Path:
-    """Return a path; raise `TypeError`, or `ValueError` if no file can have that name."""
+    """Return a path; raise `TypeError` for what is none."""
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"{name} must be a str or a path, not {what(value)}")
-    path = Path(value)
+    return Path(value)
+
+
+def file_path(name: str, value: Any) -> Path:
+    """Return a path; raise `TypeError` for what is none, or `ValueError` if no file can have that name."""
+    file = path(name, value)
     try:
-        if b"\0" not in os.fsencode(path):
-            return path
+        if b"\0" not in os.fsencode(file):
+            return file
     except UnicodeEncodeError:
         pass
-    raise ValueError(f"{name} has a character that no file name can have: {str(path)!r}")
+    raise ValueError(f"{name} has a character that no file name can have: {str(file)!r}")
 
 
 def many(name: str, value: Any) -> Iterator[Any]:

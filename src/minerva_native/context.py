@@ -6,8 +6,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
-from ._arguments import flag, function, integer, many, what
-from ._arguments import path as as_path
+from ._arguments import file_path, flag, function, integer, many, what
 from ._binding import lib
 from .engine import state
 from .engine.cache import KVCache
@@ -243,7 +242,7 @@ class Context:
             SequencesInUseError: all `n_seq` sequences are in use.
             OSError: it cannot be read.
         """
-        path, cache, tokenizer = as_path("path", path), self._cache, self._model.tokenizer
+        path, cache, tokenizer = file_path("path", path), self._cache, self._model.tokenizer
         with cache.gate.enter(), cache.handle:
             payload = state.read(path, cache.requirements(), tokenizer.n_vocab)
             try:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ._arguments import integer, what
-from ._arguments import path as as_path
+from ._arguments import file_path, integer, what
 from ._binding import BUILD_INFO, ffi, lib, text
 from .errors import DeviceError
 
@@ -160,7 +159,7 @@ def _two_tensors(device: Any, size: int) -> Iterator[tuple[Any, Any, Any]]:
 
 def cpu_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float:
     """Return the smallest CPU quota of all enclosing cgroups (v2 `cpu.max`, v1 `cfs_quota_us`), or infinity."""
-    root, membership = as_path("root", root), as_path("membership", membership)
+    root, membership = file_path("root", root), file_path("membership", membership)
     try:
         lines = membership.read_text().splitlines()
     except (OSError, UnicodeDecodeError):

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, NoReturn, Self, overload
 import numpy as np
 import numpy.typing as npt
 
-from ._arguments import flag, function, integer
-from ._arguments import path as as_path
+from ._arguments import file_path, flag, function, integer
 from .engine import state
 from .engine.cache import KVCache
 from .engine.gate import CancelToken
@@ -278,7 +277,7 @@ class Sequence(AbstractSequence[int]):
             ContextFullError: a shift has to be done, and there is no cell for that.
             StateError: libllama does not give the state.
         """
-        model, cache, target = self._context.model, self._cache, as_path("path", path)
+        model, cache, target = self._context.model, self._cache, file_path("path", path)
         with cache.gate.enter(), cache.handle:
             payload, requirements = cache.payload(self._slot), cache.requirements()
         state.write(target, payload, requirements, model.path.name)

@@ -10,6 +10,7 @@ values at all depends on the model. Every reading of the bytes that comes out ev
 
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -112,26 +113,24 @@ def _stream(state: Bytes, at: int) -> Iterator[_Reading]:
         yield at, []
         return
     for size in _CELL:
-        start = at + n_cells * size
-        if start > state.size or (_column(state, at, n_cells, size) != 1).any():
-            continue
-        is_transposed, first = _counted(state, start, 0, 1)
-        n_layers, first = _counted(state, first, 1, _MAX_LAYERS)
-        keys = []
+        with suppress(struct.error, _Unreadable):
+            yield from _cells(state, at, n_cells, size)
+
+
+def _cells(state: Bytes, at: int, n_cells: int, size: int) -> Iterator[_Reading]:
+    """Yield the ways to read the cells of a stream, each described in `size` bytes, and their keys and values."""
+    start = at + n_cells * size
+    if start > state.size or (_column(state, at, n_cells, size) != 1).any():
+        raise _Unreadable
+    is_transposed, first = _counted(state, start, 0, 1)
+    n_layers, first = _counted(state, first, 1, _MAX_LAYERS)
+    segments: _Segments = []
+    for read in (_rows, _columns if is_transposed else _rows):
         for _ in range(n_layers):
-            segment = _rows(state, first, n_cells, is_cast=not is_transposed)
-            keys.append(segment)
+            segment = read(state, first, n_cells, not is_transposed)
+            segments.append(segment)
             first = segment.stop
-        yield first, keys
-        values = []
-        try:
-            for _ in range(n_layers):
-                segment = (_columns if is_transposed else _rows)(state, first, n_cells, not is_transposed)
-                values.append(segment)
-                first = segment.stop
-        except (struct.error, _Unreadable):  # the keys alone remain: a model whose values are computed from them
-            continue
-        yield first, keys + values
+        yield first, list(segments)  # the keys alone: a model whose values are computed from them
 
 
 def _recurrent(state: Bytes, at: int) -> Iterator[_Reading]:
@@ -149,7 +148,7 @@ def _recurrent(state: Bytes, at: int) -> Iterator[_Reading]:
                 size, start = _fitting(state, struct.unpack_from("<Q", state.data, at)[0] * n_cells, at + 8)
                 segment = _Segment(lib.GGML_TYPE_F32, start, start + size)
             else:
-                segment = _rows(state, at, n_cells, is_cast=False)
+                segment = _rows(state, at, n_cells, False)
         except (struct.error, _Unreadable):
             break
         segments.append(segment)
