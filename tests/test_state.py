@@ -101,15 +101,6 @@ def test_waiting_tokens_and_unknown_logits(context: mn.Context, tmp_path: Path) 
     np.testing.assert_allclose(restored.logits, sequence.logits, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("n", [1, 2, 3])
-def test_a_short_sequence(load_tiny: Callable[[TinyModel], mn.Model], tmp_path: Path, name: str, n: int) -> None:
-    with make(load_tiny(KINDS[name])) as context, context.sequence() as sequence:
-        sequence.extend(IDS[:n])
-        sequence.save(tmp_path / "saved")
-        assert np.array_equal(context.restore(tmp_path / "saved").logits, sequence.logits)
-
-
 def test_an_empty_sequence(context: mn.Context, tmp_path: Path) -> None:
     context.sequence().save(tmp_path / "saved")
     restored = context.restore(tmp_path / "saved")
@@ -267,13 +258,38 @@ FORMS = {
     "q4_1": TinyModel(),
     "RWKV": TinyModel("rwkv7"),
     "encoder-decoder": TinyModel("t5"),
+    "small window": TinyModel("gemma2", tied=True),
+    "hybrid with a small window": TinyModel("lfm2", n_layer=4),
 }
 FORM_OPTIONS: dict[str, dict[str, object]] = {
     "transposed values": {"flash_attention": "off"},
     "cells of their own": {"kv_unified": False},
     **{kind: {"kv_type": kind} for kind in ("f32", "bf16", "q8_0")},
     "q4_1": {"kv_type": ("q4_1", "q5_0")},
+    "small window": {"swa_full": False},
+    "hybrid with a small window": {"swa_full": False, "flash_attention": "off"},
 }
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("n", [1, 2, 50])
+def test_every_form_of_memory_is_saved_and_restored(
+    load_tiny: Callable[[TinyModel], mn.Model], tmp_path: Path, name: str, n: int
+) -> None:
+    with make(load_tiny(FORMS[name]), **FORM_OPTIONS.get(name, {})) as context:
+        if context.model.has_encoder:
+            context.encode([1, 2, 3])
+        sequence = context.sequence()
+        sequence.extend(list(range(20, 20 + n)))
+        sequence.save(tmp_path / "saved")
+        assert np.array_equal(context.restore(tmp_path / "saved").logits, sequence.logits)
+
+
+def test_a_state_of_countless_sections_is_refused() -> None:
+    """Each of which could be read in several ways."""
+    for section in ([1, 0], [1, 1, 0, 1, 0, 0, 0], [256] + [0] * 256):
+        with pytest.raises(mn.StateError, match="not laid out"):
+            finite.check(np.array([0, 0, *section * 10_000], "<u4").view(np.uint8))
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -11,6 +11,7 @@ values at all depends on the model. Every reading of the bytes that comes out ev
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,8 @@ _DSV4 = 0x34565344  # DeepSeek 4's compressed keys have a layout of their own, w
 _CELL = (12, 24)  # bytes a cell of keys and values: position, one sequence id and its number; some models add 12
 _RECURRENT_CELL = 8
 
+_MAX_SECTIONS = 4  # one for each of the caches that a memory is made of
+_MAX_READINGS = 8  # there is one, or a second by chance: a file with more is made to take time
 _MAX_STREAMS = 256
 _MAX_LAYERS = 1024
 _CHUNK = 1 << 17  # bytes that stay in the CPU's cache
@@ -71,26 +74,25 @@ def check(state: Bytes) -> None:
     """Raise `StateError` if a state holds NaN, an infinity, or a number that becomes one in attention."""
     if state.size >= _START + 4 and _word(state, _START) == _DSV4:
         return
-    readings = list(_readings(state, _START))
-    if not readings:
+    readings = list(islice(_readings(state, _START, _MAX_SECTIONS), _MAX_READINGS))
+    if not 0 < len(readings) < _MAX_READINGS:
         raise StateError("its keys and values are not laid out as libllama's are")
     for segment in dict.fromkeys(segment for reading in readings for segment in reading):
         if not _is_finite(state, segment):
             raise StateError("it holds numbers that are not finite, which would spoil the other sequences")
 
 
-def _readings(state: Bytes, at: int) -> Iterator[_Segments]:
-    """Yield what is in each reading of a state from `at` on that comes out even."""
+def _readings(state: Bytes, at: int, n_sections: int) -> Iterator[_Segments]:
+    """Yield what is in each reading of a state from `at` on that comes out even with at most that many sections."""
     if at == state.size:
         yield []
         return
-    for section in (_attention, _recurrent):
-        try:
-            found = list(section(state, at))
-        except (struct.error, _Unreadable):
-            continue
+    for section in (_attention, _recurrent) if n_sections else ():
+        found: list[_Reading] = []
+        with suppress(struct.error, _Unreadable):
+            found += section(state, at)
         for end, segments in found:
-            for rest in _readings(state, end):
+            for rest in _readings(state, end, n_sections - 1):
                 yield segments + rest
 
 
@@ -99,22 +101,18 @@ class _Unreadable(Exception):
 
 
 def _attention(state: Bytes, at: int) -> Iterator[_Reading]:
-    """Yield the ways to read a section of keys and values."""
+    """Yield the ways to read a section of keys and values, of which only the sequence's own stream has any."""
     n_streams, at = _counted(state, at, 1, _MAX_STREAMS)
-    ways: list[_Reading] = [(at, [])]
-    for _ in range(n_streams):
-        ways = [(end, before + more) for at, before in ways for end, more in _stream(state, at)]
-    yield from ways
-
-
-def _stream(state: Bytes, at: int) -> Iterator[_Reading]:
-    n_cells, at = _counted(state, at, 0, state.size)
-    if not n_cells:
-        yield at, []
-        return
-    for size in _CELL:
-        with suppress(struct.error, _Unreadable):
-            yield from _cells(state, at, n_cells, size)
+    for n_after in reversed(range(n_streams)):
+        n_cells, at = _counted(state, at, 0, state.size)
+        if n_cells:
+            for size in _CELL:
+                with suppress(struct.error, _Unreadable):
+                    for end, segments in _cells(state, at, n_cells, size):
+                        if not state[end : end + 4 * n_after].any():
+                            yield end + 4 * n_after, segments
+            return
+    yield at, []
 
 
 def _cells(state: Bytes, at: int, n_cells: int, size: int) -> Iterator[_Reading]:
@@ -123,8 +121,11 @@ def _cells(state: Bytes, at: int, n_cells: int, size: int) -> Iterator[_Reading]
     if start > state.size or (_column(state, at, n_cells, size) != 1).any():
         raise _Unreadable
     is_transposed, first = _counted(state, start, 0, 1)
-    n_layers, first = _counted(state, first, 1, _MAX_LAYERS)
+    n_layers, first = _counted(state, first, 0, _MAX_LAYERS)
     segments: _Segments = []
+    if not n_layers:  # all of them are in the section that follows, of the layers with a window
+        yield first, segments
+        return
     for read in (_rows, _columns if is_transposed else _rows):
         for _ in range(n_layers):
             segment = read(state, first, n_cells, not is_transposed)
@@ -140,9 +141,9 @@ def _recurrent(state: Bytes, at: int) -> Iterator[_Reading]:
     if end > state.size or _column(state, at, n_cells, _RECURRENT_CELL).any():
         raise _Unreadable
     _, at = _counted(state, end, 0, 0)
-    _, at = _counted(state, at, 1, _MAX_LAYERS)
+    n_layers, at = _counted(state, at, 1, _MAX_LAYERS)
     segments: _Segments = []
-    while at < state.size:
+    for _ in range(3 * n_layers):
         try:
             if _word(state, at):  # a convolution's history follows without a type
                 size, start = _fitting(state, struct.unpack_from("<Q", state.data, at)[0] * n_cells, at + 8)
@@ -176,7 +177,7 @@ def _checked(segment: _Segment) -> _Segment:
 
 
 def _fitting(state: Bytes, size: int, start: int) -> tuple[int, int]:
-    if not 0 < size <= state.size - start:
+    if size > state.size - start:
         raise _Unreadable
     return size, start
 
