@@ -8,6 +8,7 @@ The layout is what `llama_kv_cache::state_write` and its relatives write. It doe
 values at all depends on the model. Every reading of the bytes that comes out even is therefore examined.
 """
 
+import math
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
@@ -29,6 +30,7 @@ _RECURRENT_CELL = 8
 
 _MAX_SECTIONS = 4  # one for each of the caches that a memory is made of
 _MAX_READINGS = 8  # there is one, or a second by chance: a file with more is made to take time
+_MAX_TRIES = 100
 _MAX_STREAMS = 256
 _MAX_LAYERS = 1024
 _CHUNK = 1 << 17  # bytes that stay in the CPU's cache
@@ -72,9 +74,10 @@ _Reading = tuple[int, _Segments]  # where a section ends, and what is in it
 
 def check(state: Bytes) -> None:
     """Raise `StateError` if a state holds NaN, an infinity, or a number that becomes one in attention."""
-    if state.size >= _START + 4 and _word(state, _START) == _DSV4:
+    reader = _Reader(state)
+    if state.size >= _START + 4 and reader.word(_START) == _DSV4:
         return
-    readings = list(islice(_readings(state, _START, _MAX_SECTIONS), _MAX_READINGS))
+    readings = list(islice(reader.readings(_START, _MAX_SECTIONS), _MAX_READINGS))
     if not 0 < len(readings) < _MAX_READINGS:
         raise StateError("its keys and values are not laid out as libllama's are")
     for segment in dict.fromkeys(segment for reading in readings for segment in reading):
@@ -82,122 +85,109 @@ def check(state: Bytes) -> None:
             raise StateError("it holds numbers that are not finite, which would spoil the other sequences")
 
 
-def _readings(state: Bytes, at: int, n_sections: int) -> Iterator[_Segments]:
-    """Yield what is in each reading of a state from `at` on that comes out even with at most that many sections."""
-    if at == state.size:
-        yield []
-        return
-    for section in (_attention, _recurrent) if n_sections else ():
-        found: list[_Reading] = []
-        with suppress(struct.error, _Unreadable):
-            found += section(state, at)
-        for end, segments in found:
-            for rest in _readings(state, end, n_sections - 1):
-                yield segments + rest
-
-
 class _Unreadable(Exception):
     """The bytes are not what this section would have."""
 
 
-def _attention(state: Bytes, at: int) -> Iterator[_Reading]:
-    """Yield the ways to read a section of keys and values, of which only the sequence's own stream has any."""
-    n_streams, at = _counted(state, at, 1, _MAX_STREAMS)
-    for n_after in reversed(range(n_streams)):
-        n_cells, at = _counted(state, at, 0, state.size)
-        if n_cells:
-            for size in _CELL:
-                with suppress(struct.error, _Unreadable):
-                    for end, segments in _cells(state, at, n_cells, size):
-                        if not state[end : end + 4 * n_after].any():
-                            yield end + 4 * n_after, segments
+class _Reader:
+    """Finds the ways to read a state: what begins at a byte, where that ends, and the segments in it."""
+
+    def __init__(self, state: Bytes):
+        self._state, self._n_tries = state, 0
+
+    def readings(self, at: int, n_sections: int) -> Iterator[_Segments]:
+        """Yield what is in each reading from `at` on that comes out even with at most that many sections."""
+        if at == self._state.size:
+            yield []
             return
-    yield at, []
+        for section in (self._attention, self._recurrent) if n_sections else ():
+            found: list[_Reading] = []
+            with suppress(struct.error, _Unreadable):
+                found += section(at)
+            for end, segments in found:
+                for rest in self.readings(end, n_sections - 1):
+                    yield segments + rest
 
+    def word(self, at: int) -> int:
+        """Return the 32-bit number at a byte."""
+        word: int = self._unpack("<I", at)[0]
+        return word
 
-def _cells(state: Bytes, at: int, n_cells: int, size: int) -> Iterator[_Reading]:
-    """Yield the ways to read the cells of a stream, each described in `size` bytes, and their keys and values."""
-    start = at + n_cells * size
-    if start > state.size or (_column(state, at, n_cells, size) != 1).any():
-        raise _Unreadable
-    is_transposed, first = _counted(state, start, 0, 1)
-    n_layers, first = _counted(state, first, 0, _MAX_LAYERS)
-    segments: _Segments = []
-    if not n_layers:  # all of them are in the section that follows, of the layers with a window
-        yield first, segments
-        return
-    for read in (_rows, _columns if is_transposed else _rows):
-        for _ in range(n_layers):
-            segment = read(state, first, n_cells, not is_transposed)
-            segments.append(segment)
-            first = segment.stop
-        yield first, list(segments)  # the keys alone: a model whose values are computed from them
+    def _attention(self, at: int) -> Iterator[_Reading]:
+        n_streams, at = self._number(at, 1, _MAX_STREAMS)
+        return self._streams(at, n_streams)
 
+    def _streams(self, at: int, n: int) -> Iterator[_Reading]:
+        for n_after in reversed(range(n)):
+            n_cells, at = self._number(at, 0, self._state.size)
+            if n_cells:
+                for size in _CELL:
+                    with suppress(struct.error, _Unreadable):
+                        for end, segments in self._cells(at, n_cells, size):
+                            for last, more in self._streams(end, n_after):
+                                yield last, segments + more
+                return
+        yield at, []
 
-def _recurrent(state: Bytes, at: int) -> Iterator[_Reading]:
-    """Yield the ways to read a section of recurrent states, which are all f32."""
-    n_cells, at = _counted(state, at, 1, state.size)
-    end = at + n_cells * _RECURRENT_CELL
-    if end > state.size or _column(state, at, n_cells, _RECURRENT_CELL).any():
-        raise _Unreadable
-    _, at = _counted(state, end, 0, 0)
-    n_layers, at = _counted(state, at, 1, _MAX_LAYERS)
-    segments: _Segments = []
-    for _ in range(3 * n_layers):
-        try:
-            if _word(state, at):  # a convolution's history follows without a type
-                size, start = _fitting(state, struct.unpack_from("<Q", state.data, at)[0] * n_cells, at + 8)
-                segment = _Segment(lib.GGML_TYPE_F32, start, start + size)
-            else:
-                segment = _rows(state, at, n_cells, False)
-        except (struct.error, _Unreadable):
-            break
-        segments.append(segment)
-        at = segment.stop
-    yield at, segments
+    def _cells(self, at: int, n_cells: int, size: int) -> Iterator[_Reading]:
+        """Yield the ways to read the cells of a stream, each described in `size` bytes, and their keys and values."""
+        self._n_tries += 1
+        if self._n_tries > _MAX_TRIES:
+            raise StateError("it can be read in more ways than any that libllama wrote")
+        at = self._skip_cells(at, n_cells, size, 1)
+        is_transposed, at = self._number(at, 0, 1)
+        n_layers, at = self._number(at, 0, _MAX_LAYERS)
+        segments: _Segments = []
+        if not n_layers:  # all of them are in the section that follows, of the layers with a window
+            yield at, segments
+            return
+        for form in ("<iQ", "<iII" if is_transposed else "<iQ"):
+            for _ in range(n_layers):
+                segments.append(self._segment(form, at, n_cells, is_cast=not is_transposed))
+                at = segments[-1].stop
+            yield at, list(segments)  # the keys alone: a model whose values are computed from them
 
+    def _recurrent(self, at: int) -> Iterator[_Reading]:
+        """Yield the one way to read a section of recurrent states, which are all f32."""
+        n_cells, at = self._number(at, 1, self._state.size)
+        at = self._skip_cells(at, n_cells, _RECURRENT_CELL, 0)
+        _, at = self._number(at, 0, 0)
+        n_layers, at = self._number(at, 1, _MAX_LAYERS)
+        segments: _Segments = []
+        with suppress(struct.error, _Unreadable):
+            for _ in range(3 * n_layers):
+                # A convolution's second history has no type: where that of others is, 0 for f32, it has its size.
+                form = "<Q" if self.word(at) else "<iQ"
+                segments.append(self._segment(form, at, n_cells, is_cast=False))
+                at = segments[-1].stop
+        yield at, segments
 
-def _rows(state: Bytes, at: int, n_cells: int, is_cast: bool) -> _Segment:
-    kind, row = struct.unpack_from("<iQ", state.data, at)
-    size, start = _fitting(state, row * n_cells, at + 12)
-    return _checked(_Segment(kind, start, start + size, is_cast))
+    def _segment(self, form: str, at: int, n_cells: int, is_cast: bool) -> _Segment:
+        """Return the numbers of all cells in a layer, which begin with their type and sizes."""
+        kind, *sizes = self._unpack(form, at) if form != "<Q" else (lib.GGML_TYPE_F32, *self._unpack(form, at))
+        start = at + struct.calcsize(form)
+        stop = start + n_cells * math.prod(sizes)
+        if stop > self._state.size or kind not in _KINDS or (stop - start) % _KINDS[kind].block:
+            raise _Unreadable
+        return _Segment(kind, start, stop, is_cast)
 
+    def _number(self, at: int, low: int, high: int) -> tuple[int, int]:
+        """Return a number that must lie in a range, and where the next one is."""
+        number = self.word(at)
+        if not low <= number <= high:
+            raise _Unreadable
+        return number, at + 4
 
-def _columns(state: Bytes, at: int, n_cells: int, is_cast: bool) -> _Segment:
-    kind, size, n_rows = struct.unpack_from("<iII", state.data, at)
-    size, start = _fitting(state, size * n_rows * n_cells, at + 12)
-    return _checked(_Segment(kind, start, start + size, is_cast))
+    def _skip_cells(self, at: int, n_cells: int, size: int, n_ids: int) -> int:
+        """Return where the descriptions of cells end, whose second number is how many sequence ids follow."""
+        end = at + n_cells * size
+        cells = self._state[at:end]
+        if end > self._state.size or (np.ascontiguousarray(cells.reshape(-1, size)[:, 4:8]).view("<u4") != n_ids).any():
+            raise _Unreadable
+        return end
 
-
-def _checked(segment: _Segment) -> _Segment:
-    kind = _KINDS.get(segment.kind)
-    if kind is None or (segment.stop - segment.start) % kind.block:
-        raise _Unreadable
-    return segment
-
-
-def _fitting(state: Bytes, size: int, start: int) -> tuple[int, int]:
-    if size > state.size - start:
-        raise _Unreadable
-    return size, start
-
-
-def _word(state: Bytes, at: int) -> int:
-    word: int = struct.unpack_from("<I", state.data, at)[0]
-    return word
-
-
-def _counted(state: Bytes, at: int, low: int, high: int) -> tuple[int, int]:
-    """Return a number that must lie in a range, and where the next one is."""
-    number = _word(state, at)
-    if not low <= number <= high:
-        raise _Unreadable
-    return number, at + 4
-
-
-def _column(state: Bytes, at: int, n_cells: int, size: int) -> npt.NDArray[np.uint32]:
-    """Return the second number of every cell."""
-    return np.ascontiguousarray(state[at : at + n_cells * size].reshape(n_cells, size)[:, 4:8]).view("<u4")
+    def _unpack(self, form: str, at: int) -> tuple[int, ...]:
+        return struct.unpack_from(form, self._state.data, at)
 
 
 def _is_finite(state: Bytes, segment: _Segment) -> bool:
