@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import minerva_native as mn
 import minerva_native.gguf
-from tiny_models import TOKENS, Key, TinyModel, write_gguf
+from tiny_models import TOKENS, TinyModel, write_gguf
 
 T = gguf.GGUFValueType
 
@@ -195,30 +195,25 @@ def test_what_is_no_array_has_no_elements(tmp_path: Path, key: str) -> None:
     file = mn.GGUF(write_gguf(tmp_path / "file.gguf", "llama", {"number": 1}))
     assert file.numbers(key) is None
     assert file.strings(key) is None
+    assert file.string_facts(key) is None
 
 
-# Lengths around a byte, zeros where a length could be, and, with a small window, strings across its end.
-STRINGS = st.one_of(
-    st.text(max_size=40),
-    st.sampled_from(["", "\0", "\0" * 8, "a\0\0\0\0\0\0\0", "\x01\0\0\0\0\0\0\0\0", "x" * 255, "x" * 256, "x" * 1000]),
-)
-
-
-@pytest.mark.parametrize("window", [9, 64, 1 << 17])
-@given(before=st.lists(STRINGS, min_size=1), strings=st.lists(STRINGS, min_size=1))
-def test_strings_are_what_was_written(window: int, before: list[str], strings: list[str]) -> None:
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(minerva_native.gguf, "_WINDOW", window)
-        keys: dict[str, Key] = {"before": before, "numbers": [1, 2, 3], "flag": True, "text": "a", "strings": strings}
-        file = mn.GGUF(write_gguf(Path(folder) / "file.gguf", "llama", keys, {"a": np.zeros(3, np.float32)}))
-        assert file.strings("strings") == [string.encode() for string in strings]
-        assert file.strings("before") == [string.encode() for string in before]
+@given(st.lists(st.sampled_from(["", "a", "ab", "b\0c", "\0", "[EMPTY_2]", "x" * 300]), min_size=1))
+def test_strings_are_read_as_libllama_reads_tokens(strings: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = mn.GGUF(write_gguf(Path(folder) / "file.gguf", "llama", {"strings": strings}))
+        raw, facts = file.strings("strings"), file.string_facts("strings")
         file.close()
-
-
-def test_a_file_that_was_cut_while_it_was_read(tmp_path: Path) -> None:
-    file = mn.GGUF(write_gguf(tmp_path / "file.gguf", "llama", {"strings": ["a" * 300, "b"]}))
-    for size in (4, 100, 400):
-        (tmp_path / "file.gguf").write_bytes((tmp_path / "file.gguf").read_bytes()[:size].ljust(8, b"\0"))
-        with pytest.raises(mn.ModelLoadError, match="was changed while it was read"):
-            file.strings("strings")
+    assert raw == [string.partition("\0")[0].encode() for string in strings]
+    seen = [text or b"[EMPTY_%d]" % index for index, text in enumerate(raw)]
+    lengths = [len(text) for text in seen]
+    assert facts is not None
+    assert (facts.n, facts.longest) == (len(seen), max(lengths))
+    assert lengths[facts.longest_at] == facts.longest
+    assert (facts.squares, facts.cubes) == (sum(n**2 for n in lengths), sum(n**3 for n in lengths))
+    if facts.equal is None:
+        assert len(set(seen)) == len(seen)
+    else:
+        first, second = facts.equal
+        assert first < second
+        assert seen[first] == seen[second]

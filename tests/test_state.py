@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 
 import minerva_native as mn
-from minerva_native.engine import finite
 from tiny_models import TinyModel
 
 IDS = list(range(20, 60))
@@ -285,13 +284,6 @@ def test_every_form_of_memory_is_saved_and_restored(
         assert np.array_equal(context.restore(tmp_path / "saved").logits, sequence.logits)
 
 
-def test_a_state_of_countless_sections_is_refused() -> None:
-    """Each of which could be read in several ways."""
-    for section in ([1, 0], [1, 1, 0, 1, 0, 0, 0], [256] + [0] * 256):
-        with pytest.raises(mn.StateError, match="not laid out"):
-            finite.check(np.array([0, 0, *section * 10_000], "<u4").view(np.uint8))
-
-
 @pytest.mark.parametrize("name", FORMS)
 def test_a_state_that_is_not_finite_is_refused_and_spoils_nobody(
     load_tiny: Callable[[TinyModel], mn.Model], tmp_path: Path, name: str
@@ -323,19 +315,6 @@ def test_a_state_that_is_not_finite_is_refused_and_spoils_nobody(
             sequence.extend(IDS[8:9])
             np.testing.assert_allclose(sequence.logits, expected, rtol=0, atol=1e-3 * np.abs(expected).max())
         assert refusals > 20
-
-
-def test_cells_with_positions_in_two_dimensions_are_read_too(context: mn.Context, saved: Path) -> None:
-    """M-RoPE's, which take 12 more bytes."""
-    _, body = parts(saved)
-    state = np.frombuffer(body, np.uint8)[4 * (len(IDS) + context.model.tokenizer.n_vocab) :]
-    cells = state[16 : 16 + 12 * len(IDS)].reshape(len(IDS), 12)
-    longer = np.hstack([cells[:, :8], np.zeros((len(IDS), 12), np.uint8), cells[:, 8:]])
-    wide = np.concatenate([state[:16], longer.reshape(-1), state[16 + cells.size :]])
-    finite.check(wide)
-    wide[-2:] = 0xFF
-    with pytest.raises(mn.StateError, match="not finite"):
-        finite.check(wide)
 
 
 @pytest.mark.parametrize(("attention", "value"), [("on", 1e5), ("off", 1e38)])

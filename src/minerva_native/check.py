@@ -9,7 +9,6 @@ import functools
 import math
 import re
 import reprlib
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -39,7 +38,6 @@ _LARGEST_PIECES = 1 << 30  # bytes: what libllama writes for a token can have th
 _LARGEST_VOCABULARY = 1 << 24  # if there are no embeddings to count
 _LARGEST_WINDOW = 1 << 24  # tokens: the room for a window's mask is reserved before a token is there
 _LARGEST_TABLE = 5 * 10**9  # steps in which PLaMo-2's table of suffixes is made
-_NO_TOKEN = 2**32 - 1  # what converters write for -1
 
 _repr = reprlib.Repr()
 _repr.maxstring, _repr.maxlist = 100, 8
@@ -198,16 +196,16 @@ def _check_vocabulary(facts: Facts) -> None:
         most = _LARGEST_VOCABULARY if rows is None else rows
         facts.require("vocab_size", size, 0 <= size <= most, f"at most {most}")
         return
-    tokens = facts.file.strings(key)
+    tokens = facts.file.string_facts(key)
     if tokens is None:
         return  # libllama says so, in words as good
-    if not tokens or rows not in (None, len(tokens)):
+    if not tokens.n or rows not in (None, tokens.n):
         expected = "as many as token_embd.weight has rows" if rows is None else f"the {rows} of token_embd.weight"
-        facts.refuse(key, f"has {len(tokens)} tokens", expected)
+        facts.refuse(key, f"has {tokens.n} tokens", expected)
     types, scores = (facts.file.numbers(f"tokenizer.ggml.{name}") for name in ("token_type", "scores"))
     for name, values in ("token_type", types), ("scores", scores):
-        if values is not None and len(values) != len(tokens):
-            facts.refuse(f"tokenizer.ggml.{name}", f"has {len(values)} values", f"one for each of {len(tokens)} tokens")
+        if values is not None and len(values) != tokens.n:
+            facts.refuse(f"tokenizer.ggml.{name}", f"has {len(values)} values", f"one for each of {tokens.n} tokens")
     if scores is not None and np.isnan(scores).any():
         facts.refuse("tokenizer.ggml.scores", f"is NaN for token {np.isnan(scores).argmax()}", "a number for each")
     if kind == "bert" and types is not None and (types == lib.LLAMA_TOKEN_TYPE_BYTE).any():
@@ -215,39 +213,23 @@ def _check_vocabulary(facts: Facts) -> None:
         facts.refuse(
             "tokenizer.ggml.token_type", f"is {types[token]} (a byte) for token {token}", "no bytes in WordPiece"
         )
-    for name in ("bos", "eos"):
-        token = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if isinstance(token, int) and not token < len(tokens) and token != _NO_TOKEN:
-            facts.refuse(f"tokenizer.ggml.{name}_token_id", f"is {token}", f"one of the {len(tokens)} tokens")
-    lengths = np.fromiter(map(len, tokens), np.int64, len(tokens))
     longest = _LONGEST_TOKENS.get(str(kind), _LONGEST_TOKEN)
-    if lengths.max() > longest:
-        facts.refuse(key, f"has {lengths.max()} bytes in token {lengths.argmax()}", f"at most {longest}")
-    if (lengths**2).sum() > _LARGEST_PIECES or (kind == "plamo2" and (lengths**3).sum() > _LARGEST_TABLE):
-        facts.refuse(key, f"has {lengths.sum()} bytes in {len(tokens)} tokens", "mostly short tokens")
-    _check_tokens(facts, key, tokens)
+    if tokens.longest > longest:
+        facts.refuse(key, f"has {tokens.longest} bytes in token {tokens.longest_at}", f"at most {longest}")
+    if tokens.squares > _LARGEST_PIECES or (kind == "plamo2" and tokens.cubes > _LARGEST_TABLE):
+        facts.refuse(key, f"has up to {tokens.longest} bytes in {tokens.n} tokens", "mostly short tokens")
+    if tokens.equal:
+        first, second = tokens.equal
+        names = facts.file.strings(key) or []
+        name = _shown(max(names[first], names[second]).decode(errors="replace"))  # one may be empty
+        facts.refuse(key, f"has {name} as tokens {first} and {second}", "every token once")
     if kind == "rwkv":
-        _check_single_bytes(facts, key, tokens)
-
-
-def _check_tokens(facts: Facts, key: str, tokens: list[bytes]) -> None:
-    """Refuse tokens that are the same in libllama's eyes: it ends a token at a NUL, and names empty ones."""
-    distinct, has_nul = set(tokens), b"\0".join(tokens).count(b"\0") >= len(tokens)
-    if len(distinct) == len(tokens) and b"" not in distinct and not has_nul:
-        return
-    seen = [token.partition(b"\0")[0] or b"[EMPTY_%d]" % index for index, token in enumerate(tokens)]
-    token, count = Counter(seen).most_common(1)[0]
-    if count > 1:
-        first = seen.index(token)
-        second = seen.index(token, first + 1)
-        facts.refuse(
-            key, f"has {_shown(token.decode(errors='replace'))} as tokens {first} and {second}", "every token once"
-        )
+        _check_single_bytes(facts, key, facts.file.strings(key) or [])
 
 
 def _check_single_bytes(facts: Facts, key: str, tokens: list[bytes]) -> None:
     """Refuse an RWKV vocabulary in which a text could begin like a token and have none: libllama never gets past it."""
-    seen = {_unescaped(token.partition(b"\0")[0]) for token in tokens}
+    seen = {_unescaped(token) for token in tokens}
     for byte in sorted({token[0] for token in seen if token}):
         if bytes([byte]) not in seen:
             facts.refuse(
@@ -427,6 +409,10 @@ def _check_t5(facts: Facts) -> None:
         return
     for count in facts.each("decoder_block_count"):
         facts.require("decoder_block_count", count, 0 < count <= MAX_LAYERS, f"from 1 to {MAX_LAYERS}")
+    embeddings = facts.tensors.get("token_embd.weight")
+    for token in facts.each("decoder_start_token_id") if embeddings else ():
+        n_vocab = embeddings.info.shape[-1]
+        facts.require("decoder_start_token_id", token, 0 <= token < n_vocab, f"one of {n_vocab} tokens")
     for stack in ("enc", "dec") if facts.architecture == "t5" else ("enc",):
         name = f"{stack}.blk.0.attn_rel_b.weight"
         if name not in facts.tensors:

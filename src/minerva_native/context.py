@@ -38,12 +38,12 @@ class Context:
     def __init__(self, model: "Model", options: ContextOptions | None = None):
         if options is not None and not isinstance(options, ContextOptions):
             raise TypeError(f"options must be ContextOptions, not {what(options)}")
+        self._model, self._options = model, (options or ContextOptions()).resolve(model)
         if not model.is_causal:
             raise ContextError(
                 f"this model ({model.architecture}) attends to a text as a whole, not only to what comes before: "
                 "it cannot continue one, and only its tokenizer can be used"
             )
-        self._model, self._options = model, (options or ContextOptions()).resolve(model)
         self._cache = KVCache(model, self._options)
         self._n_vocab = model.tokenizer.n_vocab
         model.close_first(self)

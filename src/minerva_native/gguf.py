@@ -3,10 +3,9 @@
 import os
 import re
 import stat
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -50,9 +49,6 @@ ARRAYS: dict[int, type[np.generic]] = {
 }
 
 
-_WINDOW = 1 << 17  # bytes in which the beginnings of strings are looked for at one time
-
-
 class TensorInfo(NamedTuple):
     """A tensor of a GGUF file, without its data.
 
@@ -69,6 +65,28 @@ class TensorInfo(NamedTuple):
     type: str
     offset: int
     size_bytes: int
+
+
+class StringFacts(NamedTuple):
+    """What there is to know of an array of strings, each as libllama reads it as a token.
+
+    It takes a string to its first NUL, and an empty one for "[EMPTY_n]".
+
+    Attributes:
+        n: how many strings there are.
+        longest: how many bytes the longest one has.
+        longest_at: its index.
+        equal: the indices of two equal strings, or None.
+        squares: the sum of the squares of their lengths.
+        cubes: the sum of the cubes.
+    """
+
+    n: int
+    longest: int
+    longest_at: int
+    equal: tuple[int, int] | None
+    squares: float
+    cubes: float
 
 
 class GGUF(NoCopy):
@@ -127,24 +145,24 @@ class GGUF(NoCopy):
             return None if kind == lib.GGUF_TYPE_STRING else _numbers(gguf, index, kind).copy()
 
     def strings(self, key: str) -> list[bytes] | None:
-        """Return an array of strings as the bytes in the file, or None if the file has none under that key.
-
-        This is many times faster than the metadata, and strings with a NUL character are whole.
-        """
+        """Return an array of strings, each up to its first NUL, or None if the file has none under that key."""
         with self._handle as gguf:
-            index = lib.gguf_find_key(gguf, key.encode())
-            if index < 0 or _kinds(gguf, index) != (lib.GGUF_TYPE_ARRAY, lib.GGUF_TYPE_STRING):
+            index = _string_array(gguf, key)
+            if index is None:
                 return None
-            try:
-                with self.path.open("rb") as file:
-                    _seek_value(file, gguf, index)
-                    return [
-                        window[start:end]
-                        for window, starts, ends in _strings(file, lib.gguf_get_arr_n(gguf, index))
-                        for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
-                    ]
-            except (OSError, EOFError) as error:
-                raise ModelLoadError(f"{self.path} was changed while it was read ({error}): load it again") from None
+            return [ffi.string(lib.gguf_get_arr_str(gguf, index, at)) for at in range(lib.gguf_get_arr_n(gguf, index))]
+
+    def string_facts(self, key: str) -> StringFacts | None:
+        """Return what there is to know of an array of strings, quickly, or None if the file has none under that key."""
+        with self._handle as gguf:
+            index = _string_array(gguf, key)
+            if index is None:
+                return None
+            found = ffi.new("minerva_strings *")
+            if lib.minerva_gguf_strings(gguf, index, found):
+                raise ModelLoadError(f"{self.path}: {key} cannot be read ({thrown()})")
+            equal = (found.first, found.second) if found.second >= 0 else None
+            return StringFacts(found.count, found.longest, found.longest_at, equal, found.squares, found.cubes)
 
     def check_tensors(self) -> None:
         """Raise `ModelLoadError` if a tensor's data would end beyond the end of the file."""
@@ -294,78 +312,12 @@ def _value(gguf: Any, key: int) -> Value:
     return values
 
 
-def _kinds(gguf: Any, key: int) -> tuple[int, int]:
-    """Return the type of a key's value, and of its elements if it is an array, otherwise the same again."""
-    kind = lib.gguf_get_kv_type(gguf, key)
-    return kind, lib.gguf_get_arr_type(gguf, key) if kind == lib.GGUF_TYPE_ARRAY else kind
-
-
-def _seek_value(file: BinaryIO, gguf: Any, key: int) -> None:
-    """Go to where the value of a key begins, or the first element if it is an array."""
-    file.seek(len(MAGIC) + 4 + 8 + 8)  # the version, and the numbers of tensors and of keys
-    for index in range(key + 1):
-        _skip(file, _number(file))
-        kind, element = _kinds(gguf, index)
-        _skip(file, 4 if kind != lib.GGUF_TYPE_ARRAY else 4 + 4 + 8)
-        if index == key:
-            return
-        count = lib.gguf_get_arr_n(gguf, index) if kind == lib.GGUF_TYPE_ARRAY else 1
-        if element == lib.GGUF_TYPE_STRING:
-            deque(_strings(file, count), maxlen=0)
-        else:
-            _skip(file, count * np.dtype(ARRAYS[element]).itemsize)
-
-
-def _strings(file: BinaryIO, count: int) -> Iterator[tuple[bytes, npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-    """Read strings, each of which has its length before it: yield pieces of the file, and where in them strings are.
-
-    In a loop over each string this would take longer than everything else when a large vocabulary is loaded. Nearly all
-    strings are shorter than 256 bytes, so their lengths are a byte and seven zeros: all of those are found at once, and
-    it is checked that each string ends where the next one begins.
-    """
-    while count:
-        place = file.tell()
-        window = file.read(min(_WINDOW, 32 * count + 64))
-        data = np.frombuffer(window, np.uint8)
-        zero = data == 0
-        n = max(0, len(data) - 7)
-        high = zero[1 : n + 1].copy()
-        for offset in range(2, 8):
-            high &= zero[offset : n + offset]
-        heads = np.flatnonzero(high)
-        ends = heads + 8 + data[heads]
-        gaps = np.flatnonzero(np.append(ends[:-1] != heads[1:], True))  # the last heads of unbroken runs
-        at = 0
-        while count:
-            first = int(np.searchsorted(heads, at))
-            if first == len(heads) or heads[first] != at:
-                break
-            last = min(int(gaps[np.searchsorted(gaps, first)]), first + count - 1)
-            last -= int(ends[last] > len(data))
-            if last < first:
-                break
-            yield window, heads[first : last + 1] + 8, ends[first : last + 1]
-            count -= last + 1 - first
-            at = int(ends[last])
-        file.seek(place + at)
-        if count and not at:  # a long string, or one across the end of the window
-            length = _number(file)
-            long = file.read(length)
-            if len(long) < length:
-                raise EOFError("a string is cut off")
-            yield long, np.array([0]), np.array([length])
-            count -= 1
-
-
-def _number(file: BinaryIO) -> int:
-    data = file.read(8)
-    if len(data) < 8:
-        raise EOFError("a number is cut off")
-    return int.from_bytes(data, "little")
-
-
-def _skip(file: BinaryIO, size: int) -> None:
-    file.seek(size, os.SEEK_CUR)
+def _string_array(gguf: Any, key: str) -> int | None:
+    """Return the index of a key that has an array of strings."""
+    index: int = lib.gguf_find_key(gguf, key.encode())
+    if index < 0 or lib.gguf_get_kv_type(gguf, index) != lib.GGUF_TYPE_ARRAY:
+        return None
+    return index if lib.gguf_get_arr_type(gguf, index) == lib.GGUF_TYPE_STRING else None
 
 
 def _numbers(gguf: Any, key: int, kind: int) -> npt.NDArray[Any]:

@@ -90,7 +90,7 @@ def test_after_it_every_call_on_that_context_is_refused(gpt2: mn.Model) -> None:
             lib.minerva_memory_seq_add(decoder, 0, 1, 1),
             lib.minerva_state_size(decoder, 0, 0),
             lib.minerva_state_read(decoder, 0, 0, state, 8),
-            lib.minerva_state_write(decoder, 0, 0, state, 8),
+            lib.minerva_state_write(decoder, 0, 0, state, 8, True),
         ):
             assert result == lib.MINERVA_THREW
             assert lib.minerva_thrown_cause() == lib.MINERVA_FAILED

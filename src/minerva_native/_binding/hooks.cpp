@@ -1,6 +1,12 @@
 #include "failure.h"
 
+#include <algorithm>
+#include <cstring>
+#include <deque>
 #include <numeric>
+#include <string>
+#include <string_view>
+#include <unordered_map>
 #include <vector>
 
 using minerva::guarded;
@@ -60,6 +66,34 @@ struct gguf_context * minerva_gguf_init(const char * path, const struct gguf_ini
 
 struct llama_context * minerva_context_new(struct llama_model * model, const struct llama_context_params * parameters) {
     return guarded<llama_context *>(nullptr, [&] { return llama_init_from_model(model, *parameters); });
+}
+
+int32_t minerva_gguf_strings(const struct gguf_context * file, int64_t key, minerva_strings * strings) {
+    return guarded<int32_t>(MINERVA_THREW, [&] {
+        const auto count = int64_t(gguf_get_arr_n(file, key));
+        *strings = {count, 0, 0, -1, -1, 0, 0};
+        std::unordered_map<std::string_view, int64_t> seen(count);
+        std::deque<std::string> names;
+        for (int64_t index = 0; index < count; ++index) {
+            std::string_view string = gguf_get_arr_str(file, key, index);
+            if (string.empty()) {
+                string = names.emplace_back("[EMPTY_" + std::to_string(index) + "]");
+            }
+            const auto size = double(string.size());
+            strings->squares += size * size;
+            strings->cubes += size * size * size;
+            if (int64_t(string.size()) > strings->longest) {
+                strings->longest = int64_t(string.size());
+                strings->longest_at = index;
+            }
+            const auto [other, is_new] = seen.emplace(string, index);
+            if (!is_new && strings->second < 0) {
+                strings->first = other->second;
+                strings->second = index;
+            }
+        }
+        return 0;
+    });
 }
 
 int32_t minerva_tokenize(const struct llama_vocab * vocab, const char * text, int32_t size, int32_t * tokens,
@@ -166,6 +200,64 @@ int32_t minerva_memory_seq_add(minerva_decoder * decoder, int32_t sequence_id, i
 
 // A state that cannot be read or written leaves the context of use: the caller clears what was written.
 
+namespace {
+
+thread_local bool is_checking = false;
+thread_local bool all_finite = true;
+
+struct Checking {
+    explicit Checking(bool is_wanted) {
+        is_checking = is_wanted;
+        all_finite = true;
+    }
+    ~Checking() { is_checking = false; }
+};
+
+// Whether the bits of every number, without the sign, are below those of a limit.
+template <class Word> bool are_below(const uint8_t * data, size_t size, Word limit) {
+    constexpr Word magnitude = Word(~Word(0)) >> 1;
+    Word largest = 0;
+    for (size_t at = 0; at + sizeof(Word) <= size; at += sizeof(Word)) {
+        Word word;
+        std::memcpy(&word, data + at, sizeof word);
+        largest = std::max(largest, Word(word & magnitude));
+    }
+    return largest < limit;
+}
+
+bool is_finite(const struct ggml_tensor & tensor, const uint8_t * data, size_t size) {
+    constexpr uint32_t too_large_for_f16 = 0x477FF000;  // flash attention converts keys and values
+    constexpr uint32_t too_large_to_square = 0x5F800000;
+    const bool is_cache = std::strncmp(tensor.name, "cache_k", 7) == 0 || std::strncmp(tensor.name, "cache_v", 7) == 0;
+    switch (tensor.type) {
+        case GGML_TYPE_F32:
+            return are_below<uint32_t>(data, size, is_cache ? too_large_for_f16 : too_large_to_square);
+        case GGML_TYPE_F16:
+            return are_below<uint16_t>(data, size, 0x7C00);
+        case GGML_TYPE_BF16:
+            return are_below<uint16_t>(data, size, too_large_to_square >> 16);
+        default:
+            break;
+    }
+    const auto to_float = ggml_get_type_traits(tensor.type)->to_float;
+    if (to_float == nullptr) {  // integers
+        return true;
+    }
+    constexpr size_t n_blocks = 64;
+    const size_t block_size = ggml_blck_size(tensor.type), block_bytes = ggml_type_size(tensor.type);
+    std::vector<float> numbers(n_blocks * block_size);
+    for (size_t at = 0; at < size; at += n_blocks * block_bytes) {
+        const size_t count = std::min(n_blocks, (size - at) / block_bytes) * block_size;
+        to_float(data + at, numbers.data(), int64_t(count));
+        if (!are_below(reinterpret_cast<const uint8_t *>(numbers.data()), count * sizeof(float), too_large_to_square)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+}  // namespace
+
 int64_t minerva_state_size(minerva_decoder * decoder, int32_t sequence_id, uint32_t flags) {
     return guarded<int64_t>(MINERVA_THREW, decoder, false, [&] {
         return int64_t(llama_state_seq_get_size_ext(decoder->context, sequence_id, flags));
@@ -180,10 +272,25 @@ int64_t minerva_state_read(minerva_decoder * decoder, int32_t sequence_id, uint3
 }
 
 int64_t minerva_state_write(minerva_decoder * decoder, int32_t sequence_id, uint32_t flags, const uint8_t * state,
-                            int64_t size) {
+                            int64_t size, bool check) {
     return guarded<int64_t>(MINERVA_THREW, decoder, false, [&] {
-        return int64_t(llama_state_seq_set_data_ext(decoder->context, state, size, sequence_id, flags));
+        const Checking checking(check);
+        const auto used = int64_t(llama_state_seq_set_data_ext(decoder->context, state, size, sequence_id, flags));
+        if (!all_finite) {
+            throw std::runtime_error("it holds numbers that are not finite, which would spoil the other sequences");
+        }
+        return used;
     });
+}
+
+// Where libllama reads a state, the build has it call this instead of `ggml_backend_tensor_set`. That may be in a
+// destructor, so nothing can be thrown: what is not finite is left out.
+extern "C" void minerva_tensor_set(struct ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
+    if (is_checking && !is_finite(*tensor, static_cast<const uint8_t *>(data), size)) {
+        all_finite = false;
+        return;
+    }
+    ggml_backend_tensor_set(tensor, data, offset, size);
 }
 
 // ---- The calling thread ---------------------------------------------------------------------------------------------

@@ -68,6 +68,21 @@ struct llama_model * minerva_model_load(const char * path, const struct llama_mo
 struct gguf_context * minerva_gguf_init(const char * path, const struct gguf_init_params * parameters);
 struct llama_context * minerva_context_new(struct llama_model * model, const struct llama_context_params * parameters);
 
+// An array of strings of a GGUF file, each as libllama reads it as a token: up to its first NUL, and "[EMPTY_n]" for an
+// empty one. Of two equal ones, `first` and `second` are the indices; -1 if there are none. `squares` and `cubes` are sums
+// of powers of the lengths.
+typedef struct {
+    int64_t count;
+    int64_t longest;
+    int64_t longest_at;
+    int64_t first;
+    int64_t second;
+    double squares;
+    double cubes;
+} minerva_strings;
+
+int32_t minerva_gguf_strings(const struct gguf_context * file, int64_t key, minerva_strings * strings);
+
 int32_t minerva_tokenize(const struct llama_vocab * vocab, const char * text, int32_t size, int32_t * tokens,
                          int32_t capacity, bool add_special, bool parse_special);
 int32_t minerva_token_to_piece(const struct llama_vocab * vocab, int32_t token, char * piece, int32_t capacity,
@@ -109,8 +124,10 @@ int32_t minerva_memory_seq_add(minerva_decoder * decoder, int32_t sequence_id, i
 int64_t minerva_state_size(minerva_decoder * decoder, int32_t sequence_id, uint32_t flags);
 int64_t minerva_state_read(minerva_decoder * decoder, int32_t sequence_id, uint32_t flags, uint8_t * state,
                            int64_t capacity);
+// `check`: throws if the state holds NaN, an infinity, or a number that becomes one in attention. In one sequence's cell it
+// would spoil all others, because attention multiplies also what it has masked, by 0.
 int64_t minerva_state_write(minerva_decoder * decoder, int32_t sequence_id, uint32_t flags, const uint8_t * state,
-                            int64_t size);
+                            int64_t size, bool check);
 
 // ---- The calling thread ---------------------------------------------------------------------------------------------
 

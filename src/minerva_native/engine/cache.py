@@ -18,7 +18,6 @@ import numpy.typing as npt
 from .._binding import callbacks, lib
 from ..errors import ContextError, ContextFullError, EmptySequenceError, OptionError, StateError
 from ..options import ContextOptions
-from . import finite
 from .gate import CancelToken, Gate, check
 from .memory import Cells, State
 from .pool import SlotPool
@@ -726,7 +725,6 @@ class KVCache:
                 raise self._full(len(payload.tokens), slot)
             self._add(slot, payload.tokens)
             if payload.n_cached:
-                finite.check(payload.state)
                 self.pool.place(slot)
                 self.pool.remove_strays()
                 if reason := slot.read_back(payload.state, payload.n_cached, payload.n_exact):

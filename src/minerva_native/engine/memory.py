@@ -151,11 +151,14 @@ class Cells:
         self._check_not_refused(size)
         return state if size == state.size else None
 
-    def write(self, sequence_id: int, state: State, partial: bool = False) -> str:
-        """Replace a sequence's state by one that was read; return why it could not be, or an empty string."""
+    def write(self, sequence_id: int, state: State, partial: bool = False, check: bool = False) -> str:
+        """Replace a sequence's state by one that was read; return why it could not be, or an empty string.
+
+        `check`: it comes from outside, and must not hold numbers that would spoil the other sequences.
+        """
         flags = lib.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY if partial else 0
         with callbacks.captured_errors() as errors:
-            size = lib.minerva_state_write(self._decoder, sequence_id, flags, _pointer(state), state.size)
+            size = lib.minerva_state_write(self._decoder, sequence_id, flags, _pointer(state), state.size, check)
         self._check_not_refused(size)
         return "" if size == state.size else thrown() or callbacks.reason(errors, "libllama gives no reason")
 

@@ -340,7 +340,7 @@ class Slot:
     def read_back(self, state: State, n_cached: int, n_exact: int | None) -> str:
         """Hold what a saved state has of the list; return why it cannot be, or nothing."""
         self.begin()
-        if reason := self._cells.write(self.id, state):
+        if reason := self._cells.write(self.id, state, check=True):
             return reason
         if not self._cells.is_whole(self.id, n_cached):
             return "its positions are not its tokens"
