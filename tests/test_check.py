@@ -215,6 +215,11 @@ NUMBERS: dict[str, tuple[TinyModel, dict[str, Key | None], str]] = {
         "llama.nextn_predict_layers is 4: expected at most the 3 of llama.block_count",
     ),
     "a negative number of layers": (LLAMA, {"~.block_count": [-1]}, "llama.block_count is -1"),
+    "a first token of answers that there is not": (
+        T5,
+        {"~.decoder_start_token_id": 65535},
+        "t5.decoder_start_token_id is 65535",
+    ),
     "too many decoder layers": (T5, {"~.decoder_block_count": 2**31}, "t5.decoder_block_count is 2147483648"),
     "more experts used than there are": (
         QWEN3MOE,

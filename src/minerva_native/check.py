@@ -410,8 +410,8 @@ def _check_t5(facts: Facts) -> None:
     for count in facts.each("decoder_block_count"):
         facts.require("decoder_block_count", count, 0 < count <= MAX_LAYERS, f"from 1 to {MAX_LAYERS}")
     embeddings = facts.tensors.get("token_embd.weight")
-    for token in facts.each("decoder_start_token_id") if embeddings else ():
-        n_vocab = embeddings.info.shape[-1]
+    n_vocab = embeddings.info.shape[-1] if embeddings else 0
+    for token in facts.each("decoder_start_token_id"):
         facts.require("decoder_start_token_id", token, 0 <= token < n_vocab, f"one of {n_vocab} tokens")
     for stack in ("enc", "dec") if facts.architecture == "t5" else ("enc",):
         name = f"{stack}.blk.0.attn_rel_b.weight"
