@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import gguf
@@ -188,6 +189,20 @@ def test_ctrl_c_shows_what_was_generated_and_exits_130() -> None:
     assert rest.endswith(b"\n")
     assert b"tokens/s" in errors
     assert b"Traceback" not in errors
+
+
+def test_ctrl_c_during_a_long_prompt_says_nothing_of_libllama(tmp_path: Path) -> None:
+    (tmp_path / "prompt").write_text("word " * 200_000)
+    prompt = ["-f", str(tmp_path / "prompt"), "-c", "400000", "-b", "65536"]
+    command = [*MINERVA, "generate", "-t", "1", *prompt]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c) as process:
+        assert process.stderr is not None
+        assert b"training context" in process.stderr.readline()  # the context is made, and the prompt follows
+        time.sleep(1.0)
+        process.send_signal(signal.SIGINT)
+        errors = process.stderr.read()
+    assert process.returncode == 130
+    assert b"warning" not in errors
 
 
 def test_a_closed_pipe_is_not_an_error() -> None:
@@ -374,9 +389,10 @@ def test_log_lines_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_error_that_is_logged_but_not_raised_is_shown_in_the_end(capsys: pytest.CaptureFixture[str]) -> None:
-    with messages.shown_log(is_verbose=False, is_quiet=False):
+    with messages.shown_log(is_verbose=False, is_quiet=False) as log:
         logging.getLogger("minerva_native").error("%s", "odd")
         assert capsys.readouterr().err == ""
+        log.show_errors()
     assert capsys.readouterr().err == "minerva: warning: odd\n"
 
 

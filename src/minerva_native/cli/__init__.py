@@ -45,9 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     status = 0
     try:
-        with shown_log(options.verbose, options.quiet):
+        with shown_log(options.verbose, options.quiet) as log:
             status = COMMANDS[options.command].run(options)
             sys.stdout.flush()
+            if status == 0:
+                log.show_errors()
     except BrokenPipeError:
         pass  # the reader of our output has exited, which is no error
     except KeyboardInterrupt:

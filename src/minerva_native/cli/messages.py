@@ -17,6 +17,10 @@ _UNSAFE = re.compile(
 )
 
 
+# What libllama warns of whenever an encoder reads a text, and whenever a computation is interrupted.
+_EXPECTED = re.compile("embeddings required but some input tokens|removing memory module entries")
+
+
 def printable(text: str, keep: str = "") -> str:
     r"""Return a text with its control characters escaped, such as \x1b, except those in `keep`."""
     return _UNSAFE.sub(lambda match: match[0] if match[0] in keep else _escape(match[0]), text)
@@ -74,26 +78,29 @@ class Log(logging.Handler):
         if line in self._seen or not re.search(r"\w", line):  # a frame of asterisks
             return
         self._seen.add(line)
+        if _EXPECTED.match(line) and not self._is_verbose:
+            return
         if record.levelno >= logging.ERROR and not self._is_verbose:
             self.errors.append(line)
         else:
             say(record.levelname.lower(), line)
 
+    def show_errors(self) -> None:
+        """Show the error lines after all: the command has not failed because of them."""
+        for line in self.errors:
+            say("warning", line)
+
 
 @contextmanager
-def shown_log(is_verbose: bool, is_quiet: bool) -> Iterator[None]:
-    """Show the log: warnings, and errors if nothing has failed because of them; all of it, or nothing."""
-    if is_quiet:
-        yield
-        return
+def shown_log(is_verbose: bool, is_quiet: bool) -> Iterator[Log]:
+    """Show the log: warnings, all of it, or nothing."""
     log, before = Log(is_verbose), _LOGGER.level
-    _LOGGER.addHandler(log)
+    if not is_quiet:
+        _LOGGER.addHandler(log)
     if is_verbose:
         _LOGGER.setLevel(logging.DEBUG)
     try:
-        yield
-        for line in log.errors:
-            say("warning", line)
+        yield log
     finally:
         _LOGGER.removeHandler(log)
         _LOGGER.setLevel(before)
