@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import gguf
@@ -191,20 +190,6 @@ def test_ctrl_c_shows_what_was_generated_and_exits_130() -> None:
     assert b"Traceback" not in errors
 
 
-def test_ctrl_c_during_a_long_prompt_says_nothing_of_libllama(tmp_path: Path) -> None:
-    (tmp_path / "prompt").write_text("word " * 200_000)
-    prompt = ["-f", str(tmp_path / "prompt"), "-c", "400000", "-b", "65536"]
-    command = [*MINERVA, "generate", "-t", "1", *prompt]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c) as process:
-        assert process.stderr is not None
-        assert b"training context" in process.stderr.readline()  # the context is made, and the prompt follows
-        time.sleep(1.0)
-        process.send_signal(signal.SIGINT)
-        errors = process.stderr.read()
-    assert process.returncode == 130
-    assert b"warning" not in errors
-
-
 def test_a_closed_pipe_is_not_an_error() -> None:
     command = [*MINERVA, "generate", "-q", "-t", "1", "-p", "Once", "-n", "-1", "-c", "100000", "--ignore-eos"]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -256,6 +241,33 @@ def test_warnings_are_lines_on_stderr() -> None:
         assert words in warning
         assert "tokens/s" in timings
     assert run(*SHORT, "-n", "1").stderr.count("\n") == 1
+
+
+class SetSoon:
+    """A cancel token that is set once the computation runs."""
+
+    asked = 0
+
+    def is_set(self) -> bool:
+        self.asked += 1
+        return self.asked > 2
+
+
+def test_what_libllama_says_of_every_interruption_is_no_warning(
+    capsys: pytest.CaptureFixture[str], demo: mn.Model
+) -> None:
+    said = []
+    for is_verbose in (False, True):
+        with (
+            messages.shown_log(is_verbose, is_quiet=False),
+            demo.context(n_ctx=1024, n_threads=1) as context,
+            context.sequence() as sequence,
+            pytest.raises(mn.Cancelled),
+        ):
+            sequence.extend([5] * 1000, cancel=SetSoon())
+        said.append(capsys.readouterr().err)
+    assert said[0] == ""
+    assert "removing memory module entries" in said[1]
 
 
 def test_a_model_without_a_pre_tokenizer_is_warned_about(tmp_path: Path) -> None:
