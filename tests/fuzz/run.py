@@ -77,7 +77,7 @@ class Mutant:
         """Return the last value of that name that the process has told, if any."""
         return next((message[name] for message in reversed(self.messages) if name in message), None)
 
-    def start(self, seconds: int, bystander: Path) -> None:
+    def start(self, seconds: int, mapped_bytes: int, bystander: Path) -> None:
         """Fork the process that makes the mutant and uses it."""
         self.folder.mkdir()
         self.pipe, writer = os.pipe()
@@ -87,7 +87,7 @@ class Mutant:
             os.close(writer)
             return
         try:
-            limit(seconds)
+            limit(seconds, mapped_bytes)
             log = os.open(self.folder / "stderr", os.O_WRONLY | os.O_CREAT)
             os.dup2(log, 1)
             os.dup2(log, 2)
@@ -119,11 +119,11 @@ class Mutant:
         return paths[0], done
 
 
-def limit(seconds: int) -> None:
+def limit(seconds: int, mapped_bytes: int) -> None:
     """Set this process's limits."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver's business
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_MAPPED_BYTES, MAX_MAPPED_BYTES))
+    resource.setrlimit(resource.RLIMIT_AS, (mapped_bytes, mapped_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
@@ -166,7 +166,9 @@ def live(mutant: Mutant, writer: int, bystander_path: Path) -> None:
 
 
 ASSERTION = re.compile(r"([\w.-]+/[\w.-]+\.(?:c|cpp|h|hpp):\d+): (GGML_ASSERT\(.*\)|[^:\n]*)")
-LAST_WORDS = re.compile(r"terminate called .*|what\(\):.*|.*(?:free|alloc\w*|corrupt\w*|smashing|unsorted|libgomp).*")
+LAST_WORDS = re.compile(
+    r"terminate called .*|what\(\):.*|SUMMARY: .*|.*(?:free|alloc\w*|corrupt\w*|smashing|unsorted|libgomp).*"
+)
 KIND = re.compile(r"(?:part \d+: )?(\w+).*", re.DOTALL)
 FRAME = re.compile(r'File ".*/(minerva_native/\S+|fuzz/\S+)", line \d+ in (\S+)')
 
@@ -213,8 +215,10 @@ class Results:
     saved_bytes: int = 0
 
     def add(self, mutant: Mutant, outcome: str) -> None:
+        if mutant.index < 0 and outcome in ERRORS:
+            outcome = f"unfit base: {outcome}"
         self.outcomes[outcome] += 1
-        is_finding = outcome not in (USEFUL | ERRORS if mutant.index >= 0 else USEFUL)
+        is_finding = outcome not in USEFUL | ERRORS
         self.n_findings += is_finding
         if not (is_finding or self.keeps_all):
             return
@@ -263,8 +267,12 @@ class Results:
             (self.out / "SUMMARY.md").write_text(self.summary())
 
 
-def run(todo: Iterator[Mutant], results: Results, jobs: int, seconds: int, bystander: Path, progress: Progress) -> None:
-    """Take mutants through their processes, `jobs` at a time."""
+def run(
+    todo: Iterator[Mutant], results: Results, options: argparse.Namespace, bystander: Path, progress: Progress
+) -> None:
+    """Take mutants through their processes, `options.jobs` at a time."""
+    jobs, seconds = options.jobs, options.seconds
+    mapped_bytes = resource.RLIM_INFINITY if options.sanitizer else MAX_MAPPED_BYTES
     task, alive = progress.task_ids[0], dict[int, Mutant]()
     suspects: list[Mutant] = []  # what took too long, to be given more time: the machine may have been busy
     selector = selectors.DefaultSelector()
@@ -272,7 +280,7 @@ def run(todo: Iterator[Mutant], results: Results, jobs: int, seconds: int, bysta
     try:
         while True:
             while len(alive) < jobs and (mutant := suspects.pop() if suspects else next(todo, None)):
-                mutant.start(seconds * 3 if mutant.again else seconds, bystander)
+                mutant.start(seconds * 3 if mutant.again else seconds, mapped_bytes, bystander)
                 alive[mutant.pipe] = mutant
                 selector.register(mutant.pipe, selectors.EVENT_READ)
             if not alive:
@@ -323,6 +331,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--one", metavar="BASE:SEED:INDEX", help="this mutant alone, and keep its file")
     parser.add_argument("--unchanged", action="store_true", help="the bases themselves, all of which should generate")
     parser.add_argument("--unchecked", action="store_true", help="load with check=False: what is caught, not refused")
+    parser.add_argument("--sanitizer", action="store_true", help="the binding has a sanitizer, which maps terabytes")
     return parser.parse_args()
 
 
@@ -364,7 +373,7 @@ def main() -> int:
         interrupted = False
         with progress:
             try:
-                run(todo, results, options.jobs, options.seconds, bystander, progress)
+                run(todo, results, options, bystander, progress)
             except KeyboardInterrupt:
                 interrupted = True
     print(results.summary(), file=sys.stderr)
