@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import random
+import re
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -440,6 +441,16 @@ def change_tokens(rng: random.Random, file: File) -> str:
     return f"{count} tokens become {clip(STRINGS)}"
 
 
+def change_special_text(rng: random.Random, file: File) -> str:
+    """Give a token that is looked for in every text a text that nobody looks for."""
+    tokens, types = tokens_of(file), file.array(b"tokenizer.ggml.token_type")
+    index, text, kind = rng.randrange(len(tokens.items)), rng.choice(STRINGS), rng.choice((2, 3, 4, 4, 5, 6))
+    tokens.items[index] = text
+    if types is not None and index < len(types.items):
+        types.items[index] = kind
+    return f"token {index} is {clip(text)}, of type {kind}"
+
+
 def unique_tokens(rng: random.Random, file: File) -> str:
     """Replace tokens by others that no text has, such as the single bytes that a vocabulary falls back to."""
     tokens, share = tokens_of(file), rng.choice((0.02, 0.3, 1.0))
@@ -560,6 +571,74 @@ def change_charsmap(rng: random.Random, file: File) -> str:
         for _ in range(rng.choice((1, 16, 1000))):
             charsmap.items[rng.randrange(len(charsmap.items))] = rng.randrange(256)
     return f"charsmap of {len(charsmap.items)} bytes changed in way {kind}"
+
+
+# Mutations that keep a model consistent
+
+
+def hyperparameters(file: File) -> list[Entry]:
+    return [entry for entry in file.entries if entry.name.startswith(file.architecture + b".")]
+
+
+def resize_dimension(rng: random.Random, file: File) -> str:
+    """Give one size another value wherever it occurs."""
+    dims = any_tensor(rng, file).dims
+    before = dims[choose(rng, dims, "dimensions")]
+    after = rng.choice(
+        (1, 2, 3, 7, 16, 31, 32, 33, 96, 1000, before - 1, before + 1, before * 2, before // 2, before * 4)
+    )
+    for tensor in file.tensors:
+        if before in tensor.dims:
+            tensor.dims = [after if size == before else size for size in tensor.dims]
+            tensor.fit()
+    for entry in hyperparameters(file):
+        if entry.value == before:
+            entry.value = after
+    return f"{before} becomes {after} everywhere"
+
+
+def change_heads(rng: random.Random, file: File) -> str:
+    """Cut attention heads into smaller ones."""
+    factor, changed = rng.choice((2, 4, 8, 16, 32)), 0
+    for entry in hyperparameters(file):
+        if not isinstance(entry.value, int):
+            continue
+        if b"head_count" in entry.name:
+            entry.value, changed = entry.value * factor, changed + 1
+        elif entry.name.endswith((b"rope.dimension_count", b"key_length", b"value_length", b"head_size")):
+            entry.value, changed = entry.value // factor, changed + 1
+    if not changed:
+        raise Inapplicable("heads")
+    return f"{factor} heads for each"
+
+
+LAYER = re.compile(rb"blk\.(\d+)\.")
+
+
+def change_layers(rng: random.Random, file: File) -> str:
+    """Leave layers out, or repeat them."""
+    entry = file.find(file.architecture + b".block_count")
+    if entry is None or not isinstance(entry.value, int):
+        raise Inapplicable("layers")
+    before, after = entry.value, rng.choice((1, 3, 4, 5, 24, 33))
+    layers: dict[int, list[Tensor]] = {}
+    others: list[Tensor] = []
+    for tensor in file.tensors:
+        match = LAYER.search(tensor.name)
+        (layers.setdefault(int(match[1]), []) if match else others).append(tensor)
+    if not layers:
+        raise Inapplicable("layers")
+    numbers = sorted(layers)
+    file.tensors = others + [
+        Tensor(LAYER.sub(b"blk.%d." % layer, tensor.name), list(tensor.dims), tensor.kind, tensor.data)
+        for layer in range(after)
+        for tensor in layers[numbers[layer % len(numbers)]]
+    ]
+    entry.value = after
+    for other in hyperparameters(file):
+        if isinstance(other.value, Array) and len(other.value.items) == before:
+            other.value.items = [other.value.items[layer % before] for layer in range(after)]
+    return f"{after} layers instead of {before}"
 
 
 # Mutations of tensors
@@ -737,7 +816,9 @@ KEY_MUTATIONS: tuple[Mutation, ...] = (
     *(add_key,) * 6,
     *(change_type, make_array, delete_key, duplicate_key, rename_key, swap_keys, change_architecture),
 )
+CONSISTENT_MUTATIONS: tuple[Mutation, ...] = (resize_dimension, resize_dimension, change_heads, change_layers)
 VOCABULARY_MUTATIONS: tuple[Mutation, ...] = (
+    change_special_text,
     *(duplicate_tokens, change_tokens, unique_tokens, resize_vocabulary, change_token_types, change_scores),
     *(change_merges, change_special_token, change_token_flag, change_vocabulary_type, change_pre_tokenizer),
     *(change_charsmap,) * 2,
@@ -754,9 +835,8 @@ def mutate(rng: random.Random, file: File) -> list[str]:
     done: list[str] = []
     wanted = rng.choice((1, 1, 1, 1, 1, 2, 2, 3))
     while len(done) < wanted:
-        group = rng.choices((KEY_MUTATIONS, VOCABULARY_MUTATIONS, TENSOR_MUTATIONS, OTHER_MUTATIONS), (45, 22, 25, 8))[
-            0
-        ]
+        groups = (KEY_MUTATIONS, CONSISTENT_MUTATIONS, VOCABULARY_MUTATIONS, TENSOR_MUTATIONS, OTHER_MUTATIONS)
+        (group,) = rng.choices(groups, (42, 10, 20, 22, 6))
         mutation = rng.choice(group)
         try:
             done.append(f"{mutation.__name__}: {mutation(rng, file)}")
