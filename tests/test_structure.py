@@ -1,6 +1,7 @@
 """The shape of the house: who imports whom, whose names are used where, and what a token costs in Python calls."""
 
 import ast
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -152,6 +153,30 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
     for name in IMPORTS:
         walk(name, ())
+
+
+# What is called of libllama without a guard looks something up, or frees it. An assertion in one of them ends
+# the process, so each was read before it came here. `devices` measures before there is a model.
+UNGUARDED = re.compile(
+    r"minerva_\w+|llama_(free|backend_init|log_set|supports_gpu_offload|max_parallel_sequences|print_system_info|ftype_name)"
+    r"|llama_vocab_\w+|llama_model_(n_\w+|has_\w+|is_\w+|size|desc|ftype|get_vocab|meta_val_str|rope_type|free"
+    r"|decoder_start_token|default_params)|llama_(get_memory|get_logits_ith|n_ctx_seq|context_default_params)"
+    r"|llama_memory_(can_shift|seq_pos_min|seq_pos_max)|gguf_(get_\w+|find_\w+|type_name|free)"
+    r"|ggml_(type_\w+|blck_size|is_quantized|get_type_traits_cpu)"
+)
+
+
+def test_what_can_fail_in_libllama_is_called_with_a_guard() -> None:
+    calls = [
+        (path.name, node.attr)
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if path.name not in ("devices.py", "generate.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "lib"
+    ]
+    functions = [(file, name) for file, name in calls if not name.isupper()]
+    assert len(functions) > 50
+    assert not [(file, name) for file, name in functions if not UNGUARDED.fullmatch(name)]
 
 
 def private_names_of_others(path: Path) -> Iterator[str]:
