@@ -435,10 +435,11 @@ def duplicate_tokens(rng: random.Random, file: File) -> str:
 
 
 def change_tokens(rng: random.Random, file: File) -> str:
-    tokens, count = tokens_of(file), rng.choice((1, 1, 1, 2, 8, 300))
-    for _ in range(count):
-        tokens.items[rng.randrange(len(tokens.items))] = rng.choice(STRINGS)
-    return f"{count} tokens become {clip(STRINGS)}"
+    tokens, done = tokens_of(file), {}
+    for _ in range(rng.choice((1, 1, 1, 2, 8, 300))):
+        index = rng.randrange(len(tokens.items))
+        tokens.items[index] = done[index] = rng.choice(STRINGS)
+    return f"{len(done)} tokens change: {clip(done)}"
 
 
 def change_special_text(rng: random.Random, file: File) -> str:
