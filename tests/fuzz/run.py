@@ -324,7 +324,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=2000, help="how many mutants (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--first", type=int, default=0, help="the index of the first (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=mn.available_cpus(), help="processes at a time (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=mn.available_cpus(), help="processes (default: %(default)s)")
     parser.add_argument("--seconds", type=int, default=5, help="CPU time for a mutant (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="keep the files of findings here, and SUMMARY.md")
     parser.add_argument("--base", action="append", help="only this base; may be given several times")
