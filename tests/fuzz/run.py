@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -122,6 +123,7 @@ class Mutant:
 def limit(seconds: int, mapped_bytes: int) -> None:
     """Set this process's limits."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver's business
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_AS, (mapped_bytes, mapped_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -210,9 +212,14 @@ class Results:
 
     out: Path | None
     keeps_all: bool = False
+    interrupted: bool = False
     outcomes: Counter[str] = field(default_factory=Counter)
     n_findings: int = 0
     saved_bytes: int = 0
+
+    def interrupt(self, number: int, frame: FrameType | None) -> None:
+        """Have the driver stop. What a handler raises is lost if the signal comes in a hook that runs at a fork."""
+        self.interrupted = True
 
     def add(self, mutant: Mutant, outcome: str) -> None:
         if mutant.index < 0 and outcome in ERRORS:
@@ -278,7 +285,7 @@ def run(
     selector = selectors.DefaultSelector()
     drawn = 0.0
     try:
-        while True:
+        while not results.interrupted:
             while len(alive) < jobs and (mutant := suspects.pop() if suspects else next(todo, None)):
                 mutant.start(seconds * 3 if mutant.again else seconds, mapped_bytes, bystander)
                 alive[mutant.pipe] = mutant
@@ -349,13 +356,13 @@ def chosen(options: argparse.Namespace, every: list[str]) -> Sequence[tuple[str,
 
 def main() -> int:
     options = arguments()
-    for stop in (signal.SIGINT, signal.SIGTERM):  # a shell starts background jobs with Ctrl-C ignored
-        signal.signal(stop, signal.default_int_handler)
     os.environ["GGML_NO_BACKTRACE"] = "1"  # by a debugger, which takes a second
     every = bases.bases()
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
     results = Results(options.out, keeps_all=bool(options.one))
+    signal.signal(signal.SIGINT, results.interrupt)
+    signal.signal(signal.SIGTERM, results.interrupt)
     # In memory if that is to be had: `Sequence.save` waits for the disk.
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as name:
         folder = Path(name)
@@ -370,14 +377,10 @@ def main() -> int:
         # No thread that refreshes it: what a thread holds at a fork, the child waits for in vain.
         progress = Progress(console=Console(stderr=True), auto_refresh=False)
         progress.add_task("", total=len(names))
-        interrupted = False
         with progress:
-            try:
-                run(todo, results, options, bystander, progress)
-            except KeyboardInterrupt:
-                interrupted = True
+            run(todo, results, options, bystander, progress)
     print(results.summary(), file=sys.stderr)
-    return 130 if interrupted else int(results.n_findings > 0)
+    return 130 if results.interrupted else int(results.n_findings > 0)
 
 
 if __name__ == "__main__":
