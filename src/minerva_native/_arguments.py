@@ -1,34 +1,35 @@
 """Checks of arguments, whose messages name the argument."""
 
+import math
 import operator
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 
-def integer(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
-    """Return an integer, within a range if there is one; raise `TypeError` or `ValueError`."""
+
+def integer(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> int:
+    """Return an integer within a range; raise `TypeError` or `ValueError`."""
     try:
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, not {what(value)}") from None
-    if low is not None and number < low and high is None:
-        raise ValueError(f"{name} must be {low} or more, not {number}")
-    if low is not None and high is not None and not low <= number <= high:
-        raise ValueError(f"{name} must be from {low} to {high}, not {number}")
+    if not low <= number <= high:
+        expected = f"{low} or more" if high == math.inf else f"from {low} to {high}"
+        raise ValueError(f"{name} must be {expected}, not {number}")
     return number
 
 
 def flag(name: str, value: Any) -> bool:
     """Return True or False; raise `TypeError` for what only happens to have a truth value, such as "off"."""
     try:
-        number = operator.index(value)
+        if isinstance(value, np.bool_) or operator.index(value) in (0, 1):
+            return bool(value)
     except TypeError:
-        number = int(value) if type(value).__name__ in ("bool_", "bool") else -1  # numpy's own
-    if number not in (0, 1):
-        raise TypeError(f"{name} must be True or False, not {what(value)}")
-    return bool(number)
+        pass
+    raise TypeError(f"{name} must be True or False, not {what(value)}")
 
 
 def path(name: str, value: Any) -> Path:
@@ -61,6 +62,12 @@ def function(name: str, value: Any) -> None:
     """Raise `TypeError` unless something can be called, or is None."""
     if value is not None and not callable(value):
         raise TypeError(f"{name} must be a function or None, not {what(value)}")
+
+
+def cancel_token(value: Any) -> None:
+    """Raise `TypeError` unless something can be asked whether it is set, or is None."""
+    if value is not None and (isinstance(value, type) or not callable(getattr(value, "is_set", None))):
+        raise TypeError(f"cancel must have is_set(), as a threading.Event has, not be {what(value)}")
 
 
 def what(value: object) -> str:

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ._arguments import integer, many, what
+from ._arguments import cancel_token, integer, many, what
 from .errors import ClosedError, EmptySequenceError
 from .sampling import Sampler, SamplingParams, logprob
 from .sequence import Sequence as TokenSequence
@@ -104,8 +104,7 @@ def generate(
         sampler = Sampler(sampler)
     if sampler is not None and not callable(sampler):
         raise TypeError(f"sampler must be a Sampler, SamplingParams or a function, not {type(sampler).__name__}")
-    if cancel is not None and (isinstance(cancel, type) or not callable(getattr(cancel, "is_set", None))):
-        raise TypeError(f"cancel must have is_set(), as a threading.Event has, not be a {type(cancel).__name__}")
+    cancel_token(cancel)
     if decoder is not None and not all(callable(getattr(decoder, name, None)) for name in ("feed", "flush")):
         raise TypeError(f"decoder must have feed() and flush(), as StreamDecoder has, not {type(decoder).__name__}")
     stop = (stop,) if isinstance(stop, str) else tuple(many("stop", stop))

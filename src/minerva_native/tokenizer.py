@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ._arguments import cancel_token
 from ._binding import ffi, lib, thrown
 from ._handle import Handle, NoCopy
 from .errors import Cancelled, TokenizerError
@@ -143,8 +144,7 @@ class Tokenizer(NoCopy):
         """
         if not isinstance(text, str):
             raise TypeError(f"text must be a str, not {type(text).__name__}")
-        if cancel is not None and not callable(getattr(cancel, "is_set", None)):
-            raise TypeError(f"cancel must have is_set(), as a threading.Event has, not be a {type(cancel).__name__}")
+        cancel_token(cancel)
         self._require_vocabulary()
         try:
             data = text.encode()
@@ -426,12 +426,11 @@ def _in_a_thread(function: Callable[[], list[int]], stack_bytes: int, cancel: th
 
 
 # A child of a fork during `_in_a_thread` would find the lock taken, and the wrong size.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_stack_size_lock.acquire,
-        after_in_parent=_stack_size_lock.release,
-        after_in_child=_stack_size_lock.release,
-    )
+os.register_at_fork(
+    before=_stack_size_lock.acquire,
+    after_in_parent=_stack_size_lock.release,
+    after_in_child=_stack_size_lock.release,
+)
 
 
 def _metadata(model: Any, key: str) -> str:

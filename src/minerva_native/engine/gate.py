@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
+from .._arguments import cancel_token
 from ..errors import Cancelled, ReentryError
 
 _LOOK_SECONDS = 0.01  # how often a call that waits in the queue looks at its cancel token
@@ -45,8 +46,8 @@ class Gate:
         It is the lock itself, so that no signal handler can strike between taking it and the `with` block. With a
         cancel token, waiting for the lock ends with `Cancelled` as soon as the token is set.
         """
-        if cancel is not None and (isinstance(cancel, type) or not callable(getattr(cancel, "is_set", None))):
-            raise TypeError(f"cancel must have is_set(), as a threading.Event has, not be a {type(cancel).__name__}")
+        if cancel is not None:
+            cancel_token(cancel)
         if self._is_mine():
             return self._nested()
         return self._lock if cancel is None else self._queued(cancel)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
+from .._arguments import integer, what
 from ..errors import SamplingError
 from .candidates import Candidates, Floats, Scratch
 
@@ -51,14 +51,6 @@ def checked_logits(logits: Any) -> Floats:
     return logits if logits.flags.c_contiguous else np.ascontiguousarray(logits)
 
 
-def integer(name: str, value: Any) -> int:
-    """Return an integer, or raise `TypeError`."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, not {what(value)}") from None
-
-
 def number(name: str, value: Any) -> float:
     """Return a number that float32 can hold, or raise `TypeError` or `ValueError`."""
     if isinstance(value, str | bytes | np.ndarray):  # some of which float() would take
@@ -74,19 +66,6 @@ def number(name: str, value: Any) -> float:
     if _MAX_FLOAT32 < abs(result) < math.inf:
         raise ValueError(f"{name} must fit a 32-bit float, not {result!r}")
     return result
-
-
-def many(name: str, value: Any) -> Iterator[Any]:
-    """Return an iterator over several things; raise `TypeError` if it is not several."""
-    try:
-        return iter(value)
-    except TypeError:
-        raise TypeError(f"{name} must be a list or something else with several items, not {what(value)}") from None
-
-
-def what(value: object) -> str:
-    """Return what a value is, for a message."""
-    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def _candidates(name: str, value: Any) -> None:

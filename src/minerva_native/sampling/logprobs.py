@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .arguments import checked_logits, integer
+from .._arguments import integer
+from .arguments import checked_logits
 from .candidates import Candidates, Doubles, Floats, Ids, Scratch, log_sum_exp
 from .filters import top_k
 

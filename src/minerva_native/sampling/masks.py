@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arguments import checked_logits, what
+from .._arguments import what
+from .arguments import checked_logits
 from .candidates import Floats
 
 _EIGHT_FLOATS = np.dtype("V32")

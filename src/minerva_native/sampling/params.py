@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .arguments import integer, many, number, what
+from .._arguments import integer, many, what
+from .arguments import number
 
 DEFAULT_ORDER = (
     "penalties",

@@ -8,9 +8,10 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from .._arguments import integer, many, what
 from . import filters
 from .adaptive import adaptive_p, mirostat, mirostat_mu, mirostat_v2
-from .arguments import checked_logits, integer, many, what
+from .arguments import checked_logits
 from .candidates import (
     COLUMNS_FROM,
     Candidates,
