@@ -29,11 +29,11 @@ OTHER_FILES = {
     "clip": "a projector for images or sound, not a language model: load the model that it belongs to",
     "controlvector": "a control vector, which steers a model and is none: load the model that it was made for",
 }
-"""What a file is that is no model, by its `general.type` or `general.architecture`."""
+"""What a file that is not a model is instead, by its `general.type` or `general.architecture`."""
 
-# In bytes. Vocabularies of the first kinds are read by functions that recurse over the bytes of a token.
-_LONGEST_TOKENS = {"t5": 1000, "rwkv": 1000, "plamo2": 1000, "bert": 1000}
-_LONGEST_TOKEN = 4096
+# In bytes. Vocabularies of these kinds are read by functions that recurse over the bytes of a token.
+_LONGEST_TOKENS = dict.fromkeys(("t5", "rwkv", "plamo2", "bert"), 1000)
+_LONGEST_TOKEN = 4096  # of the others
 _LARGEST_PIECES = 1 << 30  # bytes: what libllama writes for a token can have the square of its length
 _LARGEST_VOCABULARY = 1 << 24  # if there are no embeddings to count
 _LARGEST_WINDOW = 1 << 24  # tokens: the room for a window's mask is reserved before a token is there
@@ -89,12 +89,12 @@ class Facts:
         self.tensors = {info.name: Tensor(part.path, info) for part in parts for info in part.tensors}
         self.n_layer = self.number("block_count", 0)
 
-    def has_tensor(self, part: str) -> bool:
-        """Return whether there is a tensor with that in its name."""
+    def has_tensor_with(self, part: str) -> bool:
+        """Return whether some tensor's name contains `part`."""
         return any(part in name for name in self.tensors)
 
     def key(self, name: str) -> str:
-        """Return the whole name of a key that each architecture has for itself."""
+        """Return the whole name of a key that begins with the architecture's."""
         return f"{self.architecture}.{name}"
 
     def value(self, name: str) -> Value | None:
@@ -124,7 +124,7 @@ class Facts:
         raise ModelLoadError(f"{path or self.file.path}: {what} {is_what}: expected {expected}")
 
     def require(self, name: str, value: object, holds: bool, expected: str) -> None:
-        """Refuse the value of a key that each architecture has for itself unless a condition holds."""
+        """Refuse the value of such a key unless a condition holds."""
         if not holds:
             self.refuse(self.key(name), f"is {_shown(value)}", expected)
 
@@ -160,6 +160,7 @@ def _check_weights(facts: Facts) -> None:
     _check_layers(facts)
     _check_companions(facts)
     _check_numbers(facts)
+    _check_recurrence(facts)
     _check_experts(facts)
     _check_heads(facts)
     _check_rotation(facts)
@@ -228,7 +229,7 @@ def _check_vocabulary(facts: Facts) -> None:
 
 
 def _check_single_bytes(facts: Facts, key: str, tokens: list[bytes]) -> None:
-    """Refuse an RWKV vocabulary in which a text could begin like a token and have none: libllama never gets past it."""
+    """Refuse an RWKV vocabulary without a token for each first byte of its tokens: libllama may never get past one."""
     seen = {_unescaped(token) for token in tokens}
     for byte in sorted({token[0] for token in seen if token}):
         if bytes([byte]) not in seen:
@@ -291,8 +292,8 @@ def _check_layers(facts: Facts) -> None:
 
 
 def _check_companions(facts: Facts) -> None:
-    """Refuse a layer that lacks a tensor which libllama does not ask for, and uses all the same."""
-    if any(name.startswith("blk.") for name in facts.tensors) and not facts.has_tensor("blk.0."):
+    """Refuse a layer that lacks a tensor which libllama uses without having asked for it."""
+    if any(name.startswith("blk.") for name in facts.tensors) and not facts.has_tensor_with("blk.0."):
         facts.refuse("tensor 'blk.0.*'", "is missing", "the first layer (this may be only the part that drafts)")
     for layer in range(facts.n_layer):
         _check_layer(facts, f"blk.{layer}.")
@@ -321,9 +322,14 @@ def _check_numbers(facts: Facts) -> None:
         if isinstance(value, float) and key.endswith("epsilon") and not 0 <= value < math.inf:
             facts.refuse(key, f"is {value!r}", "from 0 on and finite")
     for part, names in _AT_LEAST_ONE.items():
-        for name in names if facts.has_tensor(part) else ():
+        for name in names if facts.has_tensor_with(part) else ():
             facts.require(name, facts.value(name), all(value > 0 for value in facts.each(name)), "at least 1")
     most = max(_LARGEST_WINDOW, facts.number("context_length", 0))
+    for window in facts.each("attention.sliding_window"):
+        facts.require("attention.sliding_window", window, 0 <= window <= most, f"from 0 to {most}")
+
+
+def _check_recurrence(facts: Facts) -> None:
     scalars = any(name.endswith(".ssm_a") and shape[0] == 1 for name, (_, (_, shape, *_)) in facts.tensors.items())
     if scalars:  # Mamba-2, whose states come in groups
         groups = facts.number("ssm.group_count", 0)
@@ -333,8 +339,6 @@ def _check_numbers(facts: Facts) -> None:
         facts.require(
             "ssm.inner_size", inner, inner == 2 * width, f"twice the {width} of {facts.key('embedding_length')}"
         )
-    for window in facts.each("attention.sliding_window"):
-        facts.require("attention.sliding_window", window, 0 <= window <= most, f"from 0 to {most}")
 
 
 def _check_experts(facts: Facts) -> None:
@@ -392,7 +396,7 @@ def _check_rotation(facts: Facts) -> None:
 
 
 def _check_rwkv(facts: Facts) -> None:
-    if not facts.has_tensor(".time_mix_"):
+    if not facts.has_tensor_with(".time_mix_"):
         return
     name, width = "wkv.head_size", facts.number("embedding_length", 0)
     for size in facts.each(name):

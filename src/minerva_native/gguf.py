@@ -68,9 +68,7 @@ class TensorInfo(NamedTuple):
 
 
 class StringFacts(NamedTuple):
-    """What there is to know of an array of strings, each as libllama reads it as a token.
-
-    It takes a string to its first NUL, and an empty one for "[EMPTY_n]".
+    """Facts about an array of strings, as libllama reads them as tokens: up to a NUL, an empty one as "[EMPTY_n]".
 
     Attributes:
         n: how many strings there are.
@@ -153,7 +151,7 @@ class GGUF(NoCopy):
             return [ffi.string(lib.gguf_get_arr_str(gguf, index, at)) for at in range(lib.gguf_get_arr_n(gguf, index))]
 
     def string_facts(self, key: str) -> StringFacts | None:
-        """Return what there is to know of an array of strings, quickly, or None if the file has none under that key."""
+        """Return facts about an array of strings, much faster than `strings`; None if there is none under that key."""
         with self._handle as gguf:
             index = _string_array(gguf, key)
             if index is None:
@@ -213,9 +211,9 @@ class Metadata(NoCopy, Mapping[str, Value]):
 
 
 def open_parts(path: str | os.PathLike[str]) -> list[GGUF]:
-    """Open a model's file, and all other parts of it if it is split.
+    """Open a model's file, and all its other parts if it is split.
 
-    Raises `ModelLoadError` if one of them is not a GGUF file or is missing, or if the path is not of the first part.
+    Raises `ModelLoadError` if a part is missing or is not a GGUF file, or if the path is not that of the first part.
     """
     first = GGUF(path)
     count = _split_key(first, "count", 1, 2**16 - 1)
