@@ -51,7 +51,7 @@ class Device:
         Raises `DeviceError` if the device is gone or has no room for the buffers.
         """
         size_bytes = integer("size_bytes", size_bytes, 1, _MAX_COPY_BYTES)
-        pointer = {_describe(pointer).name: pointer for pointer in _pointers()}.get(self.name)
+        pointer = _by_name().get(self.name)
         if pointer is None:
             raise DeviceError(f"there is no device {self.name!r} here")
         free = _describe(pointer).memory_free_bytes
@@ -96,9 +96,13 @@ def has_gpu() -> bool:
     return bool(lib.llama_supports_gpu_offload())
 
 
+def _by_name() -> dict[str, Any]:
+    return {_describe(pointer).name: pointer for pointer in _pointers()}
+
+
 def select(names: list[str]) -> Any:
     """Return libllama's NULL-terminated array of the named devices; raise `DeviceError` if there is no such device."""
-    known = {_describe(pointer).name: pointer for pointer in _pointers()}
+    known = _by_name()
     for name in names:
         if not isinstance(name, str):
             raise TypeError(f"devices must be names, such as {next(iter(known))!r}, not {what(name)}")
@@ -166,10 +170,10 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/pro
         return math.inf
     tightest = math.inf
     for line in lines:
-        _, is_entry, rest = line.partition(":")
-        controllers, is_whole, path = rest.partition(":")
-        if not is_entry or not is_whole or "\0" in path:
+        fields = line.split(":", 2)
+        if len(fields) < 3 or "\0" in line:
             continue
+        _, controllers, path = fields
         if controllers and "cpu" not in controllers.split(","):
             continue
         base = root if not controllers else root / controllers

@@ -16,8 +16,7 @@ _UNSAFE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200b\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
 )
 
-
-_EXPECTED = "removing memory module entries"  # libllama's warning whenever a computation is interrupted
+_ON_INTERRUPTION = "removing memory module entries"  # libllama's warning whenever a computation is interrupted
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -38,7 +37,7 @@ def write(text: str) -> None:
 
 
 def as_json(value: Any) -> str:
-    """Return JSON that any terminal shows as it is. What is no number in JSON, such as NaN, becomes a string."""
+    """Return JSON in printable ASCII. A number that JSON does not have, such as NaN, becomes a string."""
     try:
         text = json.dumps(value, allow_nan=False)
     except ValueError:
@@ -60,7 +59,7 @@ class Log(logging.Handler):
     """Shows the log of this package, which has libllama's, on stderr: each line once.
 
     Attributes:
-        errors: error lines, if not shown: what a command fails with is said by its exception.
+        errors: error lines that were not shown, because the exception that ends a command says the same.
     """
 
     def __init__(self, is_verbose: bool):
@@ -77,7 +76,7 @@ class Log(logging.Handler):
         if line in self._seen or not re.search(r"\w", line):  # a frame of asterisks
             return
         self._seen.add(line)
-        if line.startswith(_EXPECTED) and not self._is_verbose:
+        if line.startswith(_ON_INTERRUPTION) and not self._is_verbose:
             return
         if record.levelno >= logging.ERROR and not self._is_verbose:
             self.errors.append(line)

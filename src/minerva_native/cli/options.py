@@ -3,12 +3,11 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 from minerva_native import Model
 
 _MAX_TEXT_BYTES = 1 << 28
-_PART_BYTES = 1 << 20
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -114,21 +113,13 @@ def read_text(options: argparse.Namespace) -> str:
     if name is None and sys.stdin.isatty():
         return ""
     if name in (None, "-"):
-        name, data = "standard input", _read(sys.stdin.buffer)
+        name, data = "standard input", sys.stdin.buffer.read(_MAX_TEXT_BYTES + 1)  # it may have no end
     else:
         with Path(name).open("rb") as file:
-            data = _read(file)
+            data = file.read(_MAX_TEXT_BYTES + 1)
     if len(data) > _MAX_TEXT_BYTES:
         raise ValueError(f"{name} has more than {_MAX_TEXT_BYTES:,} bytes, too many for a prompt")
     try:
         return data.decode().removesuffix("\n")
     except UnicodeDecodeError:
         raise ValueError(f"{name} is not UTF-8 text") from None
-
-
-def _read(file: BinaryIO) -> bytearray:
-    """Read a file, which may have no end, until it is too long."""
-    data = bytearray()
-    while len(data) <= _MAX_TEXT_BYTES and (part := file.read(_PART_BYTES)):
-        data += part
-    return data
