@@ -198,8 +198,6 @@ int32_t minerva_memory_seq_add(minerva_decoder * decoder, int32_t sequence_id, i
     });
 }
 
-// A state that cannot be read or written leaves the context of use: the caller clears what was written.
-
 namespace {
 
 thread_local bool is_checking = false;
@@ -257,6 +255,8 @@ bool is_finite(const struct ggml_tensor & tensor, const uint8_t * data, size_t s
 }
 
 }  // namespace
+
+// A state that cannot be read or written does not break the context: the caller clears what was written.
 
 int64_t minerva_state_size(minerva_decoder * decoder, int32_t sequence_id, uint32_t flags) {
     return guarded<int64_t>(MINERVA_THREW, decoder, false, [&] {

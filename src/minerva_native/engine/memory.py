@@ -89,7 +89,7 @@ class Cells:
         """Forget a sequence's tokens from position `start` on, or up to `stop`; return False if this kind cannot."""
         if self._is_gone or sequence_id < 0:
             return True
-        return lib.minerva_memory_seq_rm(self._decoder, sequence_id, start, stop) != 0  # or it is gone now
+        return lib.minerva_memory_seq_rm(self._decoder, sequence_id, start, stop) != 0  # also if it broke: all is gone
 
     def cut(self, sequence_id: int, n: int) -> bool:
         """Have a sequence hold its first `n` tokens; return whether it now does, and can be continued."""
