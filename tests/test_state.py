@@ -288,7 +288,7 @@ def test_every_form_of_memory_is_saved_and_restored(
 def test_a_state_that_is_not_finite_is_refused_and_spoils_nobody(
     load_tiny: Callable[[TinyModel], mn.Model], tmp_path: Path, name: str
 ) -> None:
-    """Of every number that is overwritten, in turn, either nothing is restored or nothing else has changed."""
+    """Whatever is overwritten, either nothing is restored, or the other sequence computes what it did before."""
     with make(load_tiny(FORMS[name]), **FORM_OPTIONS.get(name, {})) as context:
         if context.model.has_encoder:
             context.encode([1, 2, 3])

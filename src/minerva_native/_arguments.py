@@ -33,14 +33,14 @@ def flag(name: str, value: Any) -> bool:
 
 
 def path(name: str, value: Any) -> Path:
-    """Return a path; raise `TypeError` for what is none."""
+    """Return a path; raise `TypeError` for anything else."""
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"{name} must be a str or a path, not {what(value)}")
     return Path(value)
 
 
 def file_path(name: str, value: Any) -> Path:
-    """Return a path; raise `TypeError` for what is none, or `ValueError` if no file can have that name."""
+    """Return a path; raise `TypeError` for anything else, or `ValueError` if no file can have that name."""
     file = path(name, value)
     try:
         if b"\0" not in os.fsencode(file):
@@ -51,7 +51,7 @@ def file_path(name: str, value: Any) -> Path:
 
 
 def many(name: str, value: Any) -> Iterator[Any]:
-    """Return an iterator over several things; raise `TypeError` if it is not several."""
+    """Return an iterator; raise `TypeError` for what cannot be iterated over."""
     try:
         return iter(value)
     except TypeError:
@@ -59,13 +59,13 @@ def many(name: str, value: Any) -> Iterator[Any]:
 
 
 def function(name: str, value: Any) -> None:
-    """Raise `TypeError` unless something can be called, or is None."""
+    """Raise `TypeError` for what is neither None nor can be called."""
     if value is not None and not callable(value):
         raise TypeError(f"{name} must be a function or None, not {what(value)}")
 
 
 def cancel_token(value: Any) -> None:
-    """Raise `TypeError` unless something can be asked whether it is set, or is None."""
+    """Raise `TypeError` for what is neither None nor can be asked whether it is set."""
     if value is not None and (isinstance(value, type) or not callable(getattr(value, "is_set", None))):
         raise TypeError(f"cancel must have is_set(), as a threading.Event has, not be {what(value)}")
 

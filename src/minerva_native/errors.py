@@ -80,7 +80,7 @@ class DecodeError(ContextError):
 
 
 class BrokenContextError(ContextError):
-    """A computation failed in a way that leaves this context of no use; the model and other contexts go on.
+    """A computation failed in a way that leaves this context unusable; the model and other contexts go on.
 
     Also raised for a context that a child process has inherited by `os.fork`.
     """

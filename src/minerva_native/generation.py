@@ -147,7 +147,7 @@ def _decode_loop(
         except TypeError:
             raise TypeError(f"sampler must return a token id, not {what(chosen)}") from None
         step = Step(token, logits)
-        # Whatever may fail comes before the token is appended: then the sequence is as it was.
+        # Whatever may fail comes before the token is appended, so that a failure leaves the sequence unchanged.
         if tokenizer.is_end(token):
             step.text, step.finish_reason = "", "end"
         else:

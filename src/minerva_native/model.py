@@ -76,8 +76,8 @@ class Model:
         `gpu_layers`: how many layers to put on a GPU; "auto" puts all of them there if there is one, -1 does
         without a choice. `devices`: names from `minerva_native.devices()`; all by default, none for the CPU alone.
         `mmap`: map the file instead of reading it. `vocab_only`: load no weights; the model then only tokenizes.
-        `check`: refuse a file that contradicts itself, for which libllama may end the process; leave it out only for a
-        file that you trust. `on_progress`: called with 0.0 to 1.0 as the weights come in; returning False stops the
+        `check`: refuse files that contradict themselves, on which libllama may end the process; pass False only for
+        files that you trust. `on_progress`: called with 0.0 to 1.0 as the weights come in; returning False stops the
         load, which then raises `Cancelled`.
 
         Raises `ModelLoadError` (no model in that file), `DeviceError` (a GPU was asked for and there is none),

@@ -57,7 +57,7 @@ enum minerva_cause {
     MINERVA_NO_MEMORY,
     MINERVA_EXCEPTION,
     MINERVA_ENDING,     // the interpreter is shutting down
-    MINERVA_FAILED,     // the context is of no use since an earlier computation
+    MINERVA_FAILED,     // an earlier computation has broken the context
     MINERVA_INHERITED,  // the context belongs to the process that this one was forked from
 };
 
@@ -124,8 +124,8 @@ int32_t minerva_memory_seq_add(minerva_decoder * decoder, int32_t sequence_id, i
 int64_t minerva_state_size(minerva_decoder * decoder, int32_t sequence_id, uint32_t flags);
 int64_t minerva_state_read(minerva_decoder * decoder, int32_t sequence_id, uint32_t flags, uint8_t * state,
                            int64_t capacity);
-// `check`: throws if the state holds NaN, an infinity, or a number that becomes one in attention. In one sequence's cell it
-// would spoil all others, because attention multiplies also what it has masked, by 0.
+// `check`: throws if the state holds NaN, an infinity, or a number that becomes one in attention. In a cell of one sequence
+// it would spoil all others, because attention multiplies what it has masked by 0, and NaN times 0 is NaN.
 int64_t minerva_state_write(minerva_decoder * decoder, int32_t sequence_id, uint32_t flags, const uint8_t * state,
                             int64_t size, bool check);
 

@@ -83,7 +83,7 @@ def _candidates(name: str, value: Any) -> None:
 
 
 def history(name: str, value: Any) -> None:
-    """Raise `TypeError` or `ValueError` for what is no list of token ids."""
+    """Raise `TypeError` or `ValueError` unless a value is a list of token ids."""
     if isinstance(value, str | bytes) or not isinstance(value, Sequence | np.ndarray):
         raise TypeError(f"{name}, the tokens so far, must be a list of token ids, not {what(value)}")
     if isinstance(value, np.ndarray) and value.ndim != 1:
