@@ -176,6 +176,28 @@ CALLS: dict[str, Call] = {
         lambda room: {"sequences": [room.sequence], "max_tokens": 5, **NOTHING},
         also=("sequence",),
     ),
+    "Tokenizer.encode": Call(
+        method("model.tokenizer.encode", "context"),
+        lambda room: {"text": "a", "add_special": True, "parse_special": False, "cancel": None},
+    ),
+    **{
+        f"Tokenizer.{name}": Call(
+            method(f"model.tokenizer.{name}", "context"), lambda room: {"ids": [5], "special": False}, also=TOKEN_IDS
+        )
+        for name in ("decode", "decode_bytes")
+    },
+    "Tokenizer.piece": Call(
+        method("model.tokenizer.piece", "context"), lambda room: {"token": 5, "special": False}, also=TOKEN_IDS
+    ),
+    "Tokenizer.stream": Call(
+        method("model.tokenizer.stream", "context"), lambda room: {"special": False, "after": 5}, also=TOKEN_IDS
+    ),
+    **{
+        f"Tokenizer.{name}": Call(
+            method(f"model.tokenizer.{name}", "context"), lambda room: {"token": 5}, also=TOKEN_IDS
+        )
+        for name in ("is_end", "is_control")
+    },
     "Context.encode": Call(method("encode", "context"), lambda room: {"ids": [1]}, also=TOKEN_IDS),
     "Context.restore": Call(
         lambda room: close_after(room.context.restore), lambda room: {"path": room.folder / "saved"}, reads_files=True

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ._arguments import cancel_token
+from ._arguments import cancel_token, flag, what
 from ._binding import ffi, lib, thrown
 from ._handle import Handle, NoCopy
 from .errors import Cancelled, TokenizerError
@@ -143,8 +143,9 @@ class Tokenizer(NoCopy):
             Cancelled: `cancel` was set.
         """
         if not isinstance(text, str):
-            raise TypeError(f"text must be a str, not {type(text).__name__}")
+            raise TypeError(f"text must be a str, not {what(text)}")
         cancel_token(cancel)
+        add_special, parse_special = flag("add_special", add_special), flag("parse_special", parse_special)
         self._require_vocabulary()
         try:
             data = text.encode()
@@ -161,7 +162,6 @@ class Tokenizer(NoCopy):
             self._require_special_tokens()
         if cancel is not None and cancel.is_set():
             raise Cancelled("encoding was cancelled")
-        add_special, parse_special = bool(add_special), bool(parse_special)
         match = self._longest_match(text)
         stack_bytes = _STACK_BYTES + -(-match * _STACK_BYTES_A_CHARACTER // _STACK_BYTES) * _STACK_BYTES  # whole pages
         if match > _SHORT_MATCH or len(text) > _LONG_TEXT or (match and stack_bytes > lib.minerva_stack_left()):
@@ -214,7 +214,7 @@ class Tokenizer(NoCopy):
 
     def decode_bytes(self, ids: TokenIds, special: bool = False) -> bytes:
         """Turn token ids into bytes, as `decode` does."""
-        special = bool(special)
+        special = flag("special", special)
         pieces, at_start = [], self._adds_space
         for token in self.as_array(ids).tolist():
             piece = self._piece(token, special)
@@ -224,7 +224,7 @@ class Tokenizer(NoCopy):
 
     def piece(self, token: int, special: bool = False) -> bytes:
         """Return the bytes that a token stands for inside a text (`llama_token_to_piece`)."""
-        return self._piece(self.check(token), bool(special))
+        return self._piece(self.check(token), flag("special", special))
 
     def stream(self, special: bool = False, after: int | None = None) -> "StreamDecoder":
         """Return a decoder that takes one token at a time.
@@ -233,7 +233,7 @@ class Tokenizer(NoCopy):
             special: show control tokens by their names instead of leaving them out.
             after: the token before the first one, if the text continues earlier tokens.
         """
-        return StreamDecoder(self, bool(special), None if after is None else self.check(after))
+        return StreamDecoder(self, flag("special", special), None if after is None else self.check(after))
 
     def is_end(self, token: int) -> bool:
         """Return whether the token ends a generation (EOS, end of turn and the like)."""
@@ -263,7 +263,7 @@ class Tokenizer(NoCopy):
         try:
             token = operator.index(token)
         except TypeError:
-            raise TypeError(f"a token id must be an integer, not {type(token).__name__}") from None
+            raise TypeError(f"a token id must be an integer, not {what(token)}") from None
         if not 0 <= token < self.n_vocab:
             raise ValueError(f"token id {token} is out of range: the vocabulary has ids 0 to {self.n_vocab - 1}")
         return token
@@ -271,14 +271,14 @@ class Tokenizer(NoCopy):
     def as_array(self, ids: TokenIds) -> npt.NDArray[np.int32]:
         """Return token ids as an int32 array; raise `TypeError` or `ValueError` if one is not of this vocabulary."""
         if isinstance(ids, str | bytes):
-            raise TypeError(f"token ids must be integers, not {type(ids).__name__}: encode the text first")
+            raise TypeError(f"token ids must be integers, not {what(ids)}: encode the text first")
         # A fast path for decode loops over several sequences.
         if isinstance(ids, list) and len(ids) == 1 and type(ids[0]) is int:
             return np.array([self.check(ids[0])], np.int32)
         try:
             array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
         except TypeError:
-            raise TypeError(f"token ids must be a list or an array of integers, not {type(ids).__name__}") from None
+            raise TypeError(f"token ids must be a list or an array of integers, not {what(ids)}") from None
         if array.ndim != 1:
             raise ValueError(f"token ids must be one-dimensional, not of shape {array.shape}")
         if not array.size:

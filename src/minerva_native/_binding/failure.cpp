@@ -85,7 +85,7 @@ Team::Team(int n_threads) : generation_(generation) {
     this_team = this;
     try {
         pool_ = ggml_threadpool_new(&parameters);
-    } catch (...) {
+    } catch (...) {  // the pool's own memory is lost, some hundred bytes a thread
         this_team = outer;
         begin(true);
         for (pthread_t thread : started_) {
@@ -98,9 +98,7 @@ Team::Team(int n_threads) : generation_(generation) {
 }
 
 Team::~Team() {
-    if (!is_inherited()) {
-        stop();
-    }
+    stop();
 }
 
 bool Team::is_inherited() const {
@@ -119,7 +117,7 @@ void Team::rethrow() {
     std::rethrow_exception(cause_);
 }
 
-int Team::start(pthread_t * thread, const pthread_attr_t * attributes, void * (*run)(void *), void * data) {
+void Team::start(pthread_t * thread, const pthread_attr_t * attributes, void * (*run)(void *), void * data) {
     auto worker = std::make_unique<Worker>(Worker{this, run, data});
     started_.reserve(started_.size() + 1);
     const int code = pthread_create(thread, attributes, work, worker.get());
@@ -129,7 +127,6 @@ int Team::start(pthread_t * thread, const pthread_attr_t * attributes, void * (*
     }
     worker.release();
     started_.push_back(*thread);
-    return code;
 }
 
 void Team::begin(bool failed) {
@@ -214,9 +211,9 @@ void Call::explain() {
         throw;
     } catch (const Assertion & error) {
         note(MINERVA_ASSERTION, error.what());
-    } catch (const std::bad_alloc &) {
-        note(MINERVA_NO_MEMORY, "there is not enough memory");
     } catch (const std::length_error &) {  // a vector of more than it can ever hold
+        note(MINERVA_NO_MEMORY, "there is not enough memory");
+    } catch (const std::bad_alloc &) {
         note(MINERVA_NO_MEMORY, "there is not enough memory");
     } catch (const std::exception & error) {
         note(MINERVA_EXCEPTION, error.what());
@@ -272,15 +269,17 @@ int32_t minerva_threads_new(minerva_decoder * decoder, int32_t n_threads) {
 void minerva_threads_free(minerva_decoder * decoder) {
     auto * team = static_cast<minerva::Team *>(decoder->threads);
     decoder->threads = nullptr;
-    if (team != nullptr && !team->is_inherited()) {
+    if (team != nullptr && !team->is_inherited()) {  // an inherited one has no threads to join
         delete team;
     }
 }
 
 int minerva_start_worker(pthread_t * thread, const pthread_attr_t * attributes, void * (*run)(void *), void * data) {
-    minerva::Team * team = minerva::this_team;
-    return team != nullptr ? team->start(thread, attributes, run, data)
-                           : pthread_create(thread, attributes, run, data);
+    if (minerva::this_team == nullptr) {
+        return pthread_create(thread, attributes, run, data);
+    }
+    minerva::this_team->start(thread, attributes, run, data);
+    return 0;
 }
 
 void minerva_while_waiting(void) {

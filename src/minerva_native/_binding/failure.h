@@ -37,7 +37,7 @@ class Team {
     void stop();
     [[noreturn]] void rethrow();  // what a worker has thrown
 
-    int start(pthread_t * thread, const pthread_attr_t * attributes, void * (*run)(void *), void * data);
+    void start(pthread_t * thread, const pthread_attr_t * attributes, void * (*run)(void *), void * data);
 
   private:
     struct Worker;
@@ -55,7 +55,7 @@ class Team {
     std::exception_ptr cause_;
 };
 
-// A guarded call, on this thread. The context of a computation that fails is of no use afterwards: its graph, its memory
+// A guarded call, on this thread. The context of a computation that fails is unusable afterwards: its graph, its memory
 // and its threads may be in any state.
 class Call {
   public:
