@@ -215,6 +215,40 @@ def test_a_child_makes_contexts_of_its_own_and_cannot_use_those_of_its_parent() 
     assert (ended.stdout, ended.stderr, ended.returncode) == ("done\n", "", 0)
 
 
+FORK_IN_CALLBACK = """
+    import os, signal, sys
+    import minerva_native as mn
+
+    class Forking:
+        child = None
+
+        def is_set(self):
+            if self.child is None and sys._getframe(1).f_code.co_name == "is_cancelled":  # libllama is computing
+                self.child = os.fork()
+            return False
+
+    with mn.Model.demo() as model, model.context(n_ctx=512, n_threads=2) as context, context.sequence() as sequence:
+        token = Forking()
+        try:
+            sequence.extend(list(range(20, 276)), cancel=token)
+        except mn.BrokenContextError as error:
+            assert token.child == 0 and "forked" in str(error), error
+            with model.context(n_ctx=64, n_threads=2) as own, own.sequence() as new:
+                new.extend([1, 2, 3])
+            os._exit(7)
+        if not token.child:
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(token.child, 0)[1]))
+        sequence.extend([4])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_fork_in_a_callback_of_a_computation_ends_that_computation_in_the_child() -> None:
+    ended = run(FORK_IN_CALLBACK)
+    assert (ended.stdout, ended.stderr, ended.returncode) == ("7\n", "", 0)
+
+
 THREADS = """
     import resource
     import minerva_native as mn

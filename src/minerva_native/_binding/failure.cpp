@@ -59,6 +59,9 @@ void on_abort(const char * message) {
 void after_fork() {
     ++generation;
     n_calls = 0;
+    for (const Call * call = this_call; call != nullptr; call = call->outer()) {
+        ++n_calls;  // a callback has forked: the calls that it is in go on in both processes
+    }
     is_ending = false;
 }
 
@@ -107,7 +110,7 @@ bool Team::is_inherited() const {
 
 void Team::stop() {
     failed_ = true;  // releases those that wait for others
-    if (ggml_threadpool * pool = pool_) {
+    if (ggml_threadpool * pool = is_inherited() ? nullptr : pool_) {
         pool_ = nullptr;
         ggml_threadpool_free(pool);  // joins them
     }
@@ -285,10 +288,13 @@ int minerva_start_worker(pthread_t * thread, const pthread_attr_t * attributes, 
 void minerva_while_waiting(void) {
     // Whom it waits for may need this core.
     thread_local unsigned turns = 0;
+    minerva::Team * team = minerva::this_team;
     if (++turns % TURNS_PER_YIELD == 0) {
         sched_yield();
+        if (team != nullptr && team->is_inherited()) {
+            throw std::runtime_error("a callback has forked this process, which has none of the threads that computed");
+        }
     }
-    minerva::Team * team = minerva::this_team;
     if (team == nullptr || !team->has_failed()) {
         return;
     }

@@ -64,6 +64,7 @@ class Call {
     Call(const Call &) = delete;
     Call & operator=(const Call &) = delete;
 
+    const Call * outer() const { return outer_; }
     bool is_refused() const { return is_refused_; }
     bool has_failed() const { return computes_ && decoder_->failed; }
     void fail();     // called before anything is unwound, if possible
