@@ -279,6 +279,27 @@ def test_more_threads_than_the_system_grants() -> None:
     assert lines[3] == "3"
 
 
+NO_MEMORY = """
+    import resource, sys
+    import minerva_native as mn
+
+    with mn.Model.demo() as model, model.context(n_ctx=4096, n_threads=1) as context, context.sequence() as sequence:
+        mapped = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + (int(sys.argv[1]) << 10), resource.RLIM_INFINITY))
+        try:
+            sequence.extend([20 + index % 1000 for index in range(4000)])
+        except (mn.ContextError, MemoryError):
+            sys.exit(3)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
+@pytest.mark.parametrize("spare_kb", [0, 500, 600, 700, 800])
+def test_the_first_exception_of_a_thread_when_memory_is_short(spare_kb: int) -> None:
+    ended = run(NO_MEMORY, str(spare_kb))
+    assert (ended.returncode, ended.stderr) == (3, "")
+
+
 EXIT = """
     import logging, sys, threading, time
     import minerva_native as mn

@@ -37,6 +37,12 @@ thread_local bool is_worker = false;
 thread_local minerva_cause thrown_cause = MINERVA_NOTHING;
 thread_local char thrown_text[2048];
 
+// A thread's first exception takes a little memory, without which libstdc++ cannot throw even that there is none: the
+// loader ends the process then.
+void touch_exceptions() {
+    [[maybe_unused]] const volatile int count = std::uncaught_exceptions();  // or the call is left out
+}
+
 void note(minerva_cause cause, const char * text) {
     thrown_cause = cause;
     std::snprintf(thrown_text, sizeof thrown_text, "%s", text);
@@ -152,6 +158,7 @@ void * Team::work(void * data) {
     Team & team = *worker->team;
     is_worker = true;
     this_team = &team;
+    touch_exceptions();
     void * result = nullptr;
     try {
         if (team.wait_for_the_others()) {
@@ -174,6 +181,7 @@ void * Team::work(void * data) {
 
 Call::Call(minerva_decoder * decoder, bool computes)
     : outer_(this_call), outer_team_(this_team), decoder_(decoder), computes_(computes) {
+    touch_exceptions();
     ++n_calls;
     this_call = this;
     this_team = nullptr;
