@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,38 @@ def test_cpu_quotas_count(tmp_path: Path, files: dict[str, str], membership: str
 
 def test_a_system_without_cgroups_has_no_quota(tmp_path: Path) -> None:
     assert cpu_quota(tmp_path, tmp_path / "membership") == math.inf
+
+
+FORK = """
+    import os, signal, sys, threading
+    from types import SimpleNamespace
+    import minerva_native
+
+    devices = sys.modules["minerva_native.devices"]  # the package has a function of this name
+    begun, go_on = threading.Event(), threading.Event()
+
+    def begin():
+        begun.set()
+        go_on.wait()
+
+    devices.lib = SimpleNamespace(llama_backend_init=begin, ggml_backend_dev_count=lambda: 1)
+    thread = threading.Thread(target=devices.initialise)
+    thread.start()
+    begun.wait()
+    threading.Timer(0.1, go_on.set).start()
+    child = os.fork()
+    if not child:
+        signal.alarm(10)
+        devices.initialise()
+        os._exit(0)
+    thread.join()
+    print(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_fork_waits_until_another_thread_has_started_the_backends() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(FORK)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (ended.stdout, ended.stderr) == ("0\n", "")

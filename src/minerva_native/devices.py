@@ -2,6 +2,7 @@
 
 import math
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,7 +72,24 @@ class Device:
 
 def initialise() -> None:
     """Start libllama's backends, once per process. Thread-safe."""
-    ffi.init_once(lib.llama_backend_init, "llama_backend_init")
+    global _is_initialised
+    if not _is_initialised:
+        with _initialise_lock:
+            if not _is_initialised:
+                lib.llama_backend_init()
+                lib.ggml_backend_dev_count()  # finds the backends
+                _is_initialised = True
+
+
+# A fork waits for it: what is made once, and is half made, never gets ready in a child.
+_is_initialised = False
+_initialise_lock = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_initialise_lock.acquire,
+        after_in_parent=_initialise_lock.release,
+        after_in_child=_initialise_lock.release,
+    )
 
 
 def devices() -> list[Device]:
