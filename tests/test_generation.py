@@ -430,3 +430,10 @@ def test_a_decoder_can_continue_in_the_middle_of_a_character(sequence: mn.Sequen
     assert decoder.feed(first) == ""
     sequence.append(first)
     assert text_of(list(mn.generate(sequence, dictate(*rest), max_tokens=1, decoder=decoder))) == "ä"
+
+
+def test_a_sequence_that_is_emptied_before_the_first_step(sequence: mn.Sequence) -> None:
+    steps = mn.generate(sequence, dictate("h"))
+    sequence.truncate(0)
+    with pytest.raises(mn.EmptySequenceError):
+        next(steps)

@@ -132,7 +132,7 @@ def _decode_loop(
     tokenizer = sequence.context.model.tokenizer
     tokens = sequence.tokens
     if decoder is None and tokenizer.type != "none":  # without a vocabulary there are tokens, and no text
-        decoder = tokenizer.stream(after=tokens[-1])
+        decoder = tokenizer.stream(after=next(iter(tokens[-1:]), None))  # it may have been emptied since the call
     matcher = _StopMatcher(stop) if stop else None
     previous = None
     count = 0
