@@ -332,3 +332,36 @@ EXIT = """
 def test_the_interpreter_ends_while_daemon_threads_are_in_libllama(number: int) -> None:
     ended = run(EXIT, str(0.05 + number / 50))
     assert (ended.stderr, ended.returncode) == ("", 0)
+
+
+SMALL_STACK = """
+    import threading
+    import minerva_native as mn
+
+    model = mn.Model.demo()
+    context = model.context(n_ctx=64, n_threads=1)
+    sequence = context.sequence()
+
+    def work():
+        for call in (lambda: model.context(n_ctx=64, n_threads=1), lambda: sequence.extend([1, 2, 3])):
+            try:
+                call()
+            except mn.ContextError as error:
+                print(error)
+
+    threading.stack_size(65536)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    sequence.extend([1, 2, 3])
+    print(len(sequence))
+"""
+
+
+def test_a_thread_whose_stack_is_too_small_to_compute() -> None:
+    ended = run(SMALL_STACK)
+    assert ended.returncode == 0, ended.stderr
+    *refused, length = ended.stdout.splitlines()
+    assert len(refused) == 2
+    assert all("stack is too small" in line for line in refused)
+    assert length == "3"

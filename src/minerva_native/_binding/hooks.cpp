@@ -54,6 +54,41 @@ bool minerva_progress(float progress, void * handle) {
     return !minerva_is_ending() && minerva_on_progress(progress, handle);
 }
 
+// ---- The calling thread ---------------------------------------------------------------------------------------------
+
+namespace {
+
+// The lowest address of the calling thread's stack, which grows down; 0 if the system does not say.
+uintptr_t stack_end() {
+#if defined(__APPLE__)
+    return reinterpret_cast<uintptr_t>(pthread_get_stackaddr_np(pthread_self())) -
+           pthread_get_stacksize_np(pthread_self());
+#else
+    pthread_attr_t attributes;
+    if (pthread_getattr_np(pthread_self(), &attributes) != 0) {
+        return 0;
+    }
+    void * lowest = nullptr;
+    size_t size = 0;
+    pthread_attr_getstack(&attributes, &lowest, &size);
+    pthread_attr_destroy(&attributes);
+    return reinterpret_cast<uintptr_t>(lowest);
+#endif
+}
+
+}  // namespace
+
+size_t minerva_stack_left(void) {
+    thread_local const uintptr_t end = stack_end();  // glibc reads a file to find the main thread's
+    const auto here = reinterpret_cast<uintptr_t>(__builtin_frame_address(0));
+    return end != 0 && here > end ? here - end : 0;
+}
+
+static bool has_small_stack() {
+    const size_t left = minerva_stack_left();
+    return left > 0 && left < MINERVA_STACK_BYTES;
+}
+
 // ---- Models, contexts and texts -------------------------------------------------------------------------------------
 
 struct llama_model * minerva_model_load(const char * path, const struct llama_model_params * parameters) {
@@ -65,7 +100,12 @@ struct gguf_context * minerva_gguf_init(const char * path, const struct gguf_ini
 }
 
 struct llama_context * minerva_context_new(struct llama_model * model, const struct llama_context_params * parameters) {
-    return guarded<llama_context *>(nullptr, [&] { return llama_init_from_model(model, *parameters); });
+    return guarded<llama_context *>(nullptr, [&] {
+        if (has_small_stack()) {
+            throw std::runtime_error("this thread's stack is too small: give it a megabyte (threading.stack_size)");
+        }
+        return llama_init_from_model(model, *parameters);
+    });
 }
 
 int32_t minerva_gguf_strings(const struct gguf_context * file, int64_t key, minerva_strings * strings) {
@@ -112,6 +152,9 @@ int32_t minerva_token_to_piece(const struct llama_vocab * vocab, int32_t token, 
 // ---- Decoding -------------------------------------------------------------------------------------------------------
 
 int32_t minerva_decode(minerva_decoder * decoder, struct llama_batch * batch) {
+    if (has_small_stack()) {
+        return MINERVA_NO_STACK;
+    }
     return guarded<int32_t>(MINERVA_THREW, decoder, true, [&] {
         const int32_t code = llama_decode(decoder->context, *batch);
         if (code == 0) {
@@ -152,6 +195,9 @@ int32_t minerva_decode_each(minerva_decoder * decoder, int32_t count, const int3
 }
 
 int32_t minerva_encode(minerva_decoder * decoder, int32_t count, const int32_t * tokens, int32_t n_seq) {
+    if (has_small_stack()) {
+        return MINERVA_NO_STACK;
+    }
     return guarded<int32_t>(MINERVA_THREW, decoder, true, [&] {
         std::vector<int32_t> positions(count), sizes(count, n_seq), ids(n_seq);
         std::vector<int32_t *> of_each(count, ids.data());
@@ -291,34 +337,4 @@ extern "C" void minerva_tensor_set(struct ggml_tensor * tensor, const void * dat
         return;
     }
     ggml_backend_tensor_set(tensor, data, offset, size);
-}
-
-// ---- The calling thread ---------------------------------------------------------------------------------------------
-
-namespace {
-
-// The lowest address of the calling thread's stack, which grows down; 0 if the system does not say.
-uintptr_t stack_end() {
-#if defined(__APPLE__)
-    return reinterpret_cast<uintptr_t>(pthread_get_stackaddr_np(pthread_self())) -
-           pthread_get_stacksize_np(pthread_self());
-#else
-    pthread_attr_t attributes;
-    if (pthread_getattr_np(pthread_self(), &attributes) != 0) {
-        return 0;
-    }
-    void * lowest = nullptr;
-    size_t size = 0;
-    pthread_attr_getstack(&attributes, &lowest, &size);
-    pthread_attr_destroy(&attributes);
-    return reinterpret_cast<uintptr_t>(lowest);
-#endif
-}
-
-}  // namespace
-
-size_t minerva_stack_left(void) {
-    thread_local const uintptr_t end = stack_end();  // glibc reads a file to find the main thread's
-    const auto here = reinterpret_cast<uintptr_t>(__builtin_frame_address(0));
-    return end != 0 && here > end ? here - end : 0;
 }

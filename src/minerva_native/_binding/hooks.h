@@ -51,6 +51,10 @@ bool minerva_is_ending(void);
 
 #define MINERVA_THREW (-2147483647)
 
+// Returned before anything is computed on a thread whose stack is too small for that.
+#define MINERVA_NO_STACK (-2147483646)
+#define MINERVA_STACK_BYTES (128 << 10)
+
 enum minerva_cause {
     MINERVA_NOTHING,
     MINERVA_ASSERTION,

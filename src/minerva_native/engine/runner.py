@@ -190,6 +190,8 @@ class Runner:
             raise Cancelled("the computation was cancelled")
         if code == lib.MINERVA_THREW:
             raise self.broken()
+        if code == lib.MINERVA_NO_STACK:
+            raise ContextError("this thread's stack is too small to compute: give it a megabyte (threading.stack_size)")
         if code:
             why = callbacks.logged_since(since)
             raise DecodeError(f"libllama could not evaluate a batch of {count} tokens (code {code}){why}", code=code)
