@@ -19,7 +19,7 @@ import pytest
 
 import minerva_native as mn
 from minerva_native._binding import ffi, lib
-from tiny_models import END, END_OF_TURN, START_OF_TURN, TOKENS, VOCABULARY, Key, TinyModel, write_gguf
+from tiny_models import END, END_OF_TURN, SPECIAL, START_OF_TURN, TOKENS, VOCABULARY, Key, TinyModel, write_gguf
 
 
 @pytest.fixture
@@ -173,6 +173,18 @@ def test_ids_of_two_dimensions_are_refused(tokenizer: mn.Tokenizer) -> None:
 
 
 # Facts about tokens
+
+
+def test_special_tokens_are_listed_with_what_libllama_does_about_them(
+    tokenizer: mn.Tokenizer, without_vocabulary: mn.Tokenizer, vocabulary: Callable[[str], mn.Tokenizer]
+) -> None:
+    assert sorted(token.id for token in tokenizer.special_tokens) == sorted(ids(*SPECIAL))
+    assert [len(token.text) for token in tokenizer.special_tokens] == [13, 12, 10]
+    assert not any(token.in_every_text or token.lstrip or token.rstrip for token in tokenizer.special_tokens)
+    end = next(token for token in vocabulary("phi-3").special_tokens if token.text == "<|end|>")
+    assert end.rstrip
+    with pytest.raises(mn.TokenizerError, match="no vocabulary"):
+        without_vocabulary.special_tokens  # noqa: B018
 
 
 def test_special_tokens_are_ids_or_none(tokenizer: mn.Tokenizer, without_vocabulary: mn.Tokenizer) -> None:

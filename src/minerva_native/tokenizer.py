@@ -6,7 +6,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -62,6 +62,24 @@ _stack_size_lock = threading.RLock()  # re-entrant, because a signal handler may
 _LONG_TEXT = 1 << 16  # characters; a longer one is encoded in a thread, so that its caller can leave
 _LOOK_SECONDS = 0.01  # how often a caller looks at its cancel token
 _MAX_TEXT_BYTES = 1 << 30  # libllama counts bytes and tokens in 32-bit integers
+
+
+class SpecialToken(NamedTuple):
+    """A token that is found in a text by its name, before anything else is.
+
+    Attributes:
+        id: its id.
+        text: its name; bytes that are not UTF-8 are surrogates.
+        in_every_text: whether `encode` finds it without `parse_special` too (user-defined tokens).
+        lstrip: whether it swallows white space before it.
+        rstrip: whether it swallows white space after it.
+    """
+
+    id: int
+    text: str
+    in_every_text: bool
+    lstrip: bool
+    rstrip: bool
 
 
 class Tokenizer(NoCopy):
@@ -257,6 +275,24 @@ class Tokenizer(NoCopy):
             with self._model:
                 control = self._controls[token] = bool(lib.llama_vocab_is_control(self._vocab, token))
         return control
+
+    @functools.cached_property
+    def special_tokens(self) -> list[SpecialToken]:
+        """The control, unknown and user-defined tokens, BOS, and the ends of a generation, longest names first."""
+        self._require_vocabulary()
+        hidden = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_UNKNOWN
+        found = []
+        with self._model:
+            for token in range(self.n_vocab):
+                kind = lib.llama_vocab_get_attr(self._vocab, token)
+                is_special = kind & (hidden | lib.LLAMA_TOKEN_ATTR_USER_DEFINED)
+                if is_special or token == self.bos or lib.llama_vocab_is_eog(self._vocab, token):
+                    name = ffi.string(lib.llama_vocab_get_text(self._vocab, token))
+                    strips = (bool(kind & lib.LLAMA_TOKEN_ATTR_LSTRIP), bool(kind & lib.LLAMA_TOKEN_ATTR_RSTRIP))
+                    if name:
+                        text = name.decode(errors="surrogateescape")
+                        found.append(SpecialToken(token, text, not kind & hidden, *strips))
+        return sorted(found, key=lambda special: -len(special.text.encode(errors="surrogateescape")))
 
     def check(self, token: int) -> int:
         """Return a token id as an int; raise `TypeError` or `ValueError` if it is not an id of this vocabulary."""
