@@ -32,10 +32,13 @@ LAYERS = {
     "sequence": 5,
     "context": 6,
     "generation": 7,
-    "__init__": 8,
-    "benchmark": 9,
-    "cli": 10,
-    "__main__": 11,
+    "chat_text": 8,
+    "chat_sandbox": 8,
+    "chat": 8,
+    "__init__": 9,
+    "benchmark": 10,
+    "cli": 11,
+    "__main__": 12,
 }
 
 LAZY = {("model", "context")}  # what is made from a model lies above it

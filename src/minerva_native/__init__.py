@@ -11,6 +11,9 @@ Begin with `Model.load` or `Model.demo`, then `Model.context`, `Context.sequence
 `MinervaError`, or a plain `TypeError` or `ValueError`.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from .context import Context, Memory, Stats
 from .devices import Device, available_cpus, build_info, cpu_quota, devices
 from .errors import (
@@ -30,6 +33,7 @@ from .errors import (
     SamplingError,
     SequencesInUseError,
     StateError,
+    TemplateError,
     TokenizerError,
 )
 from .generation import Step, generate
@@ -39,6 +43,9 @@ from .options import FLASH_ATTENTION, KV_TYPES, ContextOptions
 from .sampling import Sampler, SamplingParams
 from .sequence import Sequence
 from .tokenizer import StreamDecoder, Tokenizer
+
+if TYPE_CHECKING:
+    from .chat import ChatTemplate
 
 __version__ = "0.1.0"
 
@@ -50,6 +57,7 @@ __all__ = [
     "BrokenContextError",
     "BuildError",
     "Cancelled",
+    "ChatTemplate",
     "ClosedError",
     "Context",
     "ContextError",
@@ -74,6 +82,7 @@ __all__ = [
     "Stats",
     "Step",
     "StreamDecoder",
+    "TemplateError",
     "Tokenizer",
     "TokenizerError",
     "__version__",
@@ -83,3 +92,16 @@ __all__ = [
     "devices",
     "generate",
 ]
+
+_LAZY = {"ChatTemplate": ".chat"}  # modules that import more than numpy and the binding, loaded when they are asked for
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_LAZY[name], __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -13,6 +13,7 @@
     |   +-- BrokenContextError
     +-- TokenizerError
     +-- SamplingError
+    +-- TemplateError
     +-- StateError
     +-- DeviceError
     +-- ClosedError
@@ -92,6 +93,18 @@ class TokenizerError(MinervaError):
 
 class SamplingError(MinervaError):
     """No token can be drawn from these logits."""
+
+
+class TemplateError(MinervaError):
+    """A chat template is missing or wrong, or refuses the messages.
+
+    Attributes:
+        line: the line of the template, if there is one.
+    """
+
+    def __init__(self, message: str, *, line: int | None = None):
+        super().__init__(message)
+        self.line = line
 
 
 class StateError(MinervaError):
