@@ -1,6 +1,7 @@
 """Text to token ids and back, by the vocabulary in the model's file."""
 
 import codecs
+import functools
 import operator
 import os
 import re
