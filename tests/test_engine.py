@@ -355,7 +355,7 @@ def test_a_token_that_is_none(context: mn.Context, wrong: Any) -> None:
 
 def test_a_prompt_that_generate_evaluates_can_be_cancelled(tiny: mn.Model, context: mn.Context) -> None:
     sequence = append_all(context.sequence(), IDS)
-    steps = mn.generate(sequence, cancel=After(1), max_tokens=5)  # type: ignore[arg-type]
+    steps = mn.generate(sequence, cancel=After(1), max_tokens=5)
     with pytest.raises(mn.Cancelled):
         next(steps)
     assert sequence == IDS

@@ -35,10 +35,16 @@ LAYERS = {
     "chat_text": 8,
     "chat_sandbox": 8,
     "chat": 8,
-    "__init__": 9,
-    "benchmark": 10,
-    "cli": 11,
-    "__main__": 12,
+    "requests": 8,
+    "completion": 8,
+    "reasoning": 8,
+    "draft": 8,
+    "conversation": 8,
+    "llm": 9,
+    "__init__": 10,
+    "benchmark": 11,
+    "cli": 12,
+    "__main__": 13,
 }
 
 LAZY = {("model", "context")}  # what is made from a model lies above it
@@ -48,6 +54,7 @@ ONLY_TYPES = {  # upward, for annotations alone
     ("options", "sequence"),
     ("model", "context"),
     ("sequence", "context"),
+    ("conversation", "llm"),
 }
 
 

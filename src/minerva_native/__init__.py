@@ -46,6 +46,10 @@ from .tokenizer import StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
     from .chat import ChatTemplate
+    from .completion import Chunk, Completion
+    from .conversation import Chat
+    from .draft import RequestOptions
+    from .llm import LLM
 
 __version__ = "0.1.0"
 
@@ -54,11 +58,15 @@ __all__ = [
     "FLASH_ATTENTION",
     "GGUF",
     "KV_TYPES",
+    "LLM",
     "BrokenContextError",
     "BuildError",
     "Cancelled",
+    "Chat",
     "ChatTemplate",
+    "Chunk",
     "ClosedError",
+    "Completion",
     "Context",
     "ContextError",
     "ContextFullError",
@@ -73,6 +81,7 @@ __all__ = [
     "ModelLoadError",
     "OptionError",
     "ReentryError",
+    "RequestOptions",
     "Sampler",
     "SamplingError",
     "SamplingParams",
@@ -93,7 +102,14 @@ __all__ = [
     "generate",
 ]
 
-_LAZY = {"ChatTemplate": ".chat"}  # modules that import more than numpy and the binding, loaded when they are asked for
+_LAZY = {  # modules that import more than numpy and the binding, or are not needed to generate a token
+    "Chat": ".conversation",
+    "ChatTemplate": ".chat",
+    "Chunk": ".completion",
+    "Completion": ".completion",
+    "LLM": ".llm",
+    "RequestOptions": ".draft",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -4,17 +4,19 @@ import operator
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from threading import Event
 from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from ._arguments import cancel_token, integer, many, what
-from .errors import ClosedError, EmptySequenceError
+from .engine.gate import CancelToken
+from .errors import ClosedError, EmptySequenceError, TokenizerError
 from .sampling import Sampler, SamplingParams, logprob
+from .sampling import top_logprobs as most_likely
 from .sequence import Sequence as TokenSequence
 from .sequence import Tokens
+from .tokenizer import Tokenizer
 
 Chooser = Callable[[npt.NDArray[np.float32], Tokens], int]
 """A `Sampler`, or any function that takes the logits and the tokens so far and returns a token id.
@@ -41,15 +43,17 @@ class Step:
 
     `text` is what can be shown because of it: empty while a character or a possible stop string is incomplete.
     `seconds` is the time from asking for this step to having it: evaluating the token before it, and sampling.
+    `top_logprobs` are the most likely tokens in its place, the best first, as (id, log-probability), if asked for.
     """
 
-    __slots__ = ("__weakref__", "_logprob", "finish_reason", "seconds", "text", "token")
+    __slots__ = ("__weakref__", "_logprob", "finish_reason", "seconds", "text", "token", "top_logprobs")
 
     text: str
     seconds: float
 
     def __init__(self, token: int, logits: npt.NDArray[np.float32]):
         self.token = token
+        self.top_logprobs: Sequence[tuple[int, float]] = ()
         self.finish_reason: FinishReason | None = None
         self._logprob: float | npt.NDArray[np.float32] = logits  # until it is asked for
 
@@ -70,13 +74,15 @@ def generate(
     *,
     max_tokens: int | None = None,
     stop: Sequence[str] = (),
-    cancel: Event | None = None,
+    cancel: CancelToken | None = None,
     decoder: Decoder | None = None,
+    top_logprobs: int = 0,
 ) -> Iterator[Step]:
     """Continue a sequence, one token a step, until there is a reason to finish, which the last step names.
 
     "end": the model chose an end-of-generation token. "stop": the text reached one of the `stop` strings, which is not
-    part of the text. "length": `max_tokens` tokens were made, or the context is full. "cancelled": `cancel` was set.
+    part of the text, or the model chose a control token that is named there. "length": `max_tokens` tokens were made,
+    or the context is full. "cancelled": `cancel` was set.
     Every step's token is in `sequence.tokens`. The last one is not evaluated unless more is asked of the sequence.
 
     The sequence may be changed between steps (rewound, extended): the next step continues what it is then. Text that
@@ -86,10 +92,11 @@ def generate(
         sequence: what to continue; at least one token.
         sampler: a `Sampler`, `SamplingParams` to make one from, or a function of the logits and the tokens so far.
         max_tokens: how many tokens to make at most.
-        stop: strings that end the text.
+        stop: strings that end the text, and names of control tokens that do, such as "<|im_end|>".
         cancel: ends the generation after the current token when it is set. While the prompt is still being evaluated,
             there is no token yet: then it raises `Cancelled`.
         decoder: turns tokens into text; by default `Tokenizer.stream` after the last token.
+        top_logprobs: how many of the most likely tokens each step names, with their log-probabilities.
 
     Raises:
         EmptySequenceError: the sequence has no tokens.
@@ -114,11 +121,14 @@ def generate(
         if not text:
             raise ValueError("stop must be strings that are not empty")
     max_tokens = None if max_tokens is None else integer("max_tokens", max_tokens, 0)
+    top_logprobs = integer("top_logprobs", top_logprobs, 0)
     if sequence.closed:
         raise ClosedError("this Sequence is closed")
     if not len(sequence):
         raise EmptySequenceError("the sequence is empty: extend it with a prompt first (at least a BOS token)")
-    return _decode_loop(sequence, Sampler() if sampler is None else sampler, max_tokens, stop, cancel, decoder)
+    return _decode_loop(
+        sequence, Sampler() if sampler is None else sampler, max_tokens, stop, cancel, decoder, top_logprobs
+    )
 
 
 def _decode_loop(
@@ -126,14 +136,16 @@ def _decode_loop(
     sampler: Chooser,
     max_tokens: int | None,
     stop: tuple[str, ...],
-    cancel: Event | None,
+    cancel: CancelToken | None,
     decoder: Decoder | None,
+    top_logprobs: int,
 ) -> Iterator[Step]:
     tokenizer = sequence.context.model.tokenizer
     tokens = sequence.tokens
     if decoder is None and tokenizer.type != "none":  # without a vocabulary there are tokens, and no text
         decoder = tokenizer.stream(after=next(iter(tokens[-1:]), None))  # it may have been emptied since the call
     matcher = _StopMatcher(stop) if stop else None
+    stop_tokens = _control_tokens(tokenizer, stop) if stop else ()
     previous = None
     count = 0
     if cancel is not None and max_tokens != 0 and sequence.n_waiting > 1:
@@ -150,12 +162,18 @@ def _decode_loop(
         # Whatever may fail comes before the token is appended, so that a failure leaves the sequence unchanged.
         if tokenizer.is_end(token):
             step.text, step.finish_reason = "", "end"
+        elif token in stop_tokens:
+            rest = decoder.flush() if decoder else ""
+            step.text, step.finish_reason = matcher.release() + rest if matcher else rest, "stop"
         else:
             step.text = decoder.feed(token) if decoder else ""
             if not isinstance(step.text, str):
                 raise TypeError(f"decoder must return text from feed(), not {what(step.text)}")
             if matcher and matcher.feed(step):
                 step.finish_reason = "stop"
+        if top_logprobs:
+            ids, logprobs = most_likely(logits, top_logprobs)
+            step.top_logprobs = list(zip(ids.tolist(), logprobs.tolist(), strict=True))
         is_cancelled = step.finish_reason is None and cancel is not None and cancel.is_set()
         sequence.append(token)
         count += 1
@@ -175,6 +193,19 @@ def _decode_loop(
             _ = kept.logprob
         previous = weakref.ref(step)
         del step
+
+
+def _control_tokens(tokenizer: Tokenizer, names: tuple[str, ...]) -> list[int]:
+    """Return the control tokens that have one of these names."""
+    found = []
+    for name in names if tokenizer.type != "none" else ():
+        try:
+            ids = tokenizer.encode(name, add_special=False, parse_special=True)
+        except TokenizerError:  # nor can the text contain it
+            continue
+        if len(ids) == 1 and tokenizer.is_control(ids[0]):
+            found += ids
+    return found
 
 
 class _StopMatcher:

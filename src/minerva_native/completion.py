@@ -1,0 +1,190 @@
+"""What a request gives back: `Completion`, and `Chunk` for a piece of one."""
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from .generation import FinishReason
+
+
+class TokenLogprob(NamedTuple):
+    """A token and its log-probability (natural logarithm) by the model's own distribution.
+
+    Attributes:
+        token: its id.
+        text: what it stands for; control tokens by their names.
+        logprob: None for the first token of an echoed prompt, which has nothing before it.
+        top: the most likely tokens in its place, the best first, if they were asked for.
+    """
+
+    token: int
+    text: str
+    logprob: float | None
+    top: "tuple[TokenLogprob, ...]" = ()
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a completion took, in tokens.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        cached_tokens: how many of those were not evaluated, because the KV cache had them.
+        completion_tokens: tokens that were generated, the end token included.
+        reasoning_tokens: how many of those were reasoning, without its tags and without what a budget has forced.
+        drafted: tokens that speculation proposed.
+        accepted: how many of those were right.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where the time of a request went, in seconds.
+
+    Attributes:
+        queue: waiting for the requests before it.
+        prefill: evaluating the prompt.
+        first_token: from the call to the first token.
+        total: from the call to the last token.
+    """
+
+    queue: float = 0.0
+    prefill: float = 0.0
+    first_token: float = 0.0
+    total: float = 0.0
+
+
+@dataclass(slots=True)
+class Chunk:
+    """A piece of a completion: what one token adds to it.
+
+    Attributes:
+        text: text of the answer; empty while a character, a tag or a possible stop string is incomplete.
+        token: the token's id; None for an echoed prompt.
+        logprob: the token's log-probability, if asked for.
+        top_logprobs: the most likely tokens in its place as (id, log-probability), if asked for.
+        reasoning: text of the reasoning.
+        finish_reason: why the completion ends here, on the last chunk only. "end": the model ended it. "stop": a stop
+            string or token was reached. "length": `max_tokens`, or the context is full. "cancelled": it was stopped.
+        context_full: whether "length" means a full context.
+        usage: on the last chunk.
+        timings: on the last chunk.
+        dropped_turns: on the last chunk of a chat's answer: see `Completion`.
+    """
+
+    text: str = ""
+    token: int | None = None
+    logprob: float | None = None
+    top_logprobs: Sequence[tuple[int, float]] = ()
+    reasoning: str = ""
+    finish_reason: FinishReason | None = None
+    context_full: bool = False
+    usage: Usage | None = None
+    timings: Timings | None = None
+    dropped_turns: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What the model wrote.
+
+    Attributes:
+        text: the text, or the answer after the reasoning.
+        reasoning: the text between the thinking tags.
+        tool_calls: calls of tools; always empty so far.
+        parsed: the structured value; always None so far.
+        tokens: the ids of the generated tokens.
+        finish_reason: "end", "stop", "length" or "cancelled": see `Chunk`.
+        context_full: whether "length" means a full context.
+        logprobs: one entry a token, if asked for.
+        usage: what it took, in tokens.
+        timings: where the time went.
+        dropped_turns: how many old turns of a chat had to go, for this answer to have room.
+        alternatives: the other answers, if more than one was asked for.
+        model: the name of the model's file.
+        created: when, in seconds since 1970.
+        is_chat: whether it answers messages, not a raw prompt.
+    """
+
+    text: str
+    reasoning: str = ""
+    tool_calls: tuple[Any, ...] = ()
+    parsed: Any = None
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: FinishReason = "length"
+    context_full: bool = False
+    logprobs: list[TokenLogprob] | None = None
+    usage: Usage = Usage()
+    timings: Timings = Timings()
+    dropped_turns: int = 0
+    alternatives: "tuple[Completion, ...]" = ()
+    model: str = ""
+    created: int = 0
+    is_chat: bool = False
+
+    @property
+    def choices(self) -> "tuple[Completion, ...]":
+        """This answer and its alternatives."""
+        return (self, *self.alternatives)
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The answer as a message of a conversation."""
+        reasoning = {"reasoning_content": self.reasoning} if self.reasoning else {}
+        return {"role": "assistant", "content": self.text, **reasoning}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it in the shape of OpenAI's API: a chat completion, or a completion of a raw prompt.
+
+        "end" is "stop" there.
+        """
+        kind = "chat.completion" if self.is_chat else "text_completion"
+        generated = sum(choice.usage.completion_tokens for choice in self.choices)
+        reasoning = sum(choice.usage.reasoning_tokens for choice in self.choices)
+        return {
+            "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": [choice._choice(index) for index, choice in enumerate(self.choices)],
+            "usage": {
+                "prompt_tokens": self.usage.prompt_tokens,
+                "completion_tokens": generated,
+                "total_tokens": self.usage.prompt_tokens + generated,
+                "prompt_tokens_details": {"cached_tokens": self.usage.cached_tokens},
+                "completion_tokens_details": {"reasoning_tokens": reasoning},
+            },
+        }
+
+    def _choice(self, index: int) -> dict[str, Any]:
+        content: dict[str, Any] = {"message": self.message} if self.is_chat else {"text": self.text}
+        logprobs: dict[str, Any] | None = None
+        if self.logprobs is not None and self.is_chat:
+            logprobs = {
+                "content": [{**_entry(one), "top_logprobs": list(map(_entry, one.top))} for one in self.logprobs]
+            }
+        elif self.logprobs is not None:
+            logprobs = {
+                "tokens": [one.text for one in self.logprobs],
+                "token_logprobs": [one.logprob for one in self.logprobs],
+                "top_logprobs": [{other.text: other.logprob for other in one.top} for one in self.logprobs],
+            }
+        reason = "stop" if self.finish_reason == "end" else self.finish_reason
+        return {"index": index, **content, "finish_reason": reason, "logprobs": logprobs}
+
+    def _repr_markdown_(self) -> str:
+        """Return what a notebook shows: the reasoning as a quotation, then the text."""
+        quoted = "\n".join(f"> {line}" for line in self.reasoning.strip().splitlines())
+        return f"{quoted}\n\n{self.text}" if quoted else self.text
+
+
+def _entry(one: TokenLogprob) -> dict[str, Any]:
+    return {"token": one.text, "logprob": one.logprob, "bytes": list(one.text.encode(errors="replace"))}

@@ -1,0 +1,410 @@
+"""A conversation: messages, and a sequence that grows with them."""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar
+from weakref import ref
+
+from ._arguments import file_path, what
+from .chat import ChatTemplate, Message
+from .completion import Chunk, Completion
+from .context import Context
+from .draft import Draft, RequestOptions
+from .errors import ClosedError, ContextFullError, MinervaError, SequencesInUseError, StateError
+from .requests import AsyncStream, Request, Stream
+from .sequence import Sequence as TokenSequence
+from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from .llm import LLM
+
+T = TypeVar("T")
+
+WhenFull: TypeAlias = "str | Callable[[list[dict[str, Any]]], Sequence[Message]]"
+"""What a chat does if its messages do not fit: "error", "drop_turns", or a function of the messages for fewer."""
+
+_logger = logging.getLogger("minerva_native")
+
+_FORMAT, _VERSION = "minerva chat", 1
+
+
+class OpenChats:
+    """The chats that have an open sequence, the one used longest ago first. Only the queue's thread uses it."""
+
+    def __init__(self) -> None:
+        self._chats: list[ref[Chat]] = []
+
+    def use(self, chat: "Chat") -> None:
+        """Put a chat at the end."""
+        self._chats = [other for other in self._chats if other() not in (None, chat)]
+        self._chats.append(ref(chat))
+
+    def make_room(self, keep: "Chat | None" = None) -> bool:
+        """Leave the sequence of the first chat to the prefix cache; return False if there is none."""
+        for other in self._chats:
+            chat = other()
+            if chat is not keep:
+                self._chats.remove(other)
+                if chat is not None:
+                    chat.park()
+                    return True
+        return False
+
+    def with_room(self, action: Callable[[], T], keep: "Chat | None" = None) -> T:
+        """Return what an action returns, making room for it if it finds none."""
+        while True:
+            try:
+                return action()
+            except (ContextFullError, SequencesInUseError):
+                if not self.make_room(keep):
+                    raise
+
+    def leave_room(self, context: Context, wanted: int | None, keep: "Chat | None" = None) -> None:
+        """Make room for an answer of as many tokens, or of any length."""
+        if context.options.kv_unified:
+            wanted = context.n_ctx if wanted is None else wanted
+            while context.cells_used + wanted > context.n_ctx and self.make_room(keep):
+                pass
+
+
+class Chat:
+    """A conversation with a model; make one with `LLM.chat`. A context manager, safe to use from any thread.
+
+    The next turn evaluates only what is new, as long as the template leaves the old turns as they were: tokens that
+    spell the same text count as the same. The sequence stays open between turns; if others need its room, it goes to
+    the prefix cache, and what is evicted from there is re-evaluated (`Usage.cached_tokens`).
+
+    If a turn fails, is cancelled or its stream is closed, the messages are what they were before it. `keep_partial`
+    keeps the text of an answer that was cancelled.
+
+    Methods take the keywords of `LLM.complete`; those given to `LLM.chat` are the defaults.
+
+    Attributes:
+        template: the chat template.
+        tools: descriptions of functions, as in OpenAI's API.
+    """
+
+    def __init__(
+        self,
+        llm: "LLM",
+        template: ChatTemplate,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        options: Mapping[str, Any] | None = None,
+    ):
+        self.template, self.tools = template, list(tools)
+        self._llm, self._options = llm, dict(options or {})
+        self._messages = [dict(message) for message in messages]
+        self._sequence: TokenSequence | None = None
+        self._tokens: list[int] = []  # of the sequence, when it is not open
+        self._is_closed = False
+        self._parse("chat", {})
+
+    # Turns
+
+    def send(self, message: str | Message, **options: Any) -> Completion:
+        """Say something and return the answer; both are in `messages` then.
+
+        Args:
+            message: what the user says, or a message of any role.
+            options: the keywords of `LLM.complete`.
+
+        Raises:
+            TypeError, ValueError: an argument is unknown or wrong.
+            TemplateError: the template refuses the messages.
+            ContextFullError: they do not fit, and `on_full` finds no way.
+            Cancelled: the request was stopped before the first token.
+            ClosedError: the chat or the LLM is closed.
+        """
+        parsed = self._parse("send", options)
+        return self._llm.queue.call(self._completing(message, parsed), **parsed.limits)
+
+    def stream(self, message: str | Message, **options: Any) -> Stream[Chunk]:
+        """Do what `send` does, and return an iterator over the pieces of the answer. Closing it stops the answer."""
+        parsed = self._parse("stream", options)
+        return self._llm.queue.stream(self._streaming(message, parsed), **parsed.limits)
+
+    async def asend(self, message: str | Message, **options: Any) -> Completion:
+        """Do what `send` does, without blocking the event loop."""
+        parsed = self._parse("asend", options)
+        return await self._llm.queue.acall(self._completing(message, parsed), **parsed.limits)
+
+    def astream(self, message: str | Message, **options: Any) -> AsyncStream[Chunk]:
+        """Do what `stream` does, as an asynchronous iterator."""
+        parsed = self._parse("astream", options)
+        return self._llm.queue.astream(self._streaming(message, parsed), **parsed.limits)
+
+    def _parse(self, caller: str, options: Mapping[str, Any]) -> RequestOptions:
+        given = {**self._options, **options}
+        if given.get("thinking_tags") is None:
+            given["thinking_tags"] = self.template.thinking_tags
+        return self._llm.options(caller, given)
+
+    def _completing(self, message: str | Message, options: RequestOptions) -> Callable[[Request], Iterator[Completion]]:
+        turn = self._turn(message, options)
+
+        def work(request: Request) -> Iterator[Completion]:
+            drafts: list[Draft] = []
+            for _ in turn(request, drafts.append):
+                pass
+            yield drafts[0].completion()
+
+        return work
+
+    def _streaming(self, message: str | Message, options: RequestOptions) -> Callable[[Request], Iterator[Chunk]]:
+        turn = self._turn(message, options)
+        return lambda request: turn(request, lambda draft: None)
+
+    def _turn(
+        self, message: str | Message, options: RequestOptions
+    ) -> Callable[[Request, Callable[[Draft], object]], Iterator[Chunk]]:
+        if isinstance(message, str):
+            said: dict[str, Any] = {"role": "user", "content": message}
+        elif isinstance(message, Mapping):
+            said = dict(message)
+        else:
+            raise TypeError(f"message must be a str or a dict, not {what(message)}")
+
+        def turn(request: Request, begun: Callable[[Draft], object]) -> Iterator[Chunk]:
+            before = self._messages
+            sequence = self._open()
+            tokens = list(sequence)
+            is_kept = False
+            try:
+                messages, n_evaluated = self._evaluate(sequence, [*before, said], options, request)
+                draft = Draft(
+                    sequence,
+                    options,
+                    request,
+                    cached_tokens=len(sequence) - n_evaluated,
+                    is_chat=True,
+                    dropped_turns=_n_turns(before) + 1 - _n_turns(messages),
+                )
+                begun(draft)
+                self._llm.chats.leave_room(self._llm.context, options.max_tokens, keep=self)
+                for chunk in draft.chunks():
+                    if chunk.finish_reason is not None:
+                        answer = draft.completion()
+                        is_kept = chunk.finish_reason != "cancelled" or (options.keep_partial and bool(answer.text))
+                        if is_kept and self._messages is before:  # nobody has undone it
+                            self._messages = [*messages, answer.message]
+                    yield chunk
+            finally:
+                if not is_kept:
+                    with suppress(MinervaError):  # the context may be closed
+                        sequence.truncate(_common(tokens, list(sequence)))
+
+        return turn
+
+    def _evaluate(
+        self, sequence: TokenSequence, messages: list[dict[str, Any]], options: RequestOptions, request: Request
+    ) -> tuple[list[dict[str, Any]], int]:
+        """Bring the sequence up to the prompt; return the messages that fit, and how many tokens were evaluated."""
+        context = self._llm.context
+        n_cells = context.options.n_cells
+        room = n_cells // 4 if options.max_tokens is None else min(options.max_tokens, n_cells // 4)
+        length = None
+        while True:
+            ids = self._prompt(sequence, messages, options)
+            is_shorter = length is None or len(ids) < length
+            length = len(ids)
+            fewer = self._fewer(messages) if is_shorter and length + room > n_cells else None
+            if fewer is None:
+                try:
+                    return messages, self._llm.chats.with_room(lambda: sequence.assign(ids, cancel=request), keep=self)  # noqa: B023
+                except ContextFullError:
+                    fewer = self._fewer(messages) if is_shorter else None
+                    if fewer is None:
+                        raise
+            _logger.warning("the context is full: a chat goes on without %d old messages", len(messages) - len(fewer))
+            messages = fewer
+
+    def _prompt(self, sequence: TokenSequence, messages: list[dict[str, Any]], options: RequestOptions) -> list[int]:
+        tokenizer = self._llm.tokenizer
+        ids = self.template.encode(tokenizer, messages, self.tools or None, **options.chat_template_kwargs)
+        return respelled(tokenizer, list(sequence), ids)
+
+    def _fewer(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+        """Return fewer messages, as `on_full` says; None if it is an error that they do not fit."""
+        on_full = self._llm.on_full
+        if on_full == "error":
+            return None
+        if callable(on_full):
+            return [dict(message) for message in on_full([dict(message) for message in messages])]
+        return _without_oldest_turn(messages)
+
+    # What it is
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The messages so far, as copies."""
+        return [dict(message) for message in self._messages]
+
+    @property
+    def sequence(self) -> TokenSequence:
+        """The sequence in the KV cache. It may be another object after others have needed its room."""
+        sequence = self._sequence
+        if sequence is not None and not sequence.closed:
+            return sequence
+        return self._llm.queue.call(lambda request: iter([self._open()]))
+
+    def undo(self) -> list[dict[str, Any]]:
+        """Take back the last turn, also one that is running; return its messages."""
+        messages = self._messages
+        begin = next((at for at in range(len(messages) - 1, -1, -1) if messages[at]["role"] == "user"), len(messages))
+        self._messages = messages[:begin]
+        return messages[begin:]
+
+    def fork(self) -> "Chat":
+        """Return a chat with the same messages, which goes its own way. What is cached is shared, not copied."""
+        self._check_open()
+        forked = Chat(self._llm, self.template, self._messages, self.tools, self._options)
+        sequence = self._sequence
+        forked._tokens = self._tokens if sequence is None else list(sequence)
+        return forked
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the messages, the tools and the template to a JSON file, which `LLM.load_chat` reads.
+
+        The sequence is not in it: what the KV cache does not have then is evaluated with the next turn.
+
+        Raises:
+            OSError: the file cannot be written.
+            TypeError: a message is not made of JSON values.
+        """
+        target = file_path("path", path)
+        data = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "model": self._llm.model.path.name,
+            "messages": self._messages,
+            "tools": self.tools,
+            "template": self.template.text,
+        }
+        text = json.dumps(data, indent=1, ensure_ascii=False)
+        draft = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            draft.write_text(text, encoding="utf-8")
+            draft.replace(target)
+        finally:
+            draft.unlink(missing_ok=True)
+
+    # The end
+
+    def park(self) -> None:
+        """Leave the sequence to the prefix cache until the next turn."""
+        if self._sequence is not None:
+            if not self._sequence.closed:
+                self._tokens = list(self._sequence)
+                self._sequence.close()
+            self._sequence = None
+
+    def _open(self) -> TokenSequence:
+        """Return the open sequence with what it held."""
+        self._check_open()
+        chats = self._llm.chats
+        sequence = self._sequence
+        if sequence is None or sequence.closed:
+            sequence = chats.with_room(self._llm.context.sequence, keep=self)
+            if self._tokens:
+                try:
+                    chats.with_room(lambda: sequence.assign(self._tokens), keep=self)
+                except BaseException:
+                    sequence.close()
+                    raise
+            self._sequence = sequence
+        chats.use(self)
+        return sequence
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ClosedError("this Chat is closed")
+
+    def close(self) -> None:
+        """Give the place in the context back; what was evaluated stays cached while there is room."""
+        self._is_closed = True
+        if self._sequence is not None:
+            self._sequence.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return "<Chat: closed>" if self._is_closed else f"<Chat of {len(self._messages)} messages>"
+
+
+def read_chat(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str]:
+    """Return the messages, tools and template that `Chat.save` wrote; raise `StateError` if it did not."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise StateError(f"{path} is no saved chat ({error})") from None
+    if not isinstance(data, dict) or data.get("format") != _FORMAT:
+        raise StateError(f"{path} is no saved chat: its format is not {_FORMAT!r}")
+    if data.get("version") != _VERSION:
+        raise StateError(f"{path} was saved by another version: {data.get('version')!r}, not {_VERSION}")
+    messages, tools, template = data.get("messages"), data.get("tools"), data.get("template")
+    if (
+        not isinstance(messages, list)
+        or not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages)
+        or not isinstance(tools, list)
+        or not isinstance(template, str)
+    ):
+        raise StateError(f"{path} is damaged: messages, tools or template are not what they should be")
+    return messages, tools, template
+
+
+def respelled(tokenizer: Tokenizer, old: list[int], new: list[int]) -> list[int]:
+    """Return `new` with as many tokens of `old` at its beginning as spell the same text.
+
+    A model may write a word with other tokens than the tokenizer would. Special tokens equal only themselves.
+    """
+    special = {token.id for token in tokenizer.special_tokens}
+    i = j = 0
+    while True:
+        n = _common(old[i:], new[j:])
+        i, j = i + n, j + n
+        old_text, old_ends = _spelled(tokenizer, old[i:], special)
+        new_text, new_ends = _spelled(tokenizer, new[j:], special)
+        n_same = len(os.path.commonprefix([old_text, new_text]))
+        shared = max((end for end in old_ends.keys() & new_ends.keys() if end <= n_same), default=0)
+        if not shared:
+            return old[:i] + new[j:]
+        i, j = i + old_ends[shared], j + new_ends[shared]
+
+
+def _spelled(tokenizer: Tokenizer, ids: list[int], special: set[int]) -> tuple[bytes, dict[int, int]]:
+    """Return the text up to the first special token, and how many tokens spell so many bytes of it."""
+    text, ends = bytearray(), dict[int, int]()
+    for count, token in enumerate(ids, 1):
+        if token in special:
+            break
+        text += tokenizer.piece(token)
+        ends[len(text)] = count
+    return bytes(text), ends
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """Return how many tokens at the beginning are the same."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _n_turns(messages: list[dict[str, Any]]) -> int:
+    return sum(message["role"] == "user" for message in messages)
+
+
+def _without_oldest_turn(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    """Return the messages without the first turn after the system prompt; None if the last turn is all there is."""
+    users = [at for at, message in enumerate(messages) if message["role"] == "user"]
+    head = next((at for at, message in enumerate(messages) if message["role"] not in ("system", "developer")), 0)
+    later = [at for at in users if at > head]
+    return messages[:head] + messages[later[0] :] if later else None

@@ -1,0 +1,261 @@
+"""A completion while it is written: what was asked for, and the loop from the steps of `generate` to chunks."""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from ._arguments import flag, integer, many, what
+from .completion import Chunk, Completion, Timings, TokenLogprob, Usage
+from .engine.gate import CancelToken
+from .generation import generate
+from .model import Model
+from .reasoning import ReasoningDecoder, opens_reasoning
+from .requests import Request
+from .sampling import Sampler, SamplingParams
+from .sequence import Sequence as TokenSequence
+from .tokenizer import Tokenizer
+
+_SAMPLING = frozenset(field.name for field in dataclasses.fields(SamplingParams))
+
+_TAIL = 16  # tokens at the end of a prompt in which an opening tag is looked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestOptions:
+    """What a request may ask for, together with the fields of `SamplingParams`: the keywords of `LLM.complete`.
+
+    Attributes:
+        max_tokens: how many tokens to make at most; None for as many as the context has room for.
+        stop: strings that end the text, and names of control tokens that do.
+        echo: begin with the prompt, and with its log-probabilities if they are asked for.
+        logprobs: give each token's log-probability.
+        top_logprobs: how many of the most likely tokens to name for each; above 0 it implies `logprobs`.
+        thinking_tags: the tags around the model's reasoning; by default those of the chat template in a chat, and none
+            for a raw prompt.
+        reasoning_budget: after this many tokens the reasoning is ended by force; 0 for none. None for no limit.
+        reasoning_message: text that is put before the end tag if the budget is spent.
+        keep_partial: what a chat does with the text of an answer that was cancelled: keep it, or undo the turn.
+        chat_template_kwargs: other variables of the chat template, such as `{"enable_thinking": False}`.
+        cancel: a `threading.Event`, or anything else with `is_set`: stops the request once it is set.
+        timeout: stops the request after this many seconds, the time in the queue included.
+        sampling: the parameters of the sampler; by default the model's own.
+
+    Raises:
+        TypeError, ValueError: an option is unknown, of the wrong type or out of range.
+    """
+
+    max_tokens: int | None = None
+    stop: str | Sequence[str] = ()
+    echo: bool = False
+    logprobs: bool = False
+    top_logprobs: int = 0
+    thinking_tags: tuple[str, str] | None = None
+    reasoning_budget: int | None = None
+    reasoning_message: str = ""
+    keep_partial: bool = False
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    cancel: CancelToken | None = None
+    timeout: float | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "reasoning_budget"):
+            if getattr(self, name) is not None:
+                self._set(name, integer(name, getattr(self, name), 0))
+        self._set("top_logprobs", integer("top_logprobs", self.top_logprobs, 0))
+        for name in ("echo", "logprobs", "keep_partial"):
+            self._set(name, flag(name, getattr(self, name)))
+        self._set("logprobs", self.logprobs or self.top_logprobs > 0)
+        self._set("stop", (self.stop,) if isinstance(self.stop, str) else tuple(many("stop", self.stop)))
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise TypeError("stop must be strings that are not empty")
+        if self.thinking_tags is not None:
+            self._set("thinking_tags", tuple(many("thinking_tags", self.thinking_tags)))
+            if len(self.thinking_tags) != 2 or not all(isinstance(tag, str) and tag for tag in self.thinking_tags):
+                raise TypeError('thinking_tags must be a pair of strings, such as ("<think>", "</think>")')
+        if not isinstance(self.reasoning_message, str):
+            raise TypeError(f"reasoning_message must be a str, not {what(self.reasoning_message)}")
+        if not isinstance(self.chat_template_kwargs, Mapping):
+            raise TypeError(f"chat_template_kwargs must be a dict, not {what(self.chat_template_kwargs)}")
+        if self.cancel is not None and not callable(getattr(self.cancel, "is_set", None)):
+            raise TypeError(f"cancel must have is_set(), as a threading.Event has, not be {what(self.cancel)}")
+        if self.timeout is not None:
+            if isinstance(self.timeout, bool) or not isinstance(self.timeout, int | float):
+                raise TypeError(f"timeout must be a number of seconds, not {what(self.timeout)}")
+            if not self.timeout >= 0:
+                raise ValueError(f"timeout must be 0 or more seconds, not {self.timeout}")
+        if not isinstance(self.sampling, SamplingParams):
+            raise TypeError(f"sampling must be SamplingParams, not {what(self.sampling)}")
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    @classmethod
+    def of(cls, model: Model, caller: str, options: Mapping[str, Any]) -> Self:
+        """Return the options of a call, whose name is in the message if there is no such option."""
+        own, sampling = {}, {}
+        for name, value in options.items():
+            if name in _SAMPLING:
+                sampling[name] = value
+            elif name in cls.__dataclass_fields__:
+                own[name] = value
+            else:
+                raise TypeError(f"{caller}() has no argument {name!r}: see RequestOptions and SamplingParams")
+        if "sampling" not in own:
+            own["sampling"] = SamplingParams.from_model(model, **sampling)
+        elif sampling:
+            raise TypeError(
+                f"sampling= is given, so that {', '.join(sampling)} would be ignored: give one or the other"
+            )
+        return cls(**own)
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """What stops the request, for the queue."""
+        return {"cancel": self.cancel, "timeout": self.timeout}
+
+
+class Draft:
+    """A completion while it is written into a sequence, whose prompt is evaluated.
+
+    Args:
+        sequence: what to continue.
+        options: what was asked for.
+        request: whose turn it is; its token stops the generation.
+        cached_tokens: how many tokens of the prompt were not evaluated.
+        is_chat: whether the prompt is messages.
+        dropped_turns: see `Completion`.
+        echoed: the prompt's text and log-probabilities, if they come first.
+        seed_offset: added to the seed, if there is one, so that several answers to one prompt differ.
+    """
+
+    def __init__(
+        self,
+        sequence: TokenSequence,
+        options: RequestOptions,
+        request: Request,
+        *,
+        cached_tokens: int,
+        is_chat: bool = False,
+        dropped_turns: int = 0,
+        echoed: tuple[str, list[TokenLogprob]] | None = None,
+        seed_offset: int = 0,
+    ):
+        self._sequence, self._options, self._request = sequence, options, request
+        self._tokenizer = sequence.context.model.tokenizer
+        self._prompt_tokens, self._cached_tokens = len(sequence), cached_tokens
+        self._is_chat, self._dropped_turns, self._echoed = is_chat, dropped_turns, echoed
+        self._prefilled = time.perf_counter()
+        self._first_token = 0.0
+        self._reasoning = self._decoder()
+        params = options.sampling
+        if params.seed is not None and seed_offset:
+            params = params.replace(seed=params.seed + seed_offset)
+        sampler = Sampler(params, tokenizer=self._tokenizer)
+        self._sampler = sampler if self._reasoning is None else self._reasoning.forcing(sampler)
+        self._texts: list[str] = []
+        self._reasonings: list[str] = []
+        self._logprobs: list[TokenLogprob] = []
+        self.tokens: list[int] = []
+        self.last = Chunk(finish_reason="length")
+
+    def _decoder(self) -> ReasoningDecoder | None:
+        options, sequence = self._options, self._sequence
+        if options.thinking_tags is None:
+            return None
+        tail = self._tokenizer.decode(sequence[-_TAIL:], special=True)
+        return ReasoningDecoder(
+            self._tokenizer,
+            options.thinking_tags,
+            after=sequence[-1],
+            inside=opens_reasoning(tail, options.thinking_tags),
+            budget=options.reasoning_budget,
+            message=options.reasoning_message,
+        )
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Write it, and yield every piece; the last one has a `finish_reason`."""
+        options, reasoning, has_logprobs = self._options, self._reasoning, self._options.logprobs
+        tokens, texts = self.tokens, self._texts
+        if self._echoed is not None:
+            text, self._logprobs = self._echoed
+            texts.append(text)
+            yield Chunk(text)
+        steps = generate(
+            self._sequence,
+            self._sampler,
+            max_tokens=options.max_tokens,
+            stop=options.stop,
+            cancel=self._request,
+            decoder=reasoning,
+            top_logprobs=options.top_logprobs,
+        )
+        for step in steps:
+            chunk = Chunk(step.text, step.token)
+            tokens.append(step.token)
+            texts.append(step.text)
+            if reasoning is not None and (text := reasoning.take()):
+                chunk.reasoning = text
+                self._reasonings.append(text)
+            if has_logprobs:
+                chunk.logprob, chunk.top_logprobs = step.logprob, step.top_logprobs
+                self._logprobs.append(self._entry(step.token, step.logprob, step.top_logprobs))
+            if not self._first_token:
+                self._first_token = time.perf_counter()
+            if step.finish_reason is not None:
+                chunk.finish_reason = step.finish_reason
+                self._finish(chunk)
+            yield chunk
+        if not tokens:  # none was asked for
+            self._finish(self.last)
+            yield self.last
+
+    def _entry(self, token: int, logprob: float, top: Sequence[tuple[int, float]]) -> TokenLogprob:
+        others = tuple(TokenLogprob(other, shown(self._tokenizer, other), value) for other, value in top)
+        return TokenLogprob(token, shown(self._tokenizer, token), logprob, others)
+
+    def _finish(self, chunk: Chunk) -> None:
+        request, now = self._request, time.perf_counter()
+        started = request.started or request.submitted
+        chunk.context_full = chunk.finish_reason == "length" and len(self.tokens) != self._options.max_tokens
+        chunk.usage = Usage(
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            completion_tokens=len(self.tokens),
+            reasoning_tokens=self._reasoning.n_tokens if self._reasoning is not None else 0,
+        )
+        chunk.timings = Timings(
+            queue=started - request.submitted,
+            prefill=self._prefilled - started,
+            first_token=self._first_token - request.submitted if self._first_token else 0.0,
+            total=now - request.submitted,
+        )
+        chunk.dropped_turns = self._dropped_turns
+        self.last = chunk
+
+    def completion(self) -> Completion:
+        """Return the whole, writing what is not written yet."""
+        for _ in () if self.last.usage else self.chunks():
+            pass
+        last = self.last
+        return Completion(
+            text="".join(self._texts),
+            reasoning="".join(self._reasonings),
+            tokens=self.tokens,
+            finish_reason=last.finish_reason or "cancelled",
+            context_full=last.context_full,
+            logprobs=self._logprobs if self._options.logprobs else None,
+            usage=last.usage or Usage(),
+            timings=last.timings or Timings(),
+            dropped_turns=last.dropped_turns,
+            model=self._sequence.context.model.path.name,
+            created=int(time.time()),
+            is_chat=self._is_chat,
+        )
+
+
+def shown(tokenizer: Tokenizer, token: int) -> str:
+    """Return the text of a token, a control token's name too."""
+    return tokenizer.piece(token, special=True).decode(errors="replace")
