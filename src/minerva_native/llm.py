@@ -24,9 +24,9 @@ from .options import ContextOptions
 from .requests import AsyncStream, Request, RequestQueue, Stream
 from .sampling import logprob
 from .sequence import Sequence as TokenSequence
-from .tokenizer import Tokenizer
+from .tokenizer import TokenIds, Tokenizer
 
-Prompt = str | Sequence[int]
+Prompt = str | TokenIds
 """A text, which is encoded as the model expects it (with its BOS), or token ids, which are taken as they are."""
 
 _N_SEQ = 8  # places for requests, open chats and forks; with cells in common, a place costs nothing
