@@ -221,7 +221,7 @@ class Chat:
                     fewer = self._fewer(messages) if is_shorter else None
                     if fewer is None:
                         raise
-            _logger.warning("the context is full: a chat goes on without %d old messages", len(messages) - len(fewer))
+            _logger.warning("the context is full: a chat goes on with %d of %d messages", len(fewer), len(messages))
             messages = fewer
 
     def _prompt(self, sequence: TokenSequence, messages: list[dict[str, Any]], options: RequestOptions) -> list[int]:
