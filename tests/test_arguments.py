@@ -55,6 +55,7 @@ class Room(NamedTuple):
     sequence: mn.Sequence
     strangers: list[Any]
     folder: Path
+    llm: mn.LLM
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +81,8 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Room]:
             folder = tmp_path_factory.mktemp("files")
             (folder / "text").write_text("some text")
             strangers += [folder, folder / "text"]
-            with contextlib.chdir(folder):  # any string is a file's name
-                yield Room(model, context, sequence, strangers, folder)
+            with contextlib.chdir(folder), mn.LLM(model, n_ctx=256, n_threads=1) as llm:  # any string is a file's name
+                yield Room(model, context, sequence, strangers, folder, llm)
 
 
 class Call(NamedTuple):
@@ -157,6 +158,23 @@ SAMPLER = mn.Sampler(
     mn.SamplingParams(seed=1, repeat_penalty=1.1, dry_multiplier=0.5, dry_sequence_breakers=[9], logit_bias={3: 1.0})
 )
 
+HELLO = [{"role": "user", "content": "Hello"}]
+
+REQUEST: dict[str, Any] = {
+    "max_tokens": 1,
+    "stop": ("xx",),
+    "echo": False,
+    "logprobs": False,
+    "top_logprobs": 0,
+    "thinking_tags": ("<a>", "</a>"),
+    "reasoning_budget": 3,
+    "reasoning_message": "",
+    "keep_partial": False,
+    "chat_template_kwargs": {},
+    "cancel": None,
+    "timeout": None,
+}
+
 CALLS: dict[str, Call] = {
     **{name: growing(name) for name in ("extend", "assign", "logits_after", "score")},
     "append": Call(method("append"), lambda room: {"token": 5}, also=TOKEN_IDS),
@@ -221,6 +239,7 @@ CALLS: dict[str, Call] = {
             "stop": ("xx",),
             "cancel": None,
             "decoder": room.model.tokenizer.stream(),
+            "top_logprobs": 0,
         },
         also=("Sequence",),
     ),
@@ -273,6 +292,48 @@ CALLS: dict[str, Call] = {
             "on_progress": None,
         },
     ),
+    "LLM": Call(
+        lambda room: close_after(mn.LLM),
+        lambda room: {
+            "model": room.model,
+            "template": "{{ messages[0].content }}",
+            "on_full": "error",
+            "n_parallel": 1,
+            "cache_dir": None,
+            "speculate": None,
+            "n_ctx": 64,
+        },
+        reads_files=True,
+        also=("on_full", "template"),
+    ),
+    "LLM.complete": Call(
+        lambda room: room.llm.complete, lambda room: {"prompt": "Once", **REQUEST}, also=("messages", *REQUEST)
+    ),
+    "LLM.chat_completion": Call(
+        lambda room: room.llm.chat_completion,
+        lambda room: {"messages": HELLO, "tools": None, "n": 1, **REQUEST},
+        also=("message", "template", "'content'", *REQUEST),
+    ),
+    "LLM.choose": Call(
+        method("choose", "llm"),
+        lambda room: {"prompt": "Once", "answers": ["a", "b"], "cancel": None, "timeout": None},
+        also=("messages",),
+    ),
+    "LLM.score": Call(
+        method("score", "llm"),
+        lambda room: {"text": "Once upon", "cancel": None, "timeout": None},
+        also=("prompt", "messages"),
+    ),
+    "LLM.count_tokens": Call(method("count_tokens", "llm"), lambda room: {"text": "Once"}, also=("prompt", "messages")),
+    "LLM.chat": Call(
+        method("chat", "llm"),
+        lambda room: {"system": "x", "template": None, "tools": (), **REQUEST},
+    ),
+    "LLM.load_chat": Call(method("load_chat", "llm"), lambda room: {"path": room.folder / "text"}, reads_files=True),
+    "Chat.send": Call(
+        lambda room: room.llm.chat(max_tokens=1).send, lambda room: {"message": "Hello"}, also=("role", "content")
+    ),
+    "Chat.save": Call(lambda room: room.llm.chat().save, lambda room: {"path": room.folder / "chat"}, reads_files=True),
     "GGUF": Call(lambda room: close_after(mn.GGUF), lambda room: {"path": mn.DEMO_PATH}),
     "GGUF.has_tensor": Call(lambda room: mn.GGUF(mn.DEMO_PATH).has_tensor, lambda room: {"name": "output.weight"}),
 }

@@ -222,8 +222,11 @@ def is_self(node: ast.expr) -> bool:
     return isinstance(node, ast.Name) and node.id in ("self", "cls")
 
 
+PROTOCOLS = ("_asdict", "_replace", "_fields", "_repr_markdown_")  # of named tuples and of notebooks
+
+
 def is_private(name: str) -> bool:
-    return name.startswith("_") and not name.startswith("__") and name not in ("_asdict", "_replace", "_fields")
+    return name.startswith("_") and not name.startswith("__") and name not in PROTOCOLS
 
 
 @pytest.mark.parametrize("folder", [PACKAGE, ROOT / "tests", ROOT / "bench"], ids=lambda folder: folder.name)

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar
@@ -97,7 +98,7 @@ class Chat:
         tools: Sequence[Mapping[str, Any]] = (),
         options: Mapping[str, Any] | None = None,
     ):
-        self.template, self.tools = template, list(tools)
+        self.template, self.tools = template, list(checked_tools(tools) or ())
         self._llm, self._options = llm, dict(options or {})
         self._messages = [dict(message) for message in messages]
         self._sequence: TokenSequence | None = None
@@ -216,7 +217,8 @@ class Chat:
             fewer = self._fewer(messages) if is_shorter and length + room > n_cells else None
             if fewer is None:
                 try:
-                    return messages, self._llm.chats.with_room(lambda: sequence.assign(ids, cancel=request), keep=self)  # noqa: B023
+                    assign = partial(sequence.assign, ids, cancel=request)
+                    return messages, self._llm.chats.with_room(assign, keep=self)
                 except ContextFullError:
                     fewer = self._fewer(messages) if is_shorter else None
                     if fewer is None:
@@ -339,6 +341,13 @@ class Chat:
 
     def __repr__(self) -> str:
         return "<Chat: closed>" if self._is_closed else f"<Chat of {len(self._messages)} messages>"
+
+
+def checked_tools(tools: Sequence[Mapping[str, Any]] | None) -> Sequence[Mapping[str, Any]] | None:
+    """Return tools; raise `TypeError` for what is no list of dicts."""
+    if tools is not None and not (isinstance(tools, list | tuple) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise TypeError(f"tools must be a list of dicts, not {what(tools)}")
+    return tools
 
 
 def read_chat(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str]:

@@ -1,12 +1,14 @@
 """A completion while it is written: what was asked for, and the loop from the steps of `generate` to chunks."""
 
 import dataclasses
+import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 from ._arguments import flag, integer, many, what
+from .chat import ChatTemplate
 from .completion import Chunk, Completion, Timings, TokenLogprob, Usage
 from .engine.gate import CancelToken
 from .generation import generate
@@ -18,6 +20,8 @@ from .sequence import Sequence as TokenSequence
 from .tokenizer import Tokenizer
 
 _SAMPLING = frozenset(field.name for field in dataclasses.fields(SamplingParams))
+
+_OF_ENCODING = frozenset(inspect.signature(ChatTemplate.encode).parameters)
 
 _TAIL = 16  # tokens at the end of a prompt in which an opening tag is looked for
 
@@ -79,6 +83,9 @@ class RequestOptions:
             raise TypeError(f"reasoning_message must be a str, not {what(self.reasoning_message)}")
         if not isinstance(self.chat_template_kwargs, Mapping):
             raise TypeError(f"chat_template_kwargs must be a dict, not {what(self.chat_template_kwargs)}")
+        for name in self.chat_template_kwargs:
+            if not isinstance(name, str) or name in _OF_ENCODING:
+                raise ValueError(f"chat_template_kwargs cannot have {name!r}: only other variables of the template")
         if self.cancel is not None and not callable(getattr(self.cancel, "is_set", None)):
             raise TypeError(f"cancel must have is_set(), as a threading.Event has, not be {what(self.cancel)}")
         if self.timeout is not None:

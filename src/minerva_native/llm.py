@@ -7,6 +7,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, NoReturn, Self, overload
@@ -15,7 +16,7 @@ from ._arguments import integer, many, path, what
 from .chat import ChatTemplate, Message
 from .completion import Chunk, Completion, TokenLogprob
 from .context import Context
-from .conversation import Chat, OpenChats, WhenFull, read_chat
+from .conversation import Chat, OpenChats, WhenFull, checked_tools, read_chat
 from .draft import Draft, RequestOptions, shown
 from .engine.gate import CancelToken
 from .errors import EmptySequenceError, MinervaError, SequencesInUseError, TemplateError
@@ -102,7 +103,7 @@ class LLM:
                 raise MinervaError(f"{name}= does nothing yet: leave it out")
         if integer("n_parallel", n_parallel, 1) > 1:
             raise MinervaError("n_parallel is 1 so far: requests are served one after another")
-        if not callable(on_full) and on_full not in ("error", "drop_turns"):
+        if not callable(on_full) and not (isinstance(on_full, str) and on_full in ("error", "drop_turns")):
             raise ValueError(f'on_full must be "error", "drop_turns" or a function, not {on_full!r}')
         loading = {name: options.pop(name) for name in sorted(_OF_LOADING & options.keys())}
         unknown = sorted(options.keys() - _OF_CONTEXT)
@@ -363,7 +364,7 @@ class LLM:
         """Return what yields a draft of each answer, and the options."""
         template = self._chosen(None)
         parsed = self.options(caller, {"thinking_tags": template.thinking_tags, **options})
-        n = integer("n", n, 1)
+        n, tools = integer("n", n, 1), checked_tools(tools)
 
         def work(request: Request) -> Iterator[Draft]:
             ids = template.encode(self.tokenizer, messages, tools, **parsed.chat_template_kwargs)
@@ -436,7 +437,7 @@ class LLM:
                         break
                 for depth in range(max(len(endings[at]) for at in forks) - 1):
                     growing = {fork: [endings[at][depth]] for at, fork in forks.items() if depth + 1 < len(endings[at])}
-                    self.chats.with_room(lambda: self.context.extend(growing, cancel=request))  # noqa: B023
+                    self.chats.with_room(partial(self.context.extend, growing, cancel=request))
                     for at, fork in forks.items():
                         if fork in growing:
                             sums[at] += logprob(fork.logits, endings[at][depth + 1])
@@ -458,7 +459,10 @@ class LLM:
         if isinstance(prompt, list | tuple) and prompt and all(isinstance(item, Mapping) for item in prompt):
             template = self._chosen(None)
             return lambda: [*template.encode(tokenizer, prompt), *tokenizer.encode(answer, add_special=False)]
-        ids: list[int] = tokenizer.as_array(prompt).tolist()  # type: ignore[arg-type]
+        try:
+            ids: list[int] = tokenizer.as_array(prompt).tolist()  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"a prompt must be a str, token ids or messages: {error}") from None
         return lambda: ids + (tokenizer.encode(answer, add_special=False) if answer else [])
 
     def _chosen(self, template: str | ChatTemplate | None) -> ChatTemplate:
