@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from ._arguments import flag, integer, many, what
+from ._arguments import cancel_token, flag, integer, many, what
 from .chat import ChatTemplate
 from .completion import Chunk, Completion, Timings, TokenLogprob, Usage
 from .engine.gate import CancelToken
 from .generation import generate
 from .model import Model
 from .reasoning import ReasoningDecoder, opens_reasoning
-from .requests import Request
+from .requests import Request, check_timeout
 from .sampling import Sampler, SamplingParams
 from .sequence import Sequence as TokenSequence
 from .tokenizer import Tokenizer
@@ -84,15 +84,10 @@ class RequestOptions:
         if not isinstance(self.chat_template_kwargs, Mapping):
             raise TypeError(f"chat_template_kwargs must be a dict, not {what(self.chat_template_kwargs)}")
         for name in self.chat_template_kwargs:
-            if not isinstance(name, str) or name in _OF_ENCODING:
+            if not (isinstance(name, str) and name.isidentifier()) or name in _OF_ENCODING:
                 raise ValueError(f"chat_template_kwargs cannot have {name!r}: only other variables of the template")
-        if self.cancel is not None and not callable(getattr(self.cancel, "is_set", None)):
-            raise TypeError(f"cancel must have is_set(), as a threading.Event has, not be {what(self.cancel)}")
-        if self.timeout is not None:
-            if isinstance(self.timeout, bool) or not isinstance(self.timeout, int | float):
-                raise TypeError(f"timeout must be a number of seconds, not {what(self.timeout)}")
-            if not self.timeout >= 0:
-                raise ValueError(f"timeout must be 0 or more seconds, not {self.timeout}")
+        cancel_token(self.cancel)
+        check_timeout(self.timeout)
         if not isinstance(self.sampling, SamplingParams):
             raise TypeError(f"sampling must be SamplingParams, not {what(self.sampling)}")
 

@@ -32,6 +32,8 @@ Prompt = str | TokenIds
 
 _N_SEQ = 8  # places for requests, open chats and forks; with cells in common, a place costs nothing
 
+_MOST_ANSWERS = 128  # to one request
+
 _OF_CONTEXT = frozenset(field.name for field in dataclasses.fields(ContextOptions))
 _OF_LOADING = frozenset(inspect.signature(Model.load).parameters) - {"path"}
 
@@ -308,9 +310,10 @@ class LLM:
             cancel: stops it when set.
             timeout: stops it after this many seconds.
         """
-        texts = list(dict.fromkeys(many("answers", [answers] if isinstance(answers, str) else answers)))
-        if not texts or not all(isinstance(text, str) and text for text in texts):
+        given = list(many("answers", [answers] if isinstance(answers, str) else answers))
+        if not given or not all(isinstance(text, str) and text for text in given):
             raise ValueError("answers must be at least one string, and none of them empty")
+        texts = list(dict.fromkeys(given))
         encoders = [self._encoder(prompt, text) for text in texts]
 
         def work(request: Request) -> Iterator[dict[str, float]]:
@@ -364,7 +367,7 @@ class LLM:
         """Return what yields a draft of each answer, and the options."""
         template = self._chosen(None)
         parsed = self.options(caller, {"thinking_tags": template.thinking_tags, **options})
-        n, tools = integer("n", n, 1), checked_tools(tools)
+        n, tools = integer("n", n, 1, _MOST_ANSWERS), checked_tools(tools)
 
         def work(request: Request) -> Iterator[Draft]:
             ids = template.encode(self.tokenizer, messages, tools, **parsed.chat_template_kwargs)

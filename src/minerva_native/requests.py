@@ -15,6 +15,7 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
+from ._arguments import cancel_token, what
 from .engine.gate import CancelToken
 from .errors import BrokenContextError, Cancelled, ClosedError, ReentryError
 
@@ -27,6 +28,19 @@ class _End(NamedTuple):
     """What comes after the last item."""
 
     error: BaseException | None = None
+
+
+_LONGEST_TIMEOUT = 10**9  # seconds
+
+
+def check_timeout(timeout: object) -> None:
+    """Raise `TypeError` or `ValueError` for what is no number of seconds."""
+    if timeout is None:
+        return
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float):
+        raise TypeError(f"timeout must be a number of seconds, not {what(timeout)}")
+    if not 0 <= timeout <= _LONGEST_TIMEOUT:
+        raise ValueError(f"timeout must be from 0 to {_LONGEST_TIMEOUT:,} seconds, not {timeout}")
 
 
 class Request:
@@ -44,6 +58,8 @@ class Request:
         cancel: CancelToken | None = None,
         timeout: float | None = None,
     ):
+        cancel_token(cancel)
+        check_timeout(timeout)
         self.submitted = time.perf_counter()
         self.started: float | None = None
         self._work, self._deliver, self._cancel, self._timeout = work, deliver, cancel, timeout
