@@ -312,7 +312,7 @@ CALLS: dict[str, Call] = {
     "LLM.chat_completion": Call(
         lambda room: room.llm.chat_completion,
         lambda room: {"messages": HELLO, "tools": None, "n": 1, **REQUEST},
-        also=("message", "template", "'content'", *REQUEST),
+        also=("message", "template", "must be a JSON value", "'content'", *REQUEST),
     ),
     "LLM.choose": Call(
         method("choose", "llm"),
