@@ -468,7 +468,7 @@ def write_gguf(path: Path, model: Llama, tokenizer: Tokenizer, text: str, heldou
     writer.add_token_merges([" ".join(pair) for pair in vocabulary["merges"]])
     writer.add_bos_token_id(BOS)
     writer.add_eos_token_id(BOS)
-    writer.add_eot_token_id(tokenizer.token_to_id(IM_END))
+    writer.add_eot_token_id(words.index(IM_END))
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
     writer.add_chat_template(CHAT_TEMPLATE)
