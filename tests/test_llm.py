@@ -258,7 +258,7 @@ def test_a_notebook_quotes_the_reasoning() -> None:
         ({"top_logprobs": 1.5}, TypeError, "top_logprobs must be an integer"),
         ({"echo": "yes"}, TypeError, "echo must be True or False"),
         ({"cancel": True}, TypeError, "cancel must have is_set"),
-        ({"timeout": -1}, ValueError, "timeout must be 0 or more seconds"),
+        ({"timeout": -1}, ValueError, "timeout must be from 0 to"),
         ({"timeout": "1"}, TypeError, "timeout must be a number of seconds"),
         ({"thinking_tags": ("<think>",)}, TypeError, "thinking_tags must be a pair"),
         ({"reasoning_budget": 3}, ValueError, "reasoning_budget needs thinking_tags="),
