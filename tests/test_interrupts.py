@@ -26,12 +26,20 @@ class Interrupt(Exception):
 def alarm() -> Iterator[Callable[[float], None]]:
     """A function that schedules an `Interrupt` after some seconds; 0 cancels it."""
 
+    is_armed = False
+
     def raise_interrupt(number: int, frame: object) -> None:
-        raise Interrupt
+        if is_armed:  # else another thread got the signal, and was slow to say so
+            raise Interrupt
+
+    def arm(seconds: float) -> None:
+        nonlocal is_armed
+        is_armed = seconds > 0
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
     previous = signal.signal(signal.SIGALRM, raise_interrupt)
     try:
-        yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds) and None
+        yield arm
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
@@ -209,10 +217,12 @@ def test_calls_from_a_signal_handler_during_a_call_are_refused_or_deferred(
     context, cache = open_up(tiny, **options, n_seq=8)
     with context, tiny.context(**options, prefix_cache=False) as other_context:
         mine, others, fresh = context.sequence(), [context.sequence()], other_context.sequence()
-        handled, refused = 0, 0
+        handled, refused, is_armed = 0, 0, False
 
         def handler() -> None:
             nonlocal handled, refused
+            if not is_armed:  # another thread got the signal, and was slow to say so
+                return
             try:
                 if use == "extend":
                     others[0].extend([200])
@@ -236,12 +246,14 @@ def test_calls_from_a_signal_handler_during_a_call_are_refused_or_deferred(
             if others[0].closed:
                 others[0] = context.sequence()
             others[0].assign([1, 2, 3])
+            is_armed = True
             signal.setitimer(signal.ITIMER_REAL, choice.choice([3e-5, 6e-5, 1e-4, 3e-4]), 1e-4)
             if step % 2:
                 mine.assign(ids)
             else:
                 mine.fork().close()
             signal.setitimer(signal.ITIMER_REAL, 0)
+            is_armed = False
             slots = [*cache.pool.open, *cache.pool.finished]
             assert len({slot.id for slot in slots if slot.id >= 0}) == sum(slot.id >= 0 for slot in slots)
             for sequence in (mine, others[0]):
