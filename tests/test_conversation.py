@@ -25,6 +25,7 @@ CHATML = """{%- for message in messages %}
 BRIEF: dict[str, Any] = {"max_tokens": 6, "temperature": 0}
 
 REAL_MODEL = os.environ.get("MINERVA_REAL_MODEL", "")
+REAL_TEMPLATE = os.environ.get("MINERVA_REAL_TEMPLATE", "")  # the file of one, for a model that has none
 
 
 @pytest.fixture
@@ -337,6 +338,31 @@ def test_idle_chats_give_their_room_to_whoever_needs_it(tiny: mn.Model) -> None:
         assert llm.tokenizer.decode(chats[0].sequence, special=True).count("<|im_start|>") == 5
 
 
+def test_what_was_evicted_is_counted_as_evaluated(llm: mn.LLM) -> None:
+    chat = llm.chat(system="the other " * 20, **BRIEF)
+    chat.send("Hello")
+    chat.park()
+    llm.context.clear_cache()
+    before = llm.context.stats.tokens_evaluated
+    usage = chat.send("the").usage
+    assert usage.cached_tokens == 0
+    generated = usage.completion_tokens - 1  # the last one is not evaluated yet
+    assert llm.context.stats.tokens_evaluated - before == usage.prompt_tokens + generated
+
+
+def test_a_parked_chats_next_turn_can_be_cancelled_and_keeps_what_it_held(llm: mn.LLM) -> None:
+    chat = llm.chat(system="the other " * 20, **BRIEF)
+    chat.send("Hello")
+    tokens = list(chat.sequence)
+    chat.park()
+    llm.context.clear_cache()
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(mn.Cancelled):
+        chat.send("the", cancel=stop)
+    assert chat.sequence == tokens
+
+
 # The end
 
 
@@ -411,24 +437,45 @@ def test_a_respelled_prompt_spells_the_same(tiny: mn.Model, old: list[int], new:
 # A real model
 
 
+# What a person would write: a system prompt if there may be one; before the first text, before each other, after it,
+# and after an answer that has not ended.
+BY_HAND = {
+    "llama": (
+        "You are terse.",
+        "<|im_start|>system\nYou are terse.<|im_end|>\n<|im_start|>user\n",
+        "\n<|im_start|>user\n",
+        "<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_end|>",
+    ),
+    "gemma3": (
+        None,
+        "<bos><start_of_turn>user\n",
+        "\n<start_of_turn>user\n",
+        "<end_of_turn>\n<start_of_turn>model\n",
+        "<end_of_turn>",
+    ),
+}
+
+
 @pytest.mark.real_model
 @pytest.mark.skipif(not REAL_MODEL, reason="MINERVA_REAL_MODEL names no file: see CONTRIBUTING.md")
 def test_a_real_models_greedy_answers_are_those_of_the_low_level_api() -> None:
     said = ["What is the capital of France?", "And of Italy?", "Say it again, please."]
     greedy = mn.SamplingParams.greedy()
-    with mn.LLM(REAL_MODEL, n_ctx=2048) as llm:
-        chat = llm.chat(system="You are terse.", max_tokens=48, sampling=greedy)
+    template = Path(REAL_TEMPLATE).read_text() if REAL_TEMPLATE else None
+    with mn.LLM(REAL_MODEL, n_ctx=2048, template=template) as llm:
+        system, before, between, after, end = BY_HAND[llm.model.architecture]
+        chat = llm.chat(system=system, max_tokens=48, sampling=greedy)
         answers = [chat.send(text) for text in said]
         assert llm.context.stats.tokens_evaluated == len(chat.sequence) - chat.sequence.n_waiting
         assert llm.context.stats.tokens_reevaluated == 0
 
         tokenizer = llm.tokenizer
-        prompt = "<|im_start|>system\nYou are terse.<|im_end|>\n"
         with llm.model.context(n_ctx=2048, n_seq=8) as context, context.sequence() as sequence:
             for text, answer in zip(said, answers, strict=True):
-                prompt += f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+                prompt = before + text + after
                 sequence.extend(tokenizer.encode(prompt, add_special=False, parse_special=True))
                 steps = list(mn.generate(sequence, greedy, max_tokens=48))
                 assert answer.tokens == [step.token for step in steps]
-                prompt = "\n" if steps[-1].finish_reason == "end" else "<|im_end|>\n"
+                before = between if steps[-1].finish_reason == "end" else end + between
             assert list(sequence) == list(chat.sequence)

@@ -1,22 +1,28 @@
 """`LLM`: completions, streams, probabilities, and a queue that is fair and lets go of what is cancelled."""
 
 import asyncio
+import contextlib
 import gc
 import json
 import math
+import os
 import pickle
+import random
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import anyio
 import numpy as np
 import pytest
 
 import minerva_native as mn
+from minerva_native.completion import TokenLogprob
 from tiny_models import TOKENS, TinyModel
 
 STORY = "Once upon a time, there was a little"
@@ -201,7 +207,7 @@ def test_logprobs_and_alternatives(llm: mn.LLM) -> None:
         assert entry.token == token == entry.top[0].token
         assert entry.logprob == pytest.approx(entry.top[0].logprob)
         assert len(entry.top) == 3
-        assert entry.text.encode() == llm.tokenizer.piece(token)
+        assert entry.piece == llm.tokenizer.piece(token) == entry.text.encode()
     plain = llm.complete(STORY, max_tokens=4, temperature=0, logprobs=True).logprobs
     assert plain is not None
     assert [entry.logprob for entry in plain] == pytest.approx([entry.logprob for entry in completion.logprobs])
@@ -234,8 +240,16 @@ def test_what_it_is_in_openais_shape(llm: mn.LLM, chatty: mn.LLM) -> None:
     assert chat["object"] == "chat.completion"
     assert [choice["index"] for choice in chat["choices"]] == [0, 1]
     assert chat["choices"][1]["message"]["role"] == "assistant"
-    assert len(chat["choices"][0]["logprobs"]["content"]) == 3
+    entries = chat["choices"][0]["logprobs"]["content"]
+    assert len(entries) == 3
+    assert all(bytes(entry["bytes"]).decode(errors="replace") == entry["token"] for entry in entries)
     assert chat["usage"]["completion_tokens"] == 6
+
+
+def test_a_part_of_a_character_has_its_own_bytes_in_openais_shape() -> None:
+    entry = TokenLogprob(7, b"\xe0\xb8", -1.0)
+    content = mn.Completion(text="", is_chat=True, logprobs=[entry]).to_dict()["choices"][0]["logprobs"]["content"]
+    assert content == [{"token": "\ufffd", "logprob": -1.0, "bytes": [0xE0, 0xB8], "top_logprobs": []}]
 
 
 def test_an_end_is_a_stop_in_openais_shape() -> None:
@@ -473,6 +487,32 @@ def test_tasks_get_what_calls_get(llm: mn.LLM) -> None:
     assert [completion.text for completion in asyncio.run(main())] == expected
 
 
+def test_without_an_event_loop_asynchronous_calls_say_so(llm: mn.LLM) -> None:
+    with pytest.raises(RuntimeError, match="no asyncio event loop is running"):
+        llm.astream("Hello")
+
+
+def test_the_asyncio_backend_of_anyio_will_do(llm: mn.LLM) -> None:
+    expected = llm.complete("Once upon", max_tokens=6, temperature=0)
+
+    async def main() -> list[list[int]]:
+        found: list[list[int]] = []
+
+        async def one() -> None:
+            found.append((await llm.acomplete("Once upon", max_tokens=6, temperature=0)).tokens)
+
+        async with anyio.create_task_group() as group:
+            for _ in range(3):
+                group.start_soon(one)
+        with anyio.move_on_after(0.05):
+            await llm.acomplete("Once upon", max_tokens=None, stop=["no such text"], logit_bias=no_end(llm))
+            raise AssertionError("it was not cancelled")
+        return found
+
+    assert anyio.run(main) == [expected.tokens] * 3
+    assert llm.complete("Once upon", max_tokens=6, temperature=0).tokens == expected.tokens
+
+
 def test_an_asynchronous_stream_has_the_same_pieces(llm: mn.LLM) -> None:
     async def main() -> list[mn.Chunk]:
         return [chunk async for chunk in llm.astream(STORY, max_tokens=9, seed=2)]
@@ -528,6 +568,77 @@ def test_leaving_an_asynchronous_loop_stops_the_request(slow: mn.LLM) -> None:
     asyncio.run(main())
     assert is_idle(slow)
     assert slow.context.stats.tokens_evaluated < 16000
+
+
+def test_threads_and_tasks_at_once_get_what_one_gets_and_nothing_is_left(demo: mn.Model) -> None:
+    """MINERVA_STRESS_SECONDS=60 for the long form."""
+    end = time.monotonic() + float(os.environ.get("MINERVA_STRESS_SECONDS", "3"))
+    prompts = [
+        f"{beginning} {name}" for beginning in ("Once upon a time,", "One day,") for name in ("Tom", "a cat", "")
+    ]
+    options: dict[str, Any] = {"max_tokens": 5, "seed": 1}
+    done: list[str] = []
+    resident: list[int] = []
+    # Without flash attention the numbers do not depend on how much of a prompt was cached.
+    with mn.LLM(demo, n_ctx=1024, n_threads=1, flash_attention="off", kv_type="f32") as llm:
+        expected = {prompt: llm.complete(prompt, **options).tokens for prompt in prompts}
+
+        def one_thread(number: int) -> None:
+            choice = random.Random(number)
+            while time.monotonic() < end:
+                prompt, way = choice.choice(prompts), choice.choice(["complete", "stream", "leave", "cancel", "late"])
+                if way == "complete":
+                    assert llm.complete(prompt, **options).tokens == expected[prompt]
+                elif way == "stream":
+                    assert [chunk.token for chunk in llm.stream(prompt, **options)] == expected[prompt]
+                elif way == "leave":
+                    with llm.stream(prompt, **options) as stream:
+                        assert next(stream).token == expected[prompt][0]
+                else:
+                    token = threading.Event()
+                    token.set()
+                    limits: dict[str, Any] = {"cancel": token} if way == "cancel" else {"timeout": 0}
+                    with pytest.raises(mn.Cancelled):
+                        llm.complete(prompt, **options, **limits)
+                done.append(way)
+
+        async def one_task(number: int) -> None:
+            choice = random.Random(1000 + number)
+            while time.monotonic() < end:
+                prompt = choice.choice(prompts)
+                if choice.random() < 0.3:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(choice.choice([0, 0.05])):
+                            assert (await llm.acomplete(prompt, **options)).tokens == expected[prompt]
+                    done.append("task with a timeout")
+                    continue
+                assert (await llm.acomplete(prompt, **options)).tokens == expected[prompt]
+                done.append("task")
+
+        async def all_tasks() -> None:
+            tasks = [asyncio.create_task(one_task(number)) for number in range(200)]
+            while time.monotonic() < end:
+                await asyncio.sleep(0.1)
+                resident.append(resident_bytes())
+            await asyncio.gather(*tasks)
+
+        with ThreadPoolExecutor(17) as pool:
+            futures = [pool.submit(one_thread, number) for number in range(16)]
+            futures.append(pool.submit(asyncio.run, all_tasks()))
+            for future in futures:
+                future.result(timeout=300)
+        assert is_idle(llm)
+        assert len(llm.queue) == 0
+        assert llm.context.cells_used == 0
+        assert {"complete", "stream", "leave", "cancel", "late", "task", "task with a timeout"} == set(done)
+        third = len(resident) // 3
+        assert max(resident[-third:]) < max(resident[:third]) + (8 << 20)
+
+
+def resident_bytes() -> int:
+    """Return how much memory this process has in RAM; 0 where the system does not say so."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * 4096 if statm.exists() else 0
 
 
 def test_errors_come_out_of_tasks(llm: mn.LLM) -> None:

@@ -13,15 +13,20 @@ class TokenLogprob(NamedTuple):
 
     Attributes:
         token: its id.
-        text: what it stands for; control tokens by their names.
+        piece: the bytes that it stands for, perhaps a part of a character; control tokens by their names.
         logprob: None for the first token of an echoed prompt, which has nothing before it.
         top: the most likely tokens in its place, the best first, if they were asked for.
     """
 
     token: int
-    text: str
+    piece: bytes
     logprob: float | None
     top: "tuple[TokenLogprob, ...]" = ()
+
+    @property
+    def text(self) -> str:
+        """The piece as text, with a replacement character for what is not a whole one."""
+        return self.piece.decode(errors="replace")
 
 
 @dataclass(frozen=True)
@@ -187,4 +192,4 @@ class Completion:
 
 
 def _entry(one: TokenLogprob) -> dict[str, Any]:
-    return {"token": one.text, "logprob": one.logprob, "bytes": list(one.text.encode(errors="replace"))}
+    return {"token": one.text, "logprob": one.logprob, "bytes": list(one.piece)}

@@ -102,7 +102,7 @@ class Chat:
         self._llm, self._options = llm, dict(options or {})
         self._messages = [dict(message) for message in messages]
         self._sequence: TokenSequence | None = None
-        self._tokens: list[int] = []  # of the sequence, when it is not open
+        self._parked: list[int] = []  # what the sequence held when it was last closed
         self._is_closed = False
         self._parse("chat", {})
 
@@ -174,10 +174,11 @@ class Chat:
         def turn(request: Request, begun: Callable[[Draft], object]) -> Iterator[Chunk]:
             before = self._messages
             sequence = self._open()
-            tokens = list(sequence)
+            tokens = self._held
             is_kept = False
             try:
                 messages, n_evaluated = self._evaluate(sequence, [*before, said], options, request)
+                self._parked = []
                 draft = Draft(
                     sequence,
                     options,
@@ -211,7 +212,7 @@ class Chat:
         room = n_cells // 4 if options.max_tokens is None else min(options.max_tokens, n_cells // 4)
         length = None
         while True:
-            ids = self._prompt(sequence, messages, options)
+            ids = self._prompt(messages, options)
             is_shorter = length is None or len(ids) < length
             length = len(ids)
             fewer = self._fewer(messages) if is_shorter and length + room > n_cells else None
@@ -226,10 +227,10 @@ class Chat:
             _logger.warning("the context is full: a chat goes on with %d of %d messages", len(fewer), len(messages))
             messages = fewer
 
-    def _prompt(self, sequence: TokenSequence, messages: list[dict[str, Any]], options: RequestOptions) -> list[int]:
+    def _prompt(self, messages: list[dict[str, Any]], options: RequestOptions) -> list[int]:
         tokenizer = self._llm.tokenizer
         ids = self.template.encode(tokenizer, messages, self.tools or None, **options.chat_template_kwargs)
-        return respelled(tokenizer, list(sequence), ids)
+        return respelled(tokenizer, self._held, ids)
 
     def _fewer(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
         """Return fewer messages, as `on_full` says; None if it is an error that they do not fit."""
@@ -251,9 +252,15 @@ class Chat:
     def sequence(self) -> TokenSequence:
         """The sequence in the KV cache. It may be another object after others have needed its room."""
         sequence = self._sequence
-        if sequence is not None and not sequence.closed:
+        if sequence is not None and not sequence.closed and (len(sequence) or not self._parked):
             return sequence
-        return self._llm.queue.call(lambda request: iter([self._open()]))
+
+        def work(request: Request) -> Iterator[TokenSequence]:
+            sequence = self._open()
+            self._llm.chats.with_room(partial(sequence.assign, self._held, cancel=request), keep=self)
+            yield sequence
+
+        return self._llm.queue.call(work)
 
     def undo(self) -> list[dict[str, Any]]:
         """Take back the last turn, also one that is running; return its messages."""
@@ -266,8 +273,7 @@ class Chat:
         """Return a chat with the same messages, which goes its own way. What is cached is shared, not copied."""
         self._check_open()
         forked = Chat(self._llm, self.template, self._messages, self.tools, self._options)
-        sequence = self._sequence
-        forked._tokens = self._tokens if sequence is None else list(sequence)
+        forked._parked = self._held
         return forked
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -302,25 +308,22 @@ class Chat:
         """Leave the sequence to the prefix cache until the next turn."""
         if self._sequence is not None:
             if not self._sequence.closed:
-                self._tokens = list(self._sequence)
+                self._parked = self._held
                 self._sequence.close()
             self._sequence = None
 
+    @property
+    def _held(self) -> list[int]:
+        """The tokens of the sequence, or of the one before it if nothing is evaluated yet."""
+        return list(self._sequence or ()) or self._parked
+
     def _open(self) -> TokenSequence:
-        """Return the open sequence with what it held."""
+        """Return the open sequence; one that was just opened holds nothing yet."""
         self._check_open()
-        chats = self._llm.chats
         sequence = self._sequence
         if sequence is None or sequence.closed:
-            sequence = chats.with_room(self._llm.context.sequence, keep=self)
-            if self._tokens:
-                try:
-                    chats.with_room(lambda: sequence.assign(self._tokens), keep=self)
-                except BaseException:
-                    sequence.close()
-                    raise
-            self._sequence = sequence
-        chats.use(self)
+            self._sequence = sequence = self._llm.chats.with_room(self._llm.context.sequence, keep=self)
+        self._llm.chats.use(self)
         return sequence
 
     def _check_open(self) -> None:

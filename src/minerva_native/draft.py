@@ -17,7 +17,6 @@ from .reasoning import ReasoningDecoder, opens_reasoning
 from .requests import Request, check_timeout
 from .sampling import Sampler, SamplingParams
 from .sequence import Sequence as TokenSequence
-from .tokenizer import Tokenizer
 
 _SAMPLING = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 
@@ -215,8 +214,8 @@ class Draft:
             yield self.last
 
     def _entry(self, token: int, logprob: float, top: Sequence[tuple[int, float]]) -> TokenLogprob:
-        others = tuple(TokenLogprob(other, shown(self._tokenizer, other), value) for other, value in top)
-        return TokenLogprob(token, shown(self._tokenizer, token), logprob, others)
+        others = tuple(TokenLogprob(other, self._tokenizer.piece(other, special=True), value) for other, value in top)
+        return TokenLogprob(token, self._tokenizer.piece(token, special=True), logprob, others)
 
     def _finish(self, chunk: Chunk) -> None:
         request, now = self._request, time.perf_counter()
@@ -256,8 +255,3 @@ class Draft:
             created=int(time.time()),
             is_chat=self._is_chat,
         )
-
-
-def shown(tokenizer: Tokenizer, token: int) -> str:
-    """Return the text of a token, a control token's name too."""
-    return tokenizer.piece(token, special=True).decode(errors="replace")

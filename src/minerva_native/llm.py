@@ -17,7 +17,7 @@ from .chat import ChatTemplate, Message
 from .completion import Chunk, Completion, TokenLogprob
 from .context import Context
 from .conversation import Chat, OpenChats, WhenFull, checked_tools, read_chat
-from .draft import Draft, RequestOptions, shown
+from .draft import Draft, RequestOptions
 from .engine.gate import CancelToken
 from .errors import EmptySequenceError, MinervaError, SequencesInUseError, TemplateError
 from .model import Model
@@ -403,7 +403,7 @@ class LLM:
         with self._sequence() as sequence:
             scores = self.chats.with_room(lambda: sequence.score(ids, cancel=request)).tolist()
             entries = [
-                TokenLogprob(token, shown(self.tokenizer, token), None if math.isnan(value) else value)
+                TokenLogprob(token, self.tokenizer.piece(token, special=True), None if math.isnan(value) else value)
                 for token, value in zip(ids, scores, strict=True)
             ]
             self.chats.leave_room(self.context, options.max_tokens)

@@ -199,7 +199,12 @@ class RequestQueue:
 
     def astream(self, work: Callable[[Request], Iterator[T]], **limits: Any) -> "AsyncStream[T]":
         """Return what `stream` does, for the running event loop, which is never blocked."""
-        inbox = _Inbox(asyncio.get_running_loop())
+        try:
+            inbox = _Inbox(asyncio.get_running_loop())
+        except RuntimeError:
+            raise RuntimeError(
+                "no asyncio event loop is running: await this inside asyncio.run, or anyio.run with its asyncio backend"
+            ) from None
         request = Request(work, inbox.put_from_thread, **limits)
         self.submit(request)
         if request.may_stop_itself:
