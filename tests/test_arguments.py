@@ -198,6 +198,10 @@ CALLS: dict[str, Call] = {
         method("model.tokenizer.encode", "context"),
         lambda room: {"text": "a", "add_special": True, "parse_special": False, "cancel": None},
     ),
+    "Tokenizer.count": Call(
+        method("model.tokenizer.count", "context"),
+        lambda room: {"text": "a", "add_special": True, "parse_special": False},
+    ),
     **{
         f"Tokenizer.{name}": Call(
             method(f"model.tokenizer.{name}", "context"), lambda room: {"ids": [5], "special": False}, also=TOKEN_IDS
@@ -219,6 +223,9 @@ CALLS: dict[str, Call] = {
     "Context.encode": Call(method("encode", "context"), lambda room: {"ids": [1]}, also=TOKEN_IDS),
     "Context.restore": Call(
         lambda room: close_after(room.context.restore), lambda room: {"path": room.folder / "saved"}, reads_files=True
+    ),
+    "Context.from_bytes": Call(
+        lambda room: close_after(room.context.from_bytes), lambda room: {"data": room.sequence.to_bytes()}
     ),
     "Context.clear_cache": Call(method("clear_cache", "context"), lambda room: {"pinned": False}),
     "Context": Call(

@@ -89,6 +89,23 @@ def test_a_shifted_and_restored_sequence_can_be_rewound_to(
         assert context.stats.tokens_evaluated == before
 
 
+def test_bytes_are_what_a_file_would_have(context: mn.Context, tmp_path: Path) -> None:
+    with context.sequence() as sequence:
+        sequence.extend(IDS)
+        sequence.save(tmp_path / "saved")
+        data, logits = sequence.to_bytes(), sequence.logits
+    assert data == (tmp_path / "saved").read_bytes()
+    for given in (data, bytearray(data), memoryview(data)):
+        with context.from_bytes(given) as restored:
+            assert restored == IDS
+            assert np.array_equal(restored.logits, logits)
+    for damaged in (b"", data[:-1], data[:40], b"x" + data[1:]):
+        with pytest.raises(mn.StateError, match="the data"):
+            context.from_bytes(damaged)
+    with pytest.raises(TypeError, match="data must be bytes"):
+        context.from_bytes("saved")  # type: ignore[arg-type]
+
+
 def test_waiting_tokens_and_unknown_logits(context: mn.Context, tmp_path: Path) -> None:
     sequence = context.sequence()
     sequence.extend(IDS)

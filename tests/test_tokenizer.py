@@ -192,6 +192,35 @@ def test_special_tokens_are_ids_or_none(tokenizer: mn.Tokenizer, without_vocabul
     assert (without_vocabulary.bos, without_vocabulary.eos, without_vocabulary.eot) == (None, None, None)
 
 
+def test_tokens_for_gaps_lines_and_padding(
+    tokenizer: mn.Tokenizer, without_vocabulary: mn.Tokenizer, vocabulary: Callable[[str], mn.Tokenizer]
+) -> None:
+    coder = vocabulary("qwen2")
+    found = [coder.fim_prefix, coder.fim_suffix, coder.fim_middle]
+    assert [coder.piece(token, special=True) for token in found if token is not None] == [
+        b"<|fim_prefix|>",
+        b"<|fim_suffix|>",
+        b"<|fim_middle|>",
+    ]
+    assert coder.encode("\n", add_special=False) == [coder.nl]
+    assert vocabulary("phi-3").pad is not None
+    for name in ("nl", "pad", "fim_prefix", "fim_suffix", "fim_middle"):
+        assert getattr(without_vocabulary, name) is None
+
+
+def test_bytes_in_utf8_are_a_text(tokenizer: mn.Tokenizer) -> None:
+    assert tokenizer.encode(b"the other") == tokenizer.encode("the other")
+    with pytest.raises(mn.TokenizerError, match="not UTF-8 at byte 4"):
+        tokenizer.encode(b"the \xff")
+
+
+def test_it_counts_tokens_and_its_own(tokenizer: mn.Tokenizer, without_vocabulary: mn.Tokenizer) -> None:
+    assert tokenizer.count("the other") == len(tokenizer.encode("the other"))
+    assert tokenizer.count("<|im_end|>", add_special=False, parse_special=True) == 1
+    assert len(tokenizer) == tokenizer.n_vocab
+    assert without_vocabulary
+
+
 def test_the_end_of_text_and_the_end_of_turn_end_a_generation(tokenizer: mn.Tokenizer) -> None:
     assert [token for token in range(tokenizer.n_vocab) if tokenizer.is_end(token)] == [END, END_OF_TURN]
 

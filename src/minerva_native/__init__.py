@@ -40,7 +40,7 @@ from .generation import Step, generate
 from .gguf import GGUF
 from .model import DEMO_PATH, Model
 from .options import FLASH_ATTENTION, KV_TYPES, ContextOptions
-from .sampling import Sampler, SamplingParams
+from .sampling import Sampler, SamplingParams, logprob, top_logprobs
 from .sequence import Sequence
 from .tokenizer import StreamDecoder, Tokenizer
 
@@ -100,6 +100,8 @@ __all__ = [
     "cpu_quota",
     "devices",
     "generate",
+    "logprob",
+    "top_logprobs",
 ]
 
 _LAZY = {  # modules that import more than numpy and the binding, or are not needed to generate a token

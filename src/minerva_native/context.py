@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
@@ -242,17 +243,29 @@ class Context:
             SequencesInUseError: all `n_seq` sequences are in use.
             OSError: it cannot be read.
         """
-        path, cache, tokenizer = file_path("path", path), self._cache, self._model.tokenizer
-        with cache.gate.enter(), cache.handle:
-            payload = state.read(path, cache.requirements(), tokenizer.n_vocab)
-            try:
-                tokenizer.as_array(payload.tokens)
-            except ValueError as error:
-                raise StateError(f"{path} holds what is no token of this model ({error})") from None
-            try:
-                return Sequence(self, cache, cache.admit(payload))
-            except StateError as error:
-                raise StateError(f"{path} cannot be restored here ({error})") from None
+        path = file_path("path", path)
+        with self._cache.gate.enter(), self._cache.handle:
+            return self._restored(path, state.read(path))
+
+    def from_bytes(self, data: bytes | bytearray | memoryview) -> Sequence:
+        """Return a new sequence as `Sequence.to_bytes` gave it; the errors are those of `restore` without files."""
+        if not isinstance(data, bytes | bytearray | memoryview):
+            raise TypeError(f"data must be bytes, as Sequence.to_bytes gives them, not {what(data)}")
+        data = bytes(data)
+        with self._cache.gate.enter(), self._cache.handle:
+            return self._restored("the data", data)
+
+    def _restored(self, path: Path | str, content: bytes) -> Sequence:
+        cache, tokenizer = self._cache, self._model.tokenizer
+        payload = state.parsed(path, content, cache.requirements(), tokenizer.n_vocab)
+        try:
+            tokenizer.as_array(payload.tokens)
+        except ValueError as error:
+            raise StateError(f"{path} holds what is no token of this model ({error})") from None
+        try:
+            return Sequence(self, cache, cache.admit(payload))
+        except StateError as error:
+            raise StateError(f"{path} cannot be restored here ({error})") from None
 
     def clear_cache(self, pinned: bool = False) -> None:
         """Forget what closed sequences have left in the KV cache, pinned ones only if asked to."""

@@ -277,10 +277,17 @@ class Sequence(AbstractSequence[int]):
             ContextFullError: a shift has to be done, and there is no cell for that.
             StateError: libllama does not give the state.
         """
-        model, cache, target = self._context.model, self._cache, file_path("path", path)
+        state.write(file_path("path", path), self._parts())
+
+    def to_bytes(self) -> bytes:
+        """Return what `save` would write, for `Context.from_bytes`; the errors are those of `save` without files."""
+        return state.joined(self._parts())
+
+    def _parts(self) -> list[bytes | memoryview]:
+        model, cache = self._context.model, self._cache
         with cache.gate.enter(), cache.handle:
             payload, requirements = cache.payload(self._slot), cache.requirements()
-        state.write(target, payload, requirements, model.path.name)
+        return state.parts(payload, requirements, model.path.name)
 
     # The end
 

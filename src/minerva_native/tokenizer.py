@@ -94,6 +94,11 @@ class Tokenizer(NoCopy):
         bos: the id of the token for the beginning of a sequence, or None if there is none.
         eos: the id of the token for the end of a sequence, or None.
         eot: the id of the token for the end of a turn, or None.
+        nl: the id of the token for a line break, or None.
+        pad: the id of the token for padding, or None.
+        fim_prefix: the id of the token before the text before a gap to fill (fill in the middle), or None.
+        fim_suffix: the id of the token before the text after the gap, or None.
+        fim_middle: the id of the token after which the model fills the gap, or None.
         adds_bos: whether `encode` puts `bos` before a text by default.
         adds_eos: whether `encode` puts `eos` after a text by default.
     """
@@ -103,6 +108,11 @@ class Tokenizer(NoCopy):
     bos: int | None
     eos: int | None
     eot: int | None
+    nl: int | None
+    pad: int | None
+    fim_prefix: int | None
+    fim_suffix: int | None
+    fim_middle: int | None
     adds_bos: bool
     adds_eos: bool
 
@@ -116,6 +126,10 @@ class Tokenizer(NoCopy):
             self.bos = _optional(lib.llama_vocab_bos(vocab))
             self.eos = _optional(lib.llama_vocab_eos(vocab))
             self.eot = _optional(lib.llama_vocab_eot(vocab))
+            self.nl, self.pad = _optional(lib.llama_vocab_nl(vocab)), _optional(lib.llama_vocab_pad(vocab))
+            self.fim_prefix = _optional(lib.llama_vocab_fim_pre(vocab))
+            self.fim_suffix = _optional(lib.llama_vocab_fim_suf(vocab))
+            self.fim_middle = _optional(lib.llama_vocab_fim_mid(vocab))
             self._sep = _optional(lib.llama_vocab_sep(vocab))
             self.adds_bos = bool(lib.llama_vocab_get_add_bos(vocab))
             self.adds_eos = bool(lib.llama_vocab_get_add_eos(vocab))
@@ -135,9 +149,20 @@ class Tokenizer(NoCopy):
             first = []
         self._adds_space = any(self._piece(token, False)[:1] == b" " for token in first)
 
+    def __len__(self) -> int:
+        """Return the number of token ids."""
+        return self.n_vocab
+
+    def __bool__(self) -> bool:
+        return True  # also without a vocabulary
+
+    def count(self, text: str | bytes, add_special: bool = True, parse_special: bool = False) -> int:
+        """Return how many tokens a text is; the arguments and errors are those of `encode`."""
+        return len(self.encode(text, add_special, parse_special))
+
     def encode(
         self,
-        text: str,
+        text: str | bytes,
         add_special: bool = True,
         parse_special: bool = False,
         *,
@@ -149,7 +174,7 @@ class Tokenizer(NoCopy):
         once, which is mostly a line, to 2,000,000 characters.
 
         Args:
-            text: the text.
+            text: the text, as a string or as bytes in UTF-8.
             add_special: add the special tokens that the model expects around a text (BOS, EOS).
             parse_special: treat the names of special tokens in the text, such as `<|im_start|>`, as those tokens. Leave
                 it off for text from others.
@@ -161,15 +186,17 @@ class Tokenizer(NoCopy):
                 that is large enough for it.
             Cancelled: `cancel` was set.
         """
-        if not isinstance(text, str):
-            raise TypeError(f"text must be a str, not {what(text)}")
+        if not isinstance(text, str | bytes):
+            raise TypeError(f"text must be a str or bytes, not {what(text)}")
         cancel_token(cancel)
         add_special, parse_special = flag("add_special", add_special), flag("parse_special", parse_special)
         self._require_vocabulary()
         try:
-            data = text.encode()
+            text, data = (text, text.encode()) if isinstance(text, str) else (text.decode(), text)
         except UnicodeEncodeError as error:
             raise TokenizerError(f"the text has a lone surrogate at index {error.start}") from None
+        except UnicodeDecodeError as error:
+            raise TokenizerError(f"the text is not UTF-8 at byte {error.start}") from None
         if len(data) > _MAX_TEXT_BYTES:
             raise TokenizerError(f"the text has {len(data):,} bytes; encode at most {_MAX_TEXT_BYTES:,} at a time")
         if self._refuses_spaces and (found := _SPACE_BESIDE_SPACE.search(text)):

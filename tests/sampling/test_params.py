@@ -55,7 +55,7 @@ def test_parameters_with_the_same_values_are_equal_and_have_the_same_hash() -> N
         ("typical_p", -1.0),
         ("xtc_probability", 2.0),
         ("xtc_threshold", -0.5),
-        ("repeat_last_n", -1),
+        ("repeat_last_n", -2),
         ("repeat_penalty", 0.0),
         ("repeat_penalty", -1.0),
         ("repeat_penalty", 1e-320),
@@ -64,7 +64,7 @@ def test_parameters_with_the_same_values_are_equal_and_have_the_same_hash() -> N
         ("dry_multiplier", math.inf),
         ("dry_base", -1.0),
         ("dry_allowed_length", -1),
-        ("dry_penalty_last_n", -1),
+        ("dry_penalty_last_n", -2),
         ("dry_sequence_breakers", ("",)),
         ("mirostat", 3),
         ("mirostat_tau", -1.0),
@@ -75,7 +75,7 @@ def test_parameters_with_the_same_values_are_equal_and_have_the_same_hash() -> N
         ("logit_bias", {-1: 1.0}),
         ("logit_bias", {1: math.inf}),
         ("logit_bias", {1: math.nan}),
-        ("seed", -1),
+        ("seed", -2),
         ("seed", 2**64),
         ("order", ("top_k", "top_k")),
         ("order", ("top_k", "magic")),
@@ -124,6 +124,17 @@ def test_llama_cpps_spellings_of_the_steps_are_accepted() -> None:
         "min_p",
         "temperature",
     )
+
+
+def test_ids_in_a_bias_may_be_strings_of_digits_as_in_json() -> None:
+    assert SamplingParams(logit_bias={"5": 1.0, "17": 2.0}).logit_bias == ((5, 1.0), (17, 2.0))
+    for wrong in ("", "-5", "five", "\u0665", "9" * 11):
+        with pytest.raises((TypeError, ValueError), match="logit_bias"):
+            SamplingParams(logit_bias={wrong: 1.0})
+
+
+def test_minus_1_is_a_random_seed() -> None:
+    assert SamplingParams(seed=-1) == SamplingParams(seed=None)
 
 
 def test_a_false_bias_bans_as_in_llama_server() -> None:

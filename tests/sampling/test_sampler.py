@@ -208,6 +208,21 @@ def test_only_the_penalty_windows_of_the_history_are_read() -> None:
     assert history.read <= 80
 
 
+def test_a_penalty_window_of_minus_1_is_the_whole_history() -> None:
+    history, logits = [1] + [2] * 100 + [1], np.array([0.0, 2.0, 1.5], np.float32)
+    for params in (
+        SamplingParams(frequency_penalty=0.75, repeat_last_n=-1),  # twice for token 1, 100 times for token 2
+        SamplingParams(dry_multiplier=9.0, dry_penalty_last_n=-1, dry_allowed_length=1, dry_sequence_breakers=()),
+    ):
+        whole, as_long, short = (
+            Sampler(params.replace(repeat_last_n=n, dry_penalty_last_n=n)).distribution(logits, history)
+            for n in (-1, len(history), 1)
+        )
+        assert np.array_equal(whole[0], as_long[0])
+        assert np.array_equal(whole[1], as_long[1])
+        assert not np.array_equal(whole[1], short[1])
+
+
 def test_the_history_may_be_an_array() -> None:
     sampler = Sampler(SamplingParams(temperature=0.0, presence_penalty=100.0))
     logits = np.array([0.0, 2.0, 1.5], np.float32)

@@ -26,8 +26,8 @@ _DIGEST_BYTES = 32
 _NUMBERS = ("n_tokens", "n_cached", "n_logits")
 
 
-def write(path: Path, payload: Payload, requirements: Mapping[str, Any], model_name: str) -> None:
-    """Write a saved sequence, with what has to be the same to restore it."""
+def parts(payload: Payload, requirements: Mapping[str, Any], model_name: str) -> list[bytes | memoryview]:
+    """Return what a saved sequence consists of, with what has to be the same to restore it, without the digest."""
     n_logits = 0 if payload.logits is None else len(payload.logits)
     header = {
         **requirements,
@@ -40,16 +40,27 @@ def write(path: Path, payload: Payload, requirements: Mapping[str, Any], model_n
     import json
 
     written = json.dumps(header).encode()
-    parts: list[bytes | memoryview] = [_LEAD.pack(_MAGIC, _VERSION, len(written)), written]
-    parts.append(payload.tokens.astype("<i4").tobytes())
+    found: list[bytes | memoryview] = [_LEAD.pack(_MAGIC, _VERSION, len(written)), written]
+    found.append(payload.tokens.astype("<i4").tobytes())
     if payload.logits is not None:
-        parts.append(payload.logits.astype("<f4").tobytes())
-    _write_atomically(path, [*parts, payload.state.data])
+        found.append(payload.logits.astype("<f4").tobytes())
+    return [*found, payload.state.data]
 
 
-def read(path: Path, requirements: Mapping[str, Any], n_vocab: int) -> Payload:
-    """Read a saved sequence; raise `StateError` if it is damaged, or does not meet the requirements."""
-    header, body = _read_verified(path)
+def joined(parts: Iterable[bytes | memoryview]) -> bytes:
+    """Return the parts of a saved sequence and their digest as one."""
+    parts, digest = list(parts), _new_digest()
+    for part in parts:
+        digest.update(part)
+    return b"".join([*parts, digest.digest()])
+
+
+def parsed(path: Path | str, content: bytes, requirements: Mapping[str, Any], n_vocab: int) -> Payload:
+    """Return what a saved sequence holds; raise `StateError` if it is damaged, or does not meet the requirements.
+
+    `path`: where it comes from, for messages.
+    """
+    header, body = _verified(path, content)
     if {*requirements, *_NUMBERS, "n_pure", "model"} - set(header) or not all(
         type(header[name]) is int for name in _NUMBERS
     ):
@@ -85,7 +96,7 @@ def _new_digest() -> Any:
     return hashlib.blake2b(digest_size=_DIGEST_BYTES)
 
 
-def _difference(path: Path, name: str, header: dict[str, Any], here: object) -> str:
+def _difference(path: Path | str, name: str, header: dict[str, Any], here: object) -> str:
     if name == "fingerprint":
         return f"{path} was saved from another model ({header['model']})"
     if name == "encoded":
@@ -95,8 +106,8 @@ def _difference(path: Path, name: str, header: dict[str, Any], here: object) -> 
     return f"{path} does not fit this context: its {name} is {header[name]!r}, here it is {here!r}"
 
 
-def _write_atomically(path: Path, parts: "Iterable[bytes | memoryview]") -> None:
-    """Write a file and its digest so that, whatever happens, the path holds the old content or the new.
+def write(path: Path, parts: "Iterable[bytes | memoryview]") -> None:
+    """Write a saved sequence and its digest so that, whatever happens, the path holds the old content or the new.
 
     A symbolic link is followed, and the mode of an old file kept. Raises `OSError` if the path is no regular file:
     replacing a device would destroy it.
@@ -131,7 +142,7 @@ def _write_atomically(path: Path, parts: "Iterable[bytes | memoryview]") -> None
             os.close(folder)
 
 
-def _content(path: Path) -> bytes:
+def read(path: Path) -> bytes:
     """Return what is in a file; raise `StateError` for what would block or exhaust the memory, such as a FIFO."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
@@ -144,11 +155,11 @@ def _content(path: Path) -> bytes:
         raise StateError(f"{path} has {status.st_size:,} bytes, for which there is not enough memory") from None
 
 
-def _read_verified(path: Path) -> tuple[dict[str, Any], memoryview]:
+def _verified(path: Path | str, saved: bytes) -> tuple[dict[str, Any], memoryview]:
     """Return the header of a saved sequence, and what follows it, once the digest is proven."""
     import json
 
-    content = memoryview(_content(path))
+    content = memoryview(saved)
     if len(content) < _LEAD.size or bytes(content[: len(_MAGIC)]) != _MAGIC[: len(content)]:
         raise StateError(f"{path} is not a saved sequence")
     _, version, header_bytes = _LEAD.unpack_from(content)

@@ -65,14 +65,14 @@ class SamplingParams:
         top_n_sigma: any number; keep logits within n standard deviations of the largest. 0 or less is off.
         xtc_probability: 0 to 1; chance that XTC removes every token at or above its threshold but the least likely.
         xtc_threshold: 0 to 1; the probability at which XTC starts to remove tokens. Above 0.5 is off.
-        repeat_last_n: at least 0; penalty window of the next three, in tokens. 0 is off.
+        repeat_last_n: at least -1; penalty window of the next three, in tokens. 0 is off, -1 is the whole history.
         repeat_penalty: above 0; divides positive and multiplies negative logits of tokens in the window. 1 is off.
         frequency_penalty: any number; subtracted once per occurrence in the window. 0 is off.
         presence_penalty: any number; subtracted once if the token occurs in the window. 0 is off.
         dry_multiplier: any number; strength of the DRY penalty. 0 is off.
         dry_base: at least 0; base of DRY's exponential. Below 1 is off.
         dry_allowed_length: at least 0; DRY does not penalise repeats shorter than this many tokens.
-        dry_penalty_last_n: at least 0; penalty window of DRY, in tokens. 0 is off.
+        dry_penalty_last_n: at least -1; penalty window of DRY, in tokens. 0 is off, -1 is the whole history.
         dry_sequence_breakers: strings (these need a tokenizer), token ids or id sequences that no repeat may cross.
         mirostat: 0 to 2; 1 or 2 replaces the chain with temperature and that version of Mirostat. 0 is off.
         mirostat_tau: at least 0; Mirostat's target surprise, in bits.
@@ -81,7 +81,8 @@ class SamplingParams:
         adaptive_decay: 0 to 0.99; decay of adaptive-p's moving average.
         min_keep: at least 0; top-p, min-p, typical-p and XTC keep at least this many tokens.
         logit_bias: mapping or (id, bias) pairs; added to the logits before processors and steps. `-inf` bans a token.
-        seed: 0 to 2**64 - 1; seed of the random stream. `None` takes one from the operating system.
+            An id may be a string of digits, as in JSON.
+        seed: 0 to 2**64 - 1; seed of the random stream. `None` or -1 takes one from the operating system.
         order: names of the steps in the order they run. A step that is not named does not run.
     """
 
@@ -110,7 +111,7 @@ class SamplingParams:
     adaptive_target: float = -1.0
     adaptive_decay: float = 0.9
     min_keep: int = 0
-    logit_bias: Mapping[int, float] | Iterable[tuple[int, float]] = ()
+    logit_bias: Mapping[int, float] | Mapping[str, float] | Iterable[tuple[int, float]] = ()
     seed: int | None = None
     order: Sequence[str] = DEFAULT_ORDER
 
@@ -119,7 +120,9 @@ class SamplingParams:
             object.__setattr__(self, name, _finite(name, getattr(self, name), low, high))
         for name, (least, most) in _INT_RANGES.items():
             object.__setattr__(self, name, _integer(name, getattr(self, name), least, most))
-        if self.seed is not None:
+        if self.seed is not None and _integer("seed", self.seed, -1, MAX_SEED) == -1:
+            object.__setattr__(self, "seed", None)
+        elif self.seed is not None:
             object.__setattr__(self, "seed", _integer("seed", self.seed, 0, MAX_SEED))
         if self.repeat_penalty == 0.0 or not math.isfinite(1.0 / self.repeat_penalty):
             raise ValueError(f"repeat_penalty must be greater than 0, not {self.repeat_penalty!r}")
@@ -188,11 +191,12 @@ _FLOAT_RANGES: dict[str, tuple[float, float]] = {
 }
 
 _INT32_MAX = 2**31 - 1
+_DIGITS = len(str(_INT32_MAX))
 _INT_RANGES: dict[str, tuple[int, int]] = {
     "top_k": (-_INT32_MAX, _INT32_MAX),
-    "repeat_last_n": (0, _INT32_MAX),
+    "repeat_last_n": (-1, _INT32_MAX),
     "dry_allowed_length": (0, _INT32_MAX),
-    "dry_penalty_last_n": (0, _INT32_MAX),
+    "dry_penalty_last_n": (-1, _INT32_MAX),
     "mirostat": (0, 2),
     "min_keep": (0, _INT32_MAX),
 }
@@ -284,6 +288,8 @@ def _bias_pairs(bias: object) -> tuple[tuple[int, float], ...]:
             token, value = pair
         except (TypeError, ValueError):
             raise TypeError(f"logit_bias must contain (id, bias) pairs, not {pair!r}") from None
+        if isinstance(token, str) and token.isascii() and token.isdigit() and len(token) <= _DIGITS:
+            token = int(token)
         token = _integer("logit_bias: token id", token, 0, _INT32_MAX)
         if value is False or (isinstance(value, float | np.floating) and value == -math.inf):
             pairs.append((token, -math.inf))

@@ -248,12 +248,12 @@ def merge_breakers(parts: Iterable[BreakerTails]) -> BreakerTails:
 
 
 def last(tokens: Sequence[int], count: int) -> Sequence[int]:
-    """Return the last `count` tokens of a history, in time independent of its length."""
-    if count <= 0:
+    """Return the last `count` tokens of a history, in time independent of its length; all of them for -1."""
+    if count == 0:
         return ()
     try:
         size = len(tokens)
-        return tokens[size - count :] if size > count else tokens[:]
+        return tokens[size - count :] if 0 < count < size else tokens[:]
     except (TypeError, LookupError):
         check_history("tokens", tokens)
         raise

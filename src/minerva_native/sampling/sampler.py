@@ -379,7 +379,7 @@ def _dry_is_on(params: SamplingParams) -> bool:
         and not params.mirostat
         and params.dry_multiplier != 0.0
         and params.dry_base >= 1.0
-        and params.dry_penalty_last_n > 0
+        and params.dry_penalty_last_n != 0
     )
 
 
