@@ -86,6 +86,25 @@ def test_a_later_part_is_not_the_one_to_load(first: Path, number: int) -> None:
         mn.Model.load(part(first, number))
 
 
+def test_parts_under_any_names_can_be_given_in_order(first: Path, tiny: mn.Model) -> None:
+    paths = [part(first, number).rename(first.with_name(f"{number}.gguf")) for number in (1, 2, 3)]
+    with mn.Model.load(paths) as model:
+        assert model.n_params == tiny.n_params
+        assert model.path == paths[0]
+    for wrong, words in (
+        (paths[:2], "has 3 parts, but 2 files are given"),
+        ([*paths, paths[2]], "has 3 parts, but 4 files are given"),
+        (paths[::-1], "is part 3 of 3 of a model: give the first part first"),
+        ([paths[0], paths[2], paths[1]], "part 2 of 3, but part 3: give each part once, in order"),
+        ([paths[0], paths[1], paths[1]], "part 3 of 3, but part 2: give each part once, in order"),
+        ([paths[0], paths[1], first.with_name("4.gguf")], "4.gguf does not exist"),
+    ):
+        with pytest.raises(mn.ModelLoadError, match=words):
+            mn.Model.load(wrong)
+    with pytest.raises(ValueError, match="path must name a file"):
+        mn.Model.load([])
+
+
 def test_a_missing_part_is_named(first: Path) -> None:
     part(first, 3).unlink()
     with pytest.raises(mn.ModelLoadError, match=r"-00003-of-00003\.gguf, part 3 of 3 of the model, is missing"):

@@ -173,7 +173,7 @@ def test_the_samplers_need_nothing_of_the_package_but_its_errors_and_checks() ->
 # What is called of libllama without a guard looks something up, or frees it. An assertion in one of them ends
 # the process, so each was read before it came here. `devices` measures before there is a model.
 UNGUARDED = re.compile(
-    r"minerva_\w+|llama_(free|log_set|max_parallel_sequences|ftype_name)"
+    r"minerva_\w+|llama_(free|log_set|max_parallel_sequences|max_devices|ftype_name)"
     r"|llama_vocab_\w+|llama_model_(n_\w+|has_\w+|is_\w+|size|desc|ftype|get_vocab|meta_val_str|rope_type|free"
     r"|decoder_start_token|default_params)|llama_(get_memory|get_logits_ith|n_ctx_seq|context_default_params)"
     r"|llama_memory_(can_shift|seq_pos_min|seq_pos_max)|gguf_(get_\w+|find_\w+|type_name|free)"

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+_MAX_FLOAT32 = 3.4028234663852886e38
+
 
 def integer(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> int:
     """Return an integer within a range; raise `TypeError` or `ValueError`."""
@@ -22,6 +24,23 @@ def integer(name: str, value: Any, low: float = -math.inf, high: float = math.in
     return number
 
 
+def number(name: str, value: Any) -> float:
+    """Return a number that float32 can hold, or raise `TypeError` or `ValueError`."""
+    if isinstance(value, str | bytes | np.ndarray):  # some of which float() would take
+        raise TypeError(f"{name} must be a number, not {what(value)}")
+    try:
+        result = float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must fit a 32-bit float, which this integer is too large for") from None
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, not {what(value)}") from None
+    if math.isnan(result):
+        raise ValueError(f"{name} must be a number, not NaN")
+    if _MAX_FLOAT32 < abs(result) < math.inf:
+        raise ValueError(f"{name} must fit a 32-bit float, not {result!r}")
+    return result
+
+
 def flag(name: str, value: Any) -> bool:
     """Return True or False; raise `TypeError` for what only happens to have a truth value, such as "off"."""
     try:
@@ -33,10 +52,13 @@ def flag(name: str, value: Any) -> bool:
 
 
 def path(name: str, value: Any) -> Path:
-    """Return a path; raise `TypeError` for anything else."""
+    """Return a path, with the home folder for a "~" at its beginning; raise `TypeError` for anything else."""
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"{name} must be a str or a path, not {what(value)}")
-    return Path(value)
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:  # there is no such user: it is a file of that name
+        return Path(value)
 
 
 def file_path(name: str, value: Any) -> Path:

@@ -131,6 +131,14 @@ def select(names: list[str]) -> Any:
     return ffi.new("ggml_backend_dev_t[]", [*chosen, ffi.NULL])
 
 
+def n_offload_devices(chosen: Any) -> int:
+    """Return how many devices libllama puts layers on: those that were chosen, or all GPUs."""
+    if chosen != ffi.NULL:
+        return len(chosen) - 1
+    types = [device.type for device in devices()]
+    return types.count("gpu") or types.count("igpu")  # integrated ones only if there are no others
+
+
 def available_cpus() -> int:
     """Return how many CPUs this process may use, by its affinity and its cgroup's quota, rounded up."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,9 +1,10 @@
 """The header of a GGUF file: its metadata and tensors, and checks that the file is complete and has all its parts."""
 
+import math
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,11 @@ from .errors import ModelLoadError
 MAGIC = b"GGUF"
 
 Value = int | float | bool | str | list[Any]
+
+Override = int | float | bool | str
+"""A value to use instead of a file's."""
+
+_LONGEST_OVERRIDE = 127  # bytes of a key or a string in `llama_model_kv_override`
 
 SCALARS: dict[int, Callable[[Any, int], Any]] = {
     lib.GGUF_TYPE_UINT8: lib.gguf_get_val_u8,
@@ -85,6 +91,36 @@ class StringFacts(NamedTuple):
     equal: tuple[int, int] | None
     squares: float
     cubes: float
+
+
+def checked_overrides(overrides: object) -> dict[str, Override]:
+    """Return values to use instead of a file's; raise `TypeError` or `ValueError` for what libllama cannot be told."""
+    if overrides is None:
+        return {}
+    if not isinstance(overrides, Mapping):
+        raise TypeError(f"kv_overrides must be a dict of keys and values, not {what(overrides)}")
+    found = dict[str, Override]()
+    for key, value in overrides.items():
+        if not isinstance(key, str):
+            raise TypeError(f"kv_overrides: a key must be a str, not {what(key)}")
+        if key.startswith("split.") or key in ("", "general.alignment"):
+            raise ValueError(f"kv_overrides: {key!r} cannot be overridden: it says how the file is laid out")
+        if isinstance(value, np.generic):
+            value = value.item()
+        if not isinstance(value, str | bool | int | float):
+            raise TypeError(f"kv_overrides: {key} must be a bool, int, float or str, not {what(value)}")
+        if type(value) is int and not 0 <= value < 2**31:  # what every type that libllama puts it in can hold
+            raise ValueError(f"kv_overrides: {key} must be from 0 to {2**31 - 1}, not {value}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"kv_overrides: {key} must be finite, not {value}")
+        for string in (key, value) if isinstance(value, str) else (key,):
+            data = string.encode(errors="replace")
+            if len(data) > _LONGEST_OVERRIDE or b"\0" in data or data.decode() != string:
+                raise ValueError(
+                    f"kv_overrides: {key!r} and its value may have {_LONGEST_OVERRIDE} bytes each, and no NUL"
+                )
+        found[key] = value
+    return found
 
 
 class GGUF(NoCopy):
@@ -172,6 +208,22 @@ class GGUF(NoCopy):
                     f"{self.size_bytes:,}. Download the file again and compare its checksum"
                 )
 
+    def override(self, values: Mapping[str, Override]) -> dict[str, Override]:
+        """Have `metadata` give these values; return them, with the type that the file has for each.
+
+        Raises `ValueError` if the file has another type under a key.
+        """
+        typed = dict[str, Override]()
+        for key, value in values.items():
+            old = self.metadata.get(key, value)
+            if isinstance(old, float) and type(value) is int:
+                value = float(value)
+            if type(old) is not type(value):
+                raise ValueError(f"kv_overrides: {key} is {what(old)} in {self.path.name}, not {what(value)}")
+            typed[key] = value
+        self.metadata = Metadata(self._handle, typed)
+        return typed
+
     def close(self) -> None:
         """Free the header; afterwards `metadata` and `tensors` raise `ClosedError`."""
         self._handle.close()
@@ -183,12 +235,13 @@ class Metadata(NoCopy, Mapping[str, Value]):
     ggml returns NUL-terminated strings, so a string with a NUL character is cut off there.
     """
 
-    def __init__(self, handle: Handle):
+    def __init__(self, handle: Handle, overrides: Mapping[str, Override] | None = None):
         self._handle = handle
-        self._cache: dict[str, Value] = {}
+        self._cache: dict[str, Value] = {**overrides} if overrides else {}
         with handle as gguf:
             count = lib.gguf_get_n_kv(gguf)
             self._ids = {text(lib.gguf_get_key(gguf, key)): key for key in range(count)}
+        self._ids.update(dict.fromkeys(self._cache.keys() - self._ids.keys(), -1))
 
     def __getitem__(self, key: str) -> Value:
         with self._handle as gguf:
@@ -210,16 +263,24 @@ class Metadata(NoCopy, Mapping[str, Value]):
         return f"<GGUF metadata, {len(self)} keys>"
 
 
-def open_parts(path: str | os.PathLike[str]) -> list[GGUF]:
-    """Open a model's file, and all its other parts if it is split.
+def open_parts(path: str | os.PathLike[str], others: Sequence[str | os.PathLike[str]] = ()) -> list[GGUF]:
+    """Open a model's file, and all its other parts if it is split: those that are given, or else by their names.
 
     Raises `ModelLoadError` if a part is missing or is not a GGUF file, or if the path is not that of the first part.
     """
     first = GGUF(path)
     count = _split_key(first, "count", 1, 2**16 - 1)
+    if others and len(others) + 1 != count:
+        raise ModelLoadError(
+            f"{first.path} says that its model has {count} parts, but {len(others) + 1} files are given"
+        )
     if count < 2:
         return [first]
     number = _split_key(first, "no", 0, count - 1)
+    if others:
+        if number:
+            raise ModelLoadError(f"{first.path} is part {number + 1} of {count} of a model: give the first part first")
+        return _with_parts(first, [GGUF(other) for other in others])
     name = re.fullmatch(rf"(.*)-{number + 1:05d}-of-{count:05d}\.gguf", first.path.name, re.DOTALL)
     if name is None:
         raise ModelLoadError(
@@ -229,14 +290,21 @@ def open_parts(path: str | os.PathLike[str]) -> list[GGUF]:
     paths = [first.path.with_name(f"{name[1]}-{part:05d}-of-{count:05d}.gguf") for part in range(1, count + 1)]
     if number:
         raise ModelLoadError(f"{first.path} is part {number + 1} of {count} of a model: load the first, {paths[0]}")
-    parts = [first]
     for number, other in enumerate(paths[1:], 1):
         if not other.exists():
             raise ModelLoadError(f"{other}, part {number + 1} of {count} of the model, is missing: download it as well")
-        part = GGUF(other)
-        if _split_key(part, "no", -1, count - 1) != number:
-            raise ModelLoadError(f"{other} does not say that it is part {number + 1} of {count}: download it again")
-        parts.append(part)
+    return _with_parts(first, [GGUF(other) for other in paths[1:]])
+
+
+def _with_parts(first: GGUF, others: list[GGUF]) -> list[GGUF]:
+    """Return all parts of a model, once they say that they are, in this order."""
+    parts = [first, *others]
+    count = len(parts)
+    for number, part in enumerate(others, 1):
+        said = _split_key(part, "no", -1, count - 1)
+        if said != number:
+            found = f"but part {said + 1}: give each part once, in order" if said >= 0 else "download it again"
+            raise ModelLoadError(f"{part.path} does not say that it is part {number + 1} of {count}, {found}")
     total, wanted = sum(len(part.tensors) for part in parts), first.metadata.get("split.tensors.count")
     if total != wanted:
         raise ModelLoadError(

@@ -4,19 +4,19 @@ import inspect
 import math
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, NoReturn, ParamSpec, Self
 
-from ._arguments import flag, function, integer, many
+from ._arguments import flag, function, integer, many, number
 from ._arguments import path as as_path
 from ._binding import BUILD_INFO, callbacks, ffi, lib, text, thrown
 from ._handle import Handle
 from .check import check_loaded, check_model
-from .devices import has_gpu, select
+from .devices import has_gpu, n_offload_devices, select
 from .errors import Cancelled, DeviceError, ModelLoadError, StateError
-from .gguf import GGUF, Metadata, open_parts
+from .gguf import GGUF, Metadata, Override, checked_overrides, open_parts
 from .options import ContextOptions
 from .tokenizer import Tokenizer
 
@@ -25,6 +25,20 @@ if TYPE_CHECKING:
 
 DEMO_PATH = Path(__file__).parent / "demo" / "minerva-demo.gguf"
 """The path of the built-in model."""
+
+_SPLIT_MODES = {
+    "none": lib.LLAMA_SPLIT_MODE_NONE,
+    "layer": lib.LLAMA_SPLIT_MODE_LAYER,
+    "row": lib.LLAMA_SPLIT_MODE_ROW,
+    "tensor": lib.LLAMA_SPLIT_MODE_TENSOR,
+}
+
+_LOAD_MODES = {  # by `mmap` and `mlock`
+    (True, False): lib.LLAMA_LOAD_MODE_AUTO,
+    (True, True): lib.LLAMA_LOAD_MODE_MMAP_MLOCK,
+    (False, False): lib.LLAMA_LOAD_MODE_NONE,
+    (False, True): lib.LLAMA_LOAD_MODE_MLOCK,
+}
 
 _SAMPLES, _SAMPLE_BYTES = 256, 4096  # of the model's file, for its fingerprint
 
@@ -52,47 +66,95 @@ class Model:
     tokenizer: Tokenizer
     gpu_layers: int  # how many layers were offered to a GPU
 
-    def __init__(self, parts: Sequence[GGUF], handle: Handle, gpu_layers: int, vocab_only: bool):
+    kv_overrides: dict[str, Override]  # what `Model.load` was told to use instead of the file's metadata
+
+    def __init__(
+        self,
+        parts: Sequence[GGUF],
+        handle: Handle,
+        gpu_layers: int,
+        vocab_only: bool,
+        kv_overrides: dict[str, Override],
+    ):
         self.path, self._parts, self._handle, self.vocab_only = parts[0].path, parts, handle, vocab_only
+        self.kv_overrides = kv_overrides
         self._contexts: weakref.WeakSet[Context] = weakref.WeakSet()
-        self.tokenizer = Tokenizer(handle)
+        self.tokenizer = Tokenizer(handle, parts[0].metadata)
         self._fingerprint: str | None = None  # of the file, once a sequence is saved or restored
         self.gpu_layers = min(gpu_layers, self.n_layer + 1) if gpu_layers >= 0 else self.n_layer + 1
 
     @classmethod
     def load(
         cls,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         *,
         gpu_layers: Literal["auto"] | int = "auto",
         devices: Sequence[str] | None = None,
+        split_mode: str = "layer",
+        main_gpu: int | None = None,
+        tensor_split: Sequence[float] | None = None,
         mmap: bool = True,
+        mlock: bool = False,
+        kv_overrides: Mapping[str, Override] | None = None,
         vocab_only: bool = False,
         check: bool = True,
         on_progress: Callable[[float], object] | None = None,
     ) -> Self:
-        """Load a GGUF file, the first one if the model is split (`llama_model_load_from_file`).
+        """Load a GGUF file (`llama_model_load_from_file`).
 
-        `gpu_layers`: how many layers to put on a GPU; "auto" puts all of them there if there is one, -1 does
-        without a choice. `devices`: names from `minerva_native.devices()`; all by default, none for the CPU alone.
-        `mmap`: map the file instead of reading it. `vocab_only`: load no weights; the model then only tokenizes.
-        `check`: refuse files that contradict themselves, on which libllama may end the process; pass False only for
-        files that you trust. `on_progress`: called with 0.0 to 1.0 as the weights come in; returning False stops the
-        load, which then raises `Cancelled`.
+        Args:
+            path: the file; of a split model the first one, or all of them in order if they are not named as usual.
+            gpu_layers: how many layers to put on a GPU; "auto" puts all of them there if there is one, -1 does without
+                a choice.
+            devices: names from `minerva_native.devices()`; all by default, none for the CPU alone.
+            split_mode: how several GPUs share the model: "none" (one has it), "layer", "row" or "tensor".
+            main_gpu: the index of the GPU that has the whole model with split_mode="none".
+            tensor_split: the share of each GPU, such as [3, 1]; by default as they have free memory.
+            mmap: map the file instead of reading it.
+            mlock: keep the weights in RAM, never swapped out. The system may limit that (`ulimit -l`), which libllama
+                then warns of.
+            kv_overrides: values to use instead of those in the file's metadata, as in
+                {"tokenizer.ggml.add_bos_token": False}.
+            vocab_only: load no weights; the model then only tokenizes.
+            check: refuse files that contradict themselves, on which libllama may end the process; pass False only for
+                files that you trust.
+            on_progress: called with 0.0 to 1.0 as the weights come in; returning False stops the load, which then
+                raises `Cancelled`.
 
-        Raises `ModelLoadError` (no model in that file), `DeviceError` (a GPU was asked for and there is none),
-        `Cancelled`, and `TypeError` or `ValueError` for an argument out of range.
+        Raises:
+            ModelLoadError: there is no model in that file.
+            DeviceError: a GPU was asked for that is not there.
+            Cancelled: `on_progress` returned False.
+            TypeError, ValueError: an argument is of the wrong type or out of range.
         """
-        path, mmap, vocab_only = as_path("path", path), flag("mmap", mmap), flag("vocab_only", vocab_only)
+        paths = [as_path("path", one) for one in (path if isinstance(path, list | tuple) else [path])]
+        if not paths:
+            raise ValueError("path must name a file")
+        mmap, mlock, vocab_only = flag("mmap", mmap), flag("mlock", mlock), flag("vocab_only", vocab_only)
         check = flag("check", check)
+        overrides = checked_overrides(kv_overrides)
         function("on_progress", on_progress)
-        parts = open_parts(path)
+        parts = open_parts(paths[0], paths[1:])
+        if overrides:
+            overrides = parts[0].override(overrides)
         facts = check_model(parts, vocab_only) if check else None
         parameters = ffi.new("struct llama_model_params *", lib.llama_model_default_params())
         if isinstance(devices, str):
             raise TypeError(f"devices must be a list of names, not a str: [{devices!r}]")
         chosen = select(list(many("devices", devices))) if devices is not None else ffi.NULL
         layers = _resolve_gpu_layers(gpu_layers, has_gpu() and (devices is None or len(chosen) > 1))
+        if not isinstance(split_mode, str) or split_mode not in _SPLIT_MODES:
+            raise ValueError(f"split_mode must be one of {', '.join(_SPLIT_MODES)}, not {split_mode!r}")
+        parameters.split_mode = _SPLIT_MODES[split_mode]
+        n_gpus = n_offload_devices(chosen)
+        if main_gpu is not None:
+            parameters.main_gpu = integer("main_gpu", main_gpu, 0, 2**31 - 1)
+            if parameters.main_gpu >= n_gpus:
+                raise DeviceError(f"main_gpu={main_gpu} is the index of a GPU, and there are {n_gpus} to choose from")
+        shares = _tensor_split(tensor_split, n_gpus)
+        parameters.tensor_split = shares
+        replaced = _overrides(overrides)
+        parameters.kv_overrides = replaced
         stopped = False
 
         # Even if nobody watches: entering Python lets a pending Ctrl-C take effect during a long load.
@@ -105,12 +167,13 @@ class Model:
         parameters.devices = chosen
         parameters.n_gpu_layers = layers
         mmap = mmap and all(part.can_be_mapped for part in parts)
-        parameters.load_mode = lib.LLAMA_LOAD_MODE_AUTO if mmap else lib.LLAMA_LOAD_MODE_NONE
+        parameters.load_mode = _LOAD_MODES[mmap, mlock]
         parameters.vocab_only = vocab_only
         parameters.progress_callback = lib.minerva_progress
         parameters.progress_callback_user_data = watcher
         with callbacks.captured_errors() as errors:
-            pointer = lib.minerva_model_load(os.fsencode(path), parameters)
+            names = [ffi.new("char[]", os.fsencode(one)) for one in paths]
+            pointer = lib.minerva_model_load(ffi.new("const char *[]", names), len(names), parameters)
         handle = Handle("Model", pointer, lib.llama_model_free) if pointer != ffi.NULL else None
         callbacks.raise_kept()
         if stopped:
@@ -118,13 +181,13 @@ class Model:
         if handle is None:
             why = thrown() or callbacks.reason(errors, "libllama gives no reason")
             raise ModelLoadError(
-                f"{path} cannot be loaded ({why}): check that the file is complete and that llama.cpp "
+                f"{paths[0]} cannot be loaded ({why}): check that the file is complete and that llama.cpp "
                 f"{BUILD_INFO['llama_cpp']} knows its architecture"
             )
         if facts and not vocab_only:
             with handle as model:
                 check_loaded(facts, lib.llama_model_rope_type(model))
-        return cls(parts, handle, layers, vocab_only)
+        return cls(parts, handle, layers, vocab_only, overrides)
 
     @classmethod
     def demo(cls, *, gpu_layers: Literal["auto"] | int = "auto") -> Self:
@@ -156,14 +219,16 @@ class Model:
         self._contexts.add(context)
 
     def fingerprint(self) -> str:
-        """Return a digest of the model's files: the size of each, its beginning, and samples from all over it.
+        """Return a digest of the model's files (the size of each, its beginning, and samples from all over it).
+
+        `kv_overrides` are part of it.
 
         Two models of equal digests are the same, unless somebody means to deceive. Raises `StateError` if a file can no
         longer be read.
         """
         if self._fingerprint is None:
             try:
-                self._fingerprint = _fingerprint([part.path for part in self._parts])
+                self._fingerprint = _fingerprint([part.path for part in self._parts], self.kv_overrides)
             except OSError as error:
                 raise StateError(f"{self.path} can no longer be read to tell which model this is ({error})") from error
         return self._fingerprint
@@ -308,7 +373,37 @@ def _resolve_gpu_layers(gpu_layers: Literal["auto"] | int, has_device: bool) -> 
     return layers
 
 
-def _fingerprint(paths: Sequence[Path]) -> str:
+def _tensor_split(shares: Sequence[float] | None, n_gpus: int) -> Any:
+    """Return libllama's array of the GPUs' shares, or NULL."""
+    if shares is None:
+        return ffi.NULL
+    given = [number(f"tensor_split[{index}]", share) for index, share in enumerate(many("tensor_split", shares))]
+    if any(share < 0 or not math.isfinite(share) for share in given) or not any(given):
+        raise ValueError(f"tensor_split must be shares of 0 or more, and not all 0: not {given}")
+    if len(given) != n_gpus:
+        raise DeviceError(f"tensor_split has {len(given)} shares, and there are {n_gpus} GPUs to split the model over")
+    return ffi.new("float[]", [*given, *[0.0] * (lib.llama_max_devices() - len(given))])
+
+
+def _overrides(values: Mapping[str, Override]) -> Any:
+    """Return libllama's array of `kv_overrides`, which ends with an empty key, or NULL."""
+    if not values:
+        return ffi.NULL
+    array = ffi.new("struct llama_model_kv_override[]", len(values) + 1)
+    for entry, (key, value) in zip(array, values.items(), strict=False):
+        entry.key = key.encode()
+        if isinstance(value, bool):
+            entry.tag, entry.val_bool = lib.LLAMA_KV_OVERRIDE_TYPE_BOOL, value
+        elif isinstance(value, int):
+            entry.tag, entry.val_i64 = lib.LLAMA_KV_OVERRIDE_TYPE_INT, value
+        elif isinstance(value, float):
+            entry.tag, entry.val_f64 = lib.LLAMA_KV_OVERRIDE_TYPE_FLOAT, value
+        else:
+            entry.tag, entry.val_str = lib.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
+    return array
+
+
+def _fingerprint(paths: Sequence[Path], overrides: Mapping[str, Override]) -> str:
     import hashlib  # which loads OpenSSL: not to be part of every start
 
     digest = hashlib.blake2b(digest_size=32)
@@ -319,4 +414,6 @@ def _fingerprint(paths: Sequence[Path]) -> str:
             for number in range(_SAMPLES):
                 file.seek(max(0, size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
                 digest.update(file.read(_SAMPLE_BYTES))
+    for override in sorted(overrides.items()):
+        digest.update(repr(override).encode())
     return digest.hexdigest()

@@ -6,7 +6,7 @@ import operator
 import os
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -116,7 +116,7 @@ class Tokenizer(NoCopy):
     adds_bos: bool
     adds_eos: bool
 
-    def __init__(self, model: Handle):
+    def __init__(self, model: Handle, metadata: Mapping[str, object]):
         self._model = model
         with model as pointer:
             self._vocab = vocab = lib.llama_model_get_vocab(pointer)
@@ -133,7 +133,7 @@ class Tokenizer(NoCopy):
             self._sep = _optional(lib.llama_vocab_sep(vocab))
             self.adds_bos = bool(lib.llama_vocab_get_add_bos(vocab))
             self.adds_eos = bool(lib.llama_vocab_get_add_eos(vocab))
-            name, splitter = (_metadata(pointer, f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+        name, splitter = (str(metadata.get(f"tokenizer.ggml.{key}", "")) for key in ("model", "pre"))
         # The model "gemma4" implies its splitter, which is a loop.
         self._splitter = (splitter or "default") if self.type == "bpe" and name != "gemma4" else ""
         self._refuses_spaces = self._splitter == "whitespace" and name != "whitespace"
@@ -495,13 +495,6 @@ os.register_at_fork(
     after_in_parent=_stack_size_lock.release,
     after_in_child=_stack_size_lock.release,
 )
-
-
-def _metadata(model: Any, key: str) -> str:
-    """Return a string of the model's metadata; "" if it has none by that name."""
-    buffer = ffi.new("char[]", 256)
-    count = lib.llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
-    return ffi.string(buffer).decode(errors="replace") if count >= 0 else ""
 
 
 def _optional(token: int) -> int | None:

@@ -91,8 +91,12 @@ static bool has_small_stack() {
 
 // ---- Models, contexts and texts -------------------------------------------------------------------------------------
 
-struct llama_model * minerva_model_load(const char * path, const struct llama_model_params * parameters) {
-    return guarded<llama_model *>(nullptr, [&] { return llama_model_load_from_file(path, *parameters); });
+struct llama_model * minerva_model_load(
+    const char ** paths, size_t n_paths, const struct llama_model_params * parameters) {
+    return guarded<llama_model *>(nullptr, [&] {
+        return n_paths == 1 ? llama_model_load_from_file(paths[0], *parameters)
+                            : llama_model_load_from_splits(paths, n_paths, *parameters);
+    });
 }
 
 struct gguf_context * minerva_gguf_init(const char * path, const struct gguf_init_params * parameters) {

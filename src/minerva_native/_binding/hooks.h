@@ -68,7 +68,8 @@ enum minerva_cause {
 enum minerva_cause minerva_thrown_cause(void);
 const char * minerva_thrown(void);
 
-struct llama_model * minerva_model_load(const char * path, const struct llama_model_params * parameters);
+struct llama_model * minerva_model_load(
+    const char ** paths, size_t n_paths, const struct llama_model_params * parameters);
 struct gguf_context * minerva_gguf_init(const char * path, const struct gguf_init_params * parameters);
 struct llama_context * minerva_context_new(struct llama_model * model, const struct llama_context_params * parameters);
 

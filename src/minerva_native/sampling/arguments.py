@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
-from .._arguments import integer, what
+from .._arguments import integer, number, what
 from ..errors import SamplingError
 from .candidates import Candidates, Floats, Scratch
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-_MAX_FLOAT32 = 3.4028234663852886e38
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
@@ -49,23 +46,6 @@ def checked_logits(logits: Any) -> Floats:
     if not logits.size:
         raise SamplingError("the logits are empty: no token can be drawn")
     return logits if logits.flags.c_contiguous else np.ascontiguousarray(logits)
-
-
-def number(name: str, value: Any) -> float:
-    """Return a number that float32 can hold, or raise `TypeError` or `ValueError`."""
-    if isinstance(value, str | bytes | np.ndarray):  # some of which float() would take
-        raise TypeError(f"{name} must be a number, not {what(value)}")
-    try:
-        result = float(value)
-    except OverflowError:
-        raise ValueError(f"{name} must fit a 32-bit float, which this integer is too large for") from None
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number, not {what(value)}") from None
-    if math.isnan(result):
-        raise ValueError(f"{name} must be a number, not NaN")
-    if _MAX_FLOAT32 < abs(result) < math.inf:
-        raise ValueError(f"{name} must fit a 32-bit float, not {result!r}")
-    return result
 
 
 def _candidates(name: str, value: Any) -> None:

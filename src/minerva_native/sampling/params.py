@@ -10,8 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .._arguments import integer, many, what
-from .arguments import number
+from .._arguments import integer, many, number, what
 
 DEFAULT_ORDER = (
     "penalties",
