@@ -224,6 +224,9 @@ CALLS: dict[str, Call] = {
     "Context.restore": Call(
         lambda room: close_after(room.context.restore), lambda room: {"path": room.folder / "saved"}, reads_files=True
     ),
+    "Context.set_threads": Call(
+        method("set_threads", "context"), lambda room: {"n": 1, "batch": 1}, also=("n_threads", "n_threads_batch")
+    ),
     "Context.from_bytes": Call(
         lambda room: close_after(room.context.from_bytes), lambda room: {"data": room.sequence.to_bytes()}
     ),

@@ -512,6 +512,65 @@ def test_the_keywords_of_a_context_are_those_of_its_options() -> None:
     assert own == ["self", *inspect.signature(mn.ContextOptions).parameters]
 
 
+def test_without_a_size_a_context_is_as_long_as_the_models_training(tiny: mn.Model) -> None:
+    with tiny.context(n_ctx=0, n_threads=1) as context:
+        assert context.n_ctx == context.options.n_ctx == tiny.n_ctx_train
+    with tiny.context(n_ctx=0, n_seq=2, kv_unified=False, n_threads=1) as context:
+        assert context.options.n_cells == tiny.n_ctx_train // 2
+
+
+def test_a_context_with_yarn_leaves_what_the_model_says_of_itself(tiny: mn.Model) -> None:
+    before = tiny.n_ctx_train
+    with tiny.context(n_ctx=64, rope_scaling_type="yarn", rope_freq_scale=0.5, yarn_orig_ctx=32) as context:
+        assert tiny.n_ctx_train == before
+        assert context.options.rope["yarn_orig_ctx"] == 32
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"rope_scaling_type": "magic"}, ValueError, "rope_scaling_type must be one of none, linear, yarn, longrope"),
+        ({"rope_freq_base": 0}, ValueError, "rope_freq_base must be more than 0"),
+        ({"rope_freq_scale": -0.5}, ValueError, "rope_freq_scale must be more than 0"),
+        ({"yarn_ext_factor": -1.0}, ValueError, "yarn_ext_factor must be 0 or more"),
+        ({"yarn_beta_fast": float("inf")}, ValueError, "yarn_beta_fast must be 0 or more"),
+        ({"yarn_attn_factor": "1"}, TypeError, "yarn_attn_factor must be a number"),
+        ({"yarn_orig_ctx": 0}, ValueError, "yarn_orig_ctx"),
+        ({"n_threads_batch": 0}, ValueError, "n_threads_batch"),
+        ({"n_ctx": 1}, ValueError, "n_ctx=1 leaves"),
+    ],
+)
+def test_options_that_cannot_be(tiny: mn.Model, options: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        tiny.context(**options)
+
+
+def test_the_number_of_threads_can_be_changed(demo: mn.Model) -> None:
+    ids, folder = demo.tokenizer.encode("Once upon a time"), Path("/proc/self/task")
+    with demo.context(n_ctx=64, n_threads=1, n_threads_batch=2, prefix_cache=False) as context:
+        assert (context.n_threads, context.n_threads_batch) == (1, 2)
+        with context.sequence() as sequence:
+            sequence.extend(ids)
+            expected = sequence.logits
+        before = len(list(folder.iterdir())) if folder.exists() else 0
+        for n, batch in ((2, None), (1, 4), (3, 1), (6, 6), (1, 1)):
+            context.set_threads(n, batch)
+            assert (context.n_threads, context.n_threads_batch) == (n, n if batch is None else batch)
+            assert context.options.n_threads == n
+            with context.sequence() as sequence:
+                sequence.extend(ids[:-1])
+                sequence.extend(ids[-1:])
+                assert np.abs(sequence.logits - expected).max() < 1e-2 * np.abs(expected).max()
+        for wrong, error in ((0, ValueError), (10**6, ValueError), ("2", TypeError)):
+            with pytest.raises(error, match="n_threads"):
+                context.set_threads(wrong)  # type: ignore[arg-type]
+        assert (context.n_threads, context.n_threads_batch) == (1, 1)
+    if before:
+        assert len(list(folder.iterdir())) < before  # all teams are gone, those that were replaced too
+    with pytest.raises(mn.ClosedError):
+        context.set_threads(2)
+
+
 # Queries
 
 

@@ -420,6 +420,7 @@ def test_another_model(load_tiny: Callable[[TinyModel], mn.Model], saved: Path) 
         ({"kv_type": ("f16", "q8_0")}, "kv_type"),
         ({"kv_unified": False}, "kv_unified is True, here it is False"),
         ({"flash_attention": "off"}, "V transposition"),
+        ({"rope_freq_scale": 0.5}, "rope"),
     ],
 )
 def test_other_options(tiny: mn.Model, saved: Path, options: dict[str, object], words: str) -> None:

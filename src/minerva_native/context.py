@@ -1,5 +1,6 @@
 """A context: libllama's compute graph and KV cache, and the sequences in it."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -85,6 +86,21 @@ class Context:
     def n_threads(self) -> int:
         """How many CPU threads compute."""
         return self._options.n_threads or 1
+
+    @property
+    def n_threads_batch(self) -> int:
+        """How many CPU threads compute several tokens at once."""
+        return self._options.n_threads_batch or self.n_threads
+
+    def set_threads(self, n: int, batch: int | None = None) -> None:
+        """Compute with `n` CPU threads from now on, and several tokens at once with `batch`, by default as many.
+
+        Raises `ValueError` for a number out of range, `ContextError` if the system does not grant that many.
+        """
+        options = dataclasses.replace(self._options, n_threads=n, n_threads_batch=n if batch is None else batch)
+        with self._cache.gate.enter(), self._cache.handle:
+            self._cache.runner.set_threads(options.n_threads or 1, options.n_threads_batch or 1)
+            self._options = options
 
     @property
     def kv_type(self) -> tuple[str, str]:

@@ -80,6 +80,8 @@ class Model:
         self.kv_overrides = kv_overrides
         self._contexts: weakref.WeakSet[Context] = weakref.WeakSet()
         self.tokenizer = Tokenizer(handle, parts[0].metadata)
+        with handle as pointer:  # a context with YaRN changes libllama's own number
+            self._n_ctx_train = int(lib.llama_model_n_ctx_train(pointer))
         self._fingerprint: str | None = None  # of the file, once a sequence is saved or restored
         self.gpu_layers = min(gpu_layers, self.n_layer + 1) if gpu_layers >= 0 else self.n_layer + 1
 
@@ -322,7 +324,7 @@ class Model:
     @property
     def n_ctx_train(self) -> int:
         """The context length in tokens that the model was trained on."""
-        return self._fact(lib.llama_model_n_ctx_train, "context_length")
+        return int(max(self.hyperparameter("context_length"))) if self.vocab_only else self._n_ctx_train
 
     def _fact(self, function: Callable[[Any], int], key: str = "") -> int:
         """Ask libllama, or the metadata if libllama was told to read the vocabulary alone."""

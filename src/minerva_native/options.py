@@ -2,11 +2,12 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from ._arguments import flag, integer, what
+from ._arguments import flag, integer, number, what
 from ._binding import lib
 from .devices import available_cpus, devices, physical_memory_bytes
 from .errors import OptionError
@@ -29,6 +30,19 @@ CELLS_STEP = 256  # libllama rounds the number of cells up to a multiple of this
 # something else, waiting for each other makes it up to a hundred times slower.
 ONE_THREAD_BYTES = 8 << 20
 
+ROPE_SCALING_TYPES = {
+    "none": lib.LLAMA_ROPE_SCALING_TYPE_NONE,
+    "linear": lib.LLAMA_ROPE_SCALING_TYPE_LINEAR,
+    "yarn": lib.LLAMA_ROPE_SCALING_TYPE_YARN,
+    "longrope": lib.LLAMA_ROPE_SCALING_TYPE_LONGROPE,
+}
+
+ROPE_NUMBERS = (
+    *("rope_freq_base", "rope_freq_scale", "yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow"),
+    "yarn_orig_ctx",
+)
+"""The options whose names are those of `llama_context_params`, which has a number for "as the model says"."""
+
 _MAX_BATCH = 1 << 16  # tokens in one call: more gain nothing, and their room is allocated at once
 
 _MAX = 2**31 - 1
@@ -42,13 +56,14 @@ class ContextOptions:
     """How a context is made; the keywords of `Model.context`.
 
     Attributes:
-        n_ctx: tokens that all sequences may hold together. A model with learned positions has at most as many as it has
-            positions.
+        n_ctx: tokens that all sequences may hold together; 0 for as many as the model was trained on. A model with
+            learned positions has at most as many as it has positions.
         n_seq: sequences at one time.
         n_batch: tokens evaluated in one call, at most 65,536.
         n_ubatch: tokens evaluated in one pass through the model.
         n_threads: CPU threads. None takes the CPUs that this process may use, or 1 if the model is so small that
             threads would wait for each other more than compute.
+        n_threads_batch: CPU threads for evaluating several tokens at once; None for as many as `n_threads`.
         kv_type: the element type of the KV cache, such as "f16" or "q8_0", or a pair: of keys and of values. "f32"
             takes twice the memory of "f16", and flash attention still computes with it in f16.
         flash_attention: "auto" uses it if the model and the device can. True and False mean "on" and "off".
@@ -64,6 +79,15 @@ class ContextOptions:
         checkpoint_interval: tokens between checkpoints, which are copies of the state of a memory that cannot be cut
             (see `Context.memory`).
         checkpoint_bytes: memory for the checkpoints of all sequences, in bytes.
+        rope_scaling_type: how positions beyond the training are scaled: "none", "linear", "yarn" or "longrope". None
+            for this and for the next seven means as the model's file says.
+        rope_freq_base: the base of RoPE's frequencies, above 0.
+        rope_freq_scale: what positions are multiplied by, above 0: 0.25 for four times the context.
+        yarn_ext_factor: how much YaRN (arXiv:2309.00071) extrapolates, from 0.
+        yarn_attn_factor: what YaRN multiplies queries and keys by.
+        yarn_beta_fast: above this many rotations within the training's context, YaRN does not scale.
+        yarn_beta_slow: below this many, YaRN scales fully.
+        yarn_orig_ctx: the context that the model was trained on before it was extended.
 
     Raises:
         TypeError, ValueError: an option is of the wrong type or out of range.
@@ -74,6 +98,7 @@ class ContextOptions:
     n_batch: int = 2048
     n_ubatch: int = 512
     n_threads: int | None = None
+    n_threads_batch: int | None = None
     kv_type: str | tuple[str, str] = "f16"
     flash_attention: Literal["auto", "on", "off"] | bool = "auto"
     kv_unified: bool = True
@@ -83,10 +108,18 @@ class ContextOptions:
     n_keep: int = 4
     checkpoint_interval: int = 512
     checkpoint_bytes: int = 1 << 30
+    rope_scaling_type: Literal["none", "linear", "yarn", "longrope"] | None = None
+    rope_freq_base: float | None = None
+    rope_freq_scale: float | None = None
+    yarn_ext_factor: float | None = None
+    yarn_attn_factor: float | None = None
+    yarn_beta_fast: float | None = None
+    yarn_beta_slow: float | None = None
+    yarn_orig_ctx: int | None = None
 
     def __post_init__(self) -> None:
         for name, low, high in (
-            ("n_ctx", 2, _MAX + 1 - CELLS_STEP),
+            ("n_ctx", 0, _MAX + 1 - CELLS_STEP),
             ("n_seq", 1, lib.llama_max_parallel_sequences()),
             ("n_batch", 1, _MAX),
             ("n_ubatch", 1, _MAX),
@@ -95,8 +128,10 @@ class ContextOptions:
             ("checkpoint_bytes", 0, 2**63 - 1),
         ):
             self._set(name, integer(name, getattr(self, name), low, high))
-        if self.n_threads is not None:
-            self._set("n_threads", integer("n_threads", self.n_threads, 1, lib.GGML_MAX_N_THREADS))
+        for name in ("n_threads", "n_threads_batch"):
+            if getattr(self, name) is not None:
+                self._set(name, integer(name, getattr(self, name), 1, lib.GGML_MAX_N_THREADS))
+        self._check_rope()
         for name in ("kv_unified", "swa_full", "prefix_cache"):
             self._set(name, flag(name, getattr(self, name)))
         if isinstance(self.kv_type, list):
@@ -110,10 +145,29 @@ class ContextOptions:
             raise ValueError(f'flash_attention must be "auto", "on" or "off", not {self.flash_attention!r}')
         if not callable(self.on_full) and not (isinstance(self.on_full, str) and self.on_full in ("error", "shift")):
             raise ValueError(f'on_full must be "error", "shift" or a function, not {self.on_full!r}')
-        if self.n_cells < 2:
+        if self.n_ctx and self.n_cells < 2:
             raise ValueError(
                 f"n_ctx={self.n_ctx} leaves each of n_seq={self.n_seq} sequences less than 2 cells of its own"
             )
+
+    def _check_rope(self) -> None:
+        kind = self.rope_scaling_type
+        if kind is not None and not (isinstance(kind, str) and kind in ROPE_SCALING_TYPES):
+            raise ValueError(f"rope_scaling_type must be one of {', '.join(ROPE_SCALING_TYPES)}, not {kind!r}")
+        for name in ROPE_NUMBERS[:-1]:
+            if getattr(self, name) is not None:
+                value = number(name, getattr(self, name))
+                least = "more than 0" if name.startswith("rope") else "0 or more"
+                if not math.isfinite(value) or value < 0 or (value == 0 and name.startswith("rope")):
+                    raise ValueError(f"{name} must be {least}, not {value!r}")
+                self._set(name, value)
+        if self.yarn_orig_ctx is not None:
+            self._set("yarn_orig_ctx", integer("yarn_orig_ctx", self.yarn_orig_ctx, 1, _MAX))
+
+    @property
+    def rope(self) -> dict[str, str | float | None]:
+        """How keys are rotated, as far as it was given: keys of one form are of no use in another."""
+        return {name: getattr(self, name) for name in ("rope_scaling_type", *ROPE_NUMBERS)}
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -135,7 +189,7 @@ class ContextOptions:
         """
         if not callable(getattr(model, "hyperparameter", None)):
             raise TypeError(f"model must be a Model, not {what(model)}")
-        n_ctx, n_threads = self.n_ctx, self.n_threads
+        n_ctx, n_threads = self.n_ctx or max(2, model.n_ctx_train), self.n_threads
         if model.has_learned_positions and n_ctx > model.n_ctx_train >= 2:
             n_ctx = model.n_ctx_train
             _logger.warning("n_ctx=%d is all that this model has positions for, not %d", n_ctx, self.n_ctx)
@@ -152,6 +206,7 @@ class ContextOptions:
             n_batch=n_batch,
             n_ubatch=min(self.n_ubatch, n_batch),
             n_threads=n_threads,
+            n_threads_batch=self.n_threads_batch or n_threads,
             kv_type=self.kv_types,
         )
         _check_sequences(model, resolved)

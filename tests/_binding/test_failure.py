@@ -38,7 +38,7 @@ class Bare:
             context = lib.minerva_context_new(pointer, parameters)
         assert context != ffi.NULL
         self.decoder = ffi.new("minerva_decoder *", {"context": context})
-        assert lib.minerva_threads_new(self.decoder, n_threads) == 0
+        assert lib.minerva_threads_set(self.decoder, n_threads, n_threads) == 0
 
     def decode(self, *positions: int) -> int:
         """Decode a token of each of several empty sequences, at these positions."""

@@ -4,6 +4,7 @@
 
 #include <ggml-cpu.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -87,7 +88,7 @@ struct Team::Worker {
     void * data;
 };
 
-Team::Team(int n_threads) : generation_(generation) {
+Team::Team(int n_threads, Team * smaller) : size_(n_threads), generation_(generation) {
     ggml_threadpool_params parameters;
     ggml_threadpool_params_init(&parameters, n_threads);
     Team * outer = this_team;
@@ -104,6 +105,7 @@ Team::Team(int n_threads) : generation_(generation) {
     }
     this_team = outer;
     begin(false);
+    smaller_.reset(smaller);
 }
 
 Team::~Team() {
@@ -268,11 +270,16 @@ void minerva_end(int64_t timeout_us) {
 #endif
 }
 
-int32_t minerva_threads_new(minerva_decoder * decoder, int32_t n_threads) {
-    return minerva::guarded<int32_t>(MINERVA_THREW, [&] {
-        auto * team = new minerva::Team(n_threads);
-        decoder->threads = team;
-        llama_attach_threadpool(decoder->context, team->pool(), nullptr);
+int32_t minerva_threads_set(minerva_decoder * decoder, int32_t n_threads, int32_t n_threads_batch) {
+    return minerva::guarded<int32_t>(MINERVA_THREW, decoder, false, [&] {
+        auto * team = static_cast<minerva::Team *>(decoder->threads);
+        const int wanted = std::max(n_threads, n_threads_batch);
+        if (team == nullptr || team->size() < wanted) {
+            team = new minerva::Team(wanted, team);
+            decoder->threads = team;
+            llama_attach_threadpool(decoder->context, team->pool(), nullptr);
+        }
+        llama_set_n_threads(decoder->context, n_threads, n_threads_batch);
         return 0;
     });
 }

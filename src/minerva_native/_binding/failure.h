@@ -7,6 +7,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <exception>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <stdexcept>
@@ -24,11 +25,14 @@ struct Assertion : std::runtime_error {
 // The worker threads of a context. They fail together: if one throws, all of them end, and so does the computation.
 class Team {
   public:
-    explicit Team(int n_threads);  // throws if the system does not grant that many threads
+    // Throws if the system does not grant that many threads. Owns the smaller team that it replaces, whose pool ggml
+    // still pauses when it first computes with this one.
+    Team(int n_threads, Team * smaller);
     ~Team();
     Team(const Team &) = delete;
     Team & operator=(const Team &) = delete;
 
+    int size() const { return size_; }
     ggml_threadpool * pool() const { return pool_; }
     bool has_failed() const { return failed_.load(std::memory_order_relaxed); }
     bool is_inherited() const;  // by the child of a fork, which has none of the threads
@@ -45,6 +49,8 @@ class Team {
     bool wait_for_the_others();
     void begin(bool failed);
 
+    int size_;
+    std::unique_ptr<Team> smaller_;
     ggml_threadpool * pool_ = nullptr;
     std::atomic<bool> failed_{false};
     int generation_;

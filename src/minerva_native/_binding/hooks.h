@@ -99,13 +99,14 @@ int32_t minerva_token_to_piece(const struct llama_vocab * vocab, int32_t token, 
 typedef struct {
     struct llama_context * context;
     float * logits;  // after the last token of the last batch; the memory is libllama's
-    void * threads;  // from `minerva_threads_new`, or NULL
+    void * threads;  // from `minerva_threads_set`, or NULL
     int failed;      // whether something was thrown in a computation: from then on every call is refused,
     char why[512];   // and this was thrown
 } minerva_decoder;
 
-// Give a context worker threads of its own, and take them away, which has to come before `llama_free`.
-int32_t minerva_threads_new(minerva_decoder * decoder, int32_t n_threads);
+// Give a context worker threads of its own, and take them away, which has to come before `llama_free`. A single token is
+// computed by `n_threads`, several by `n_threads_batch`.
+int32_t minerva_threads_set(minerva_decoder * decoder, int32_t n_threads, int32_t n_threads_batch);
 void minerva_threads_free(minerva_decoder * decoder);
 
 // All return what `llama_decode` returns.

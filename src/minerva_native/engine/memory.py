@@ -79,7 +79,7 @@ class Cells:
         self.exists = self._memory != ffi.NULL
         self.facts = _facts(model, options, self._memory)
         self._is_small = bool(self.facts.window) and not options.swa_full
-        self.key_form = _key_form(model, runner.handle.pointer)
+        self.key_form = _key_form(model, options, runner.handle.pointer)
 
     @property
     def _is_gone(self) -> bool:
@@ -185,7 +185,7 @@ def _facts(model: "Model", options: ContextOptions, memory: Any) -> Memory:
         kind = "sliding window"
     elif model.has_encoder:
         kind = "encoder-decoder"
-    can_shift = memory != ffi.NULL and lib.llama_memory_can_shift(memory) and _keys_rotate(model, options.kv_types[0])
+    can_shift = memory != ffi.NULL and lib.llama_memory_can_shift(memory) and _keys_rotate(model, options)
     if kind == "hybrid" and window:  # libllama ends the process if no layer attends to everything
         can_shift = False
     return Memory(
@@ -197,13 +197,16 @@ def _facts(model: "Model", options: ContextOptions, memory: Any) -> Memory:
     )
 
 
-def _keys_rotate(model: "Model", key_type: str) -> bool:
-    """Return whether libllama can rotate keys of this type to other positions: for some, its shift ends the process.
+def _keys_rotate(model: "Model", options: ContextOptions) -> bool:
+    """Return whether libllama can rotate keys to other positions: for some types, its shift ends the process.
 
     It rotates quantised keys by way of a Hadamard transform, which it has only for whole heads of a multiple of 64. If
     some layers have no RoPE, or learned positions are in all of them, it rotates the keys all the same, and they are
-    wrong.
+    wrong. If RoPE multiplies keys too, as YaRN does, the shift multiplies them once more.
     """
+    key_type = options.kv_types[0]
+    if _rope_multiplies(model, options):
+        return False
     if model.architecture in PARTLY_ROTATED or model.has_learned_positions:
         return False
     size = model.head_sizes[0]
@@ -213,18 +216,34 @@ def _keys_rotate(model: "Model", key_type: str) -> bool:
     return key_type in ("f32", "f16") or (key_type != "bf16" and transforms)
 
 
+def _rope_multiplies(model: "Model", options: ContextOptions) -> bool:
+    """Return whether RoPE also multiplies keys by a number other than 1 (`llama_context::llama_context`)."""
+    kind = options.rope_scaling_type or model.metadata.get(f"{model.architecture}.rope.scaling.type", "linear")
+    scale = 1.0 / (max(model.hyperparameter("rope.scaling.factor", *model.hyperparameter("rope.scale_linear"))) or 1.0)
+    scale = 1.0 if kind == "none" else options.rope_freq_scale or scale
+    ext, attn = options.yarn_ext_factor, options.yarn_attn_factor
+    if ext is None:
+        ext = max(model.hyperparameter("rope.scaling.yarn_ext_factor", float(kind == "yarn")))
+    if ext and scale != 1.0:
+        return True
+    if attn is None or ext:  # libllama computes it itself if there is a factor to extrapolate by
+        attn = 1.0 if ext else max(model.hyperparameter("rope.scaling.yarn_attn_factor", 1.0))
+    return attn * max(model.hyperparameter("rope.scaling.attn_factor", 1.0)) != 1.0
+
+
 def _transforms_quantised_keys() -> bool:
     """Return whether libllama transforms the quantised keys that it stores, which its environment can forbid."""
     return "LLAMA_ATTN_ROT_DISABLE" not in os.environ
 
 
-def _key_form(model: "Model", context: Any) -> dict[str, bool]:
+def _key_form(model: "Model", options: ContextOptions, context: Any) -> dict[str, Any]:
     """Return what keys are transformed by, besides the model: keys of one form are of no use in another."""
     original = max(model.hyperparameter("rope.scaling.original_context_length", model.n_ctx_train))
     return {
         "rotated": _transforms_quantised_keys(),
         # Some models have two sets of RoPE factors: one for contexts no longer than in the first training.
         "long_factors": model.has_long_factors and lib.llama_n_ctx_seq(context) > original,
+        "rope": options.rope,
     }
 
 

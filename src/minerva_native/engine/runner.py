@@ -14,7 +14,7 @@ import numpy.typing as npt
 from .._binding import callbacks, ffi, lib, thrown
 from .._handle import Handle
 from ..errors import BrokenContextError, Cancelled, ContextError, DecodeError
-from ..options import CELLS_STEP, ContextOptions, ggml_type
+from ..options import CELLS_STEP, ROPE_NUMBERS, ROPE_SCALING_TYPES, ContextOptions, ggml_type
 from .gate import CancelToken, check
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ class Runner:
     def _make(self) -> Handle:
         model, options, n_seq = self.model, self.options, self.options.n_seq
         n_threads = options.n_threads or 1
+        n_threads_batch = options.n_threads_batch or n_threads
         parameters = ffi.new("struct llama_context_params *", lib.llama_context_default_params())
         # A multiple of libllama's step, so that it grants exactly this many cells; `n_ctx` is kept to in Python.
         n_cells = math.ceil(options.n_cells / CELLS_STEP) * CELLS_STEP
@@ -107,7 +108,12 @@ class Runner:
         parameters.n_batch = max(options.n_batch, n_seq)  # or libllama ends the process
         parameters.n_ubatch = options.n_ubatch
         parameters.n_seq_max = n_seq
-        parameters.n_threads = parameters.n_threads_batch = n_threads
+        parameters.n_threads, parameters.n_threads_batch = n_threads, n_threads_batch
+        if options.rope_scaling_type is not None:
+            parameters.rope_scaling_type = ROPE_SCALING_TYPES[options.rope_scaling_type]
+        for name in ROPE_NUMBERS:  # libllama has numbers of its own for what is not given
+            if (value := getattr(options, name)) is not None:
+                setattr(parameters, name, value)
         parameters.type_k, parameters.type_v = map(ggml_type, options.kv_types)
         parameters.flash_attn_type = _FLASH_ATTENTION[str(options.flash_attention)]
         parameters.kv_unified, parameters.swa_full = options.kv_unified, options.swa_full
@@ -136,10 +142,16 @@ class Runner:
             callbacks.raise_kept()
             decoder.context = pointer
             # Without threads of its own, libllama starts some for every graph that it computes.
-            if lib.minerva_threads_new(decoder, n_threads):
-                raise ContextError(f"a context with n_threads={n_threads} cannot be made: {thrown()}")
+            self.set_threads(n_threads, n_threads_batch)
             undo.pop_all()
             return handle
+
+    def set_threads(self, n: int, batch: int) -> None:
+        """Compute a single token with `n` threads and several with `batch`; raise `ContextError` if it cannot be."""
+        if lib.minerva_threads_set(self.decoder, n, batch):
+            if self.is_broken:
+                raise self.broken()
+            raise ContextError(f"a context with n_threads={n} and n_threads_batch={batch} cannot be had: {thrown()}")
 
     def cancel(self) -> None:
         """Stop what computes now, on whatever thread."""

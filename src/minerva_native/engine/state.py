@@ -19,7 +19,7 @@ from ..errors import StateError
 from .cache import Payload
 
 _MAGIC = b"MINERVA-SEQUENCE"
-_VERSION = 2
+_VERSION = 3
 _LEAD = struct.Struct("<16sII")  # magic, version, bytes of the header
 _DIGEST_BYTES = 32
 
