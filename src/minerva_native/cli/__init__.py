@@ -10,11 +10,19 @@ from typing import NoReturn
 
 from minerva_native import ContextError, MinervaError, __version__
 
-from . import bench, chat, devices, generate, info, tokenize
+from . import bench, chat, devices, generate, info, pull, tokenize
 from .messages import printable, say, shown_log
 from .options import add_verbosity
 
-COMMANDS = {"generate": generate, "chat": chat, "bench": bench, "info": info, "devices": devices, "tokenize": tokenize}
+COMMANDS = {
+    "generate": generate,
+    "chat": chat,
+    "bench": bench,
+    "pull": pull,
+    "info": info,
+    "devices": devices,
+    "tokenize": tokenize,
+}
 
 
 class Parser(argparse.ArgumentParser):
