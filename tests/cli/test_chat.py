@@ -447,7 +447,7 @@ def test_a_missing_prompt_toolkit_is_a_hint_once() -> None:
         assert "\n".join(terminal.lines).count("pip install 'minerva-native[chat]'") == 1
 
 
-def test_what_is_typed_during_an_answer_is_not_shown_and_comes_after_it() -> None:
+def test_what_is_typed_during_an_answer_is_not_shown() -> None:
     with on_a_terminal(*ENDLESS) as terminal:
         terminal.enter("One day")
         terminal.expect(r"\w+ \w+ \w+ ")
@@ -456,6 +456,19 @@ def test_what_is_typed_during_an_answer_is_not_shown_and_comes_after_it() -> Non
         terminal.press("\x03")
         before = terminal.expect("stopped")
         assert "/tokens" not in before
+
+
+@editors
+def test_what_is_typed_ahead_comes_after_the_answer(editor: str) -> None:
+    with on_a_terminal("-n", "200", "--ignore-eos", "-q", editor=editor) as terminal:
+        terminal.press("One day\r/tokens\r")
+        terminal.expect("this conversation: 2 messages")
+
+
+def test_the_command_line_imports_no_library_before_it_is_needed() -> None:
+    heavy = ("prompt_toolkit", "huggingface_hub", "rich", "jinja2", "readline", "asyncio")
+    code = f"import minerva_native.cli, sys; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"
 
 
 # How an answer looks

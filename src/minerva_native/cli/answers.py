@@ -1,16 +1,19 @@
 """How an answer appears: plain text while it is made and, on a terminal, Markdown once it is complete."""
 
+from __future__ import annotations
+
 import io
 import logging
 import os
 import re
 import sys
 import unicodedata
-from typing import Protocol
-
-from minerva_native import Chunk
+from typing import TYPE_CHECKING, Protocol
 
 from .messages import printable, write
+
+if TYPE_CHECKING:
+    from minerva_native import Chunk
 
 _DIM, _NOT_DIM = "\x1b[2m", "\x1b[22m"
 

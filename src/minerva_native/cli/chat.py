@@ -1,5 +1,7 @@
 """Talk with a model, in a terminal or line by line."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import logging

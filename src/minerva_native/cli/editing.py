@@ -62,7 +62,7 @@ def line_editor(history: History, complete: Complete, is_quiet: bool) -> Read:
     if importlib.util.find_spec("prompt_toolkit") is not None:
         return _with_prompt_toolkit(history.entries, complete)
     if not is_quiet:
-        say("note", "pip install 'minerva-native[chat]' makes it easier to edit several lines")
+        say("note", "pip install 'minerva-native[chat]' for better editing")
     return _with_readline(history.entries, complete)
 
 

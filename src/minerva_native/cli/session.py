@@ -1,5 +1,7 @@
 """The conversations of one `minerva chat`: their settings, and the commands that change them."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import json
