@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {
     "_binding": 1,
     "_arguments": 0,
+    "_json": 0,
     "_handle": 1,
     "errors": 0,
     "devices": 2,
