@@ -9,14 +9,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import gguf
 import pytest
 
 import minerva_native as mn
-from minerva_native.cli import messages, progress
+from minerva_native.cli import messages
 
 MINERVA = [sys.executable, "-m", "minerva_native"]
 
@@ -58,44 +57,6 @@ def test_the_prompt_comes_from_an_option_a_file_or_standard_input(tmp_path: Path
     assert run(*greedy, "-f", "-", text="One sunny day").stdout == by_option
 
 
-def test_why_a_generation_stopped_is_said() -> None:
-    assert run(*SHORT, "-n", "2").stderr.endswith("| ended by -n\n")
-    answer = json.loads(run(*SHORT, "-n", "2", "--json").stdout)
-    assert (answer["finish_reason"], answer["context_full"]) == ("length", False)
-    assert run(*SHORT, "-n", "40", "--temp", "0", "--stop", "a").stderr.endswith("| ended by --stop\n")
-
-
-def test_an_instruct_model_with_a_raw_prompt_is_pointed_to_chat() -> None:
-    instruct = ("generate", "-t", "1", "-m", str(mn.DEMO_PATH), "-p")
-    note = "the prompt is given to the model as it is: `minerva chat` applies its chat template"
-    result = run(*instruct, "One day", "-n", "1")
-    assert result.stderr.startswith(f"minerva: note: {note}\n")
-    assert result.stderr.count("\n") == 2
-    for quiet in (("-q",), ("--parse-special",)):
-        assert note not in run(*instruct, "One day", "-n", "1", *quiet).stderr
-    assert note not in run(*SHORT, "-n", "1").stderr  # the built-in model tells stories
-    ended = "<|im_start|>assistant\nHello! Would you like to hear a story? Just tell me what it should be about."
-    at_once = run(*instruct, ended, "-n", "4", "--temp", "0", "--parse-special")
-    assert at_once.stdout == "\n"
-    assert "| ended by the model\n" in at_once.stderr
-    assert "ended the text at once, with its end token: `minerva chat` applies its chat template\n" in at_once.stderr
-
-
-def test_escapes_in_a_prompt_are_replaced_as_in_llama_cpp() -> None:
-    def prompt(*arguments: str) -> str:
-        return str(json.loads(run("generate", "-t", "1", "-n", "0", "--json", *arguments).stdout)["prompt"])
-
-    text = r"a\nb\tc\"d\'e\\f\x41g\qh\x4\xc3\xa9"
-    assert prompt("-p", text) == "a\nb\tc\"d'e\\fAg\\qh\\x4é"
-    assert prompt("-p", text, "--no-escape") == text
-    result = run("generate", "-p", r"\xff")
-    assert (result.returncode, result.stdout) == (1, "")
-    assert "-p is not UTF-8 text with its escapes replaced: see --no-escape" in result.stderr
-    whole = run(*SHORT, "-n", "80", "--temp", "0").stdout
-    assert "\n\n" in whole
-    assert run(*SHORT, "-n", "80", "--temp", "0", "--stop", r"\n").stdout == whole[: whole.index("\n")] + "\n"
-
-
 def test_json_is_one_object_with_text_and_timings() -> None:
     result = run(*SHORT, "-n", "8", "--temp", "0", "--json")
     answer = json.loads(result.stdout)
@@ -128,11 +89,7 @@ def test_info_names_the_source_that_was_built_and_describes_the_model() -> None:
     assert answer["build"]["llama_cpp"]
     assert answer["model"]["architecture"] == "llama"
     assert answer["metadata"]["general.name"] == "Minerva Demo"
-    shown = run("info").stdout
-    assert "Minerva Demo" in shown
-    for words in (r"n_params +1.0 million", r"size_bytes +1.1 MB", r"n_ctx_train +1,024", r"add_bos_token +yes"):
-        assert re.search(words, shown), words
-    assert not re.search(r"\b(True|False|None)\b|[\[{]", shown.partition("tokenizer.chat_template")[0])
+    assert "Minerva Demo" in run("info").stdout
 
 
 def test_devices_include_the_cpu() -> None:
@@ -152,20 +109,20 @@ def test_devices_include_the_cpu() -> None:
         (("generate", "-f", "/nowhere/prompt.txt"), "No such file"),
         (("generate", "-f", sys.executable), "is not UTF-8 text"),
         (("generate", "-p", "word " * 2000, "-c", "64"), "the context is full"),
-        (("generate", "-p", "word " * 2000, "-c", "64"), "of -c 64 cells"),
-        (("generate", "-c", "1"), "-c must be"),
-        (("generate", "-c", "-1"), "-c must be"),
-        (("generate", "-c", "1000000000000"), "-c must be"),
-        (("generate", "-c", "2000000000"), "-c 2000000000 needs a KV cache"),
-        (("generate", "-b", "0"), "-b must be"),
-        (("generate", "-t", "0"), "-t must be"),
-        (("generate", "-ctk", "f17"), "-ctk, -ctv must be"),
-        (("generate", "--temp", "nan"), "--temp must be"),
-        (("generate", "--temp", "-1"), "--temp must be"),
-        (("generate", "--temp", "inf"), "--temp must be"),
-        (("generate", "--top-p", "nan"), "--top-p must be"),
-        (("generate", "-s", "-5"), "-s must be"),
-        (("generate", "--stop", ""), "--stop must be"),
+        (("generate", "-p", "word " * 2000, "-c", "64"), "n_ctx=64 (-c)"),
+        (("generate", "-c", "1"), "n_ctx (-c) must be"),
+        (("generate", "-c", "-1"), "n_ctx (-c) must be"),
+        (("generate", "-c", "1000000000000"), "n_ctx (-c) must be"),
+        (("generate", "-c", "2000000000"), "n_ctx=2000000000 (-c) needs a KV cache"),
+        (("generate", "-b", "0"), "n_batch (-b) must be"),
+        (("generate", "-t", "0"), "n_threads (-t) must be"),
+        (("generate", "-ctk", "f17"), "kv_type (-ctk, -ctv) must be"),
+        (("generate", "--temp", "nan"), "temperature (--temp) must be"),
+        (("generate", "--temp", "-1"), "temperature"),
+        (("generate", "--temp", "inf"), "temperature"),
+        (("generate", "--top-p", "nan"), "top_p"),
+        (("generate", "-s", "-5"), "seed"),
+        (("generate", "--stop", ""), "stop"),
         (("tokenize", "-m", "/nowhere/model.gguf"), "does not exist"),
         (("info", "-m", "/nowhere/model.gguf"), "does not exist"),
     ],
@@ -177,13 +134,6 @@ def test_an_error_is_one_line_and_status_1(arguments: tuple[str, ...], words: st
     assert words in result.stderr
     assert result.stderr.startswith("minerva: error: ")
     assert result.stderr.count("\n") == 1
-
-
-def test_a_wrong_option_shows_the_usage_of_its_subcommand() -> None:
-    result = run("tokenize", "--dance")
-    assert result.returncode == 2
-    assert result.stderr.startswith("usage: minerva tokenize ")
-    assert result.stderr.endswith("minerva tokenize: error: unrecognized arguments: --dance\n")
 
 
 @pytest.mark.parametrize("arguments", [(), ("dance",), ("generate", "-n", "many"), ("generate", "-p", "a", "-f", "b")])
@@ -201,10 +151,8 @@ def test_a_wrong_number_of_tokens_is_answered_in_terms_of_the_option(n: str) -> 
 
 
 def test_no_limit_generates_until_the_context_is_full() -> None:
-    result = run(*SHORT, "-n", "-1", "-c", "64", "--ignore-eos")
-    assert result.stderr.endswith("| the context is full (-c)\n")
     answer = json.loads(run(*SHORT, "-n", "-1", "-c", "64", "--ignore-eos", "--json").stdout)
-    assert (answer["finish_reason"], answer["context_full"]) == ("length", True)
+    assert answer["finish_reason"] == "length"
     assert answer["n_prompt"] + answer["n_gen"] == 64
 
 
@@ -242,25 +190,6 @@ def test_ctrl_c_shows_what_was_generated_and_exits_130() -> None:
     assert b"Traceback" not in errors
 
 
-@pytest.mark.parametrize("module", ["minerva_native", "numpy", "minerva_native._binding._llama", "argparse"])
-def test_ctrl_c_during_imports_is_no_traceback(module: str) -> None:
-    program = f"""
-import sys
-import minerva_command
-
-class Interrupt:
-    def find_spec(self, name, path=None, target=None):
-        if name == {module!r}:
-            raise KeyboardInterrupt
-
-sys.meta_path.insert(0, Interrupt())
-sys.modules.pop({module!r}, None)
-sys.exit(minerva_command.main())
-"""
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert (result.returncode, result.stderr) == (130, "")
-
-
 def test_a_closed_pipe_is_not_an_error() -> None:
     command = [*MINERVA, "generate", "-q", "-t", "1", "-p", "Once", "-n", "-1", "-c", "100000", "--ignore-eos"]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -277,25 +206,6 @@ def test_no_progress_bar_is_drawn_unless_stderr_is_a_terminal() -> None:
     assert "\x1b" not in run(*SHORT, "-n", "4").stderr
 
 
-def test_the_progress_bar_is_there_from_the_beginning(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    monkeypatch.setattr(progress, "PATIENCE_SECONDS", 0.05)
-    monkeypatch.setenv("TERM", "xterm")
-    with progress.prefilling(is_quiet=False) as on_progress:
-        on_progress(0, 6000)
-        time.sleep(0.5)  # one long piece
-        said = capsys.readouterr().err
-    assert "Evaluating the prompt" in said
-    assert "0%" in said
-    capsys.readouterr()  # the bar has gone
-    with progress.prefilling(is_quiet=False) as on_progress:
-        on_progress(0, 10)
-    time.sleep(0.2)
-    assert "Evaluating" not in capsys.readouterr().err
-
-
 def test_nothing_is_read_from_a_terminal() -> None:
     controller, terminal = pty.openpty()
     try:
@@ -309,7 +219,7 @@ def test_nothing_is_read_from_a_terminal() -> None:
 
 def test_the_seed_is_named_and_gives_the_same_text_again() -> None:
     first = run(*SHORT, "-n", "16")
-    (seed,) = re.findall(r"\| seed (\d+) \|", first.stderr)
+    (seed,) = re.findall(r"\| seed (\d+)$", first.stderr, re.MULTILINE)
     assert run(*SHORT, "-n", "16", "-s", seed).stdout == first.stdout
     answer = json.loads(run(*SHORT, "-n", "16", "--json").stdout)
     assert run(*SHORT, "-n", "16", "-s", str(answer["seed"])).stdout == answer["text"] + "\n"

@@ -6,6 +6,7 @@ except `JsonObject` writes a row as soon as it gets it, so that an interrupted r
 
 import csv
 import io
+import json
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 import numpy as np
 import numpy.typing as npt
 
-from .._json import as_json
 from .compare import CONFIDENCE, Ratio
 from .measure import FIRST_TOKENS, Parts, Repetition, Test
 
@@ -109,6 +109,11 @@ class Writer(Protocol):
         """Write what closes the output; called even if the run was interrupted."""
 
 
+def _json(value: Any, indent: int | None = None) -> str:
+    """Return JSON in ASCII, without the one control character that `json` leaves as it is."""
+    return json.dumps(value, indent=indent).replace("\x7f", "\\u007f")
+
+
 class JsonList:
     """A JSON list of objects."""
 
@@ -117,7 +122,7 @@ class JsonList:
 
     def row(self, row: Row) -> None:
         """Write one result."""
-        print(f"{self._before}\n{as_json(row, indent=2)}", end="", file=self._file, flush=True)
+        print(f"{self._before}\n{_json(row, indent=2)}", end="", file=self._file, flush=True)
         self._before = ","
 
     def end(self) -> None:
@@ -137,7 +142,7 @@ class JsonObject:
 
     def end(self) -> None:
         """Write all results."""
-        print(as_json({"results": self._rows}), file=self._file, flush=True)
+        print(_json({"results": self._rows}), file=self._file, flush=True)
 
 
 class JsonLines:
@@ -148,7 +153,7 @@ class JsonLines:
 
     def row(self, row: Row) -> None:
         """Write one result."""
-        print(as_json(row), file=self._file, flush=True)
+        print(_json(row), file=self._file, flush=True)
 
     def end(self) -> None:
         """Do nothing: the output needs no end."""
@@ -168,7 +173,7 @@ class Csv:
             self._names = list(row)  # the same in every row
             writer.writerow(self._names)
         values = (row[name] for name in self._names)
-        writer.writerow(as_json(value) if isinstance(value, list | dict) else value for value in values)
+        writer.writerow(_json(value) if isinstance(value, list | dict) else value for value in values)
         print(text.getvalue(), end="", file=self._file, flush=True)
 
     def end(self) -> None:

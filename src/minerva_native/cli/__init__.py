@@ -50,10 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         subparser = subparsers.add_parser(name, help=summary, description=summary)
         module.add_arguments(subparser)
         add_verbosity(subparser)
-        subparser.set_defaults(parser=subparser)
-    options, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options = parser.parse_args(arguments)
     status = 0
     try:
         with shown_log(options.verbose, options.quiet) as log:
@@ -76,10 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _sentence(error: Exception, flags: Mapping[str, str]) -> str:
-    """Return what an error says, with the flags that people type for the names that the package has for them."""
+    """Return what an error says, with the flags that people type behind the names that the package has for them."""
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     if not isinstance(error, ValueError | ContextError):
         return str(error) or "there is not enough memory"
-    name = rf"(?<![\w/.-])({'|'.join(flags) or '(?!)'})(?:=(\d+))?(?![\w/-])"
-    return re.sub(name, lambda found: f"{flags[found[1]]} {found[2] or ''}".rstrip(), str(error))
+    name = rf"(?<![\w/.-])({'|'.join(flags) or '(?!)'})(=\d+)?(?![\w/.-])"
+    return re.sub(name, lambda found: f"{found[0]} ({flags[found[1]]})", str(error))

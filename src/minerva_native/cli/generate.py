@@ -9,7 +9,7 @@ from typing import Any
 
 import minerva_native as mn
 
-from .messages import as_json, say, write
+from .messages import as_json, write
 from .options import (
     SAMPLING_FLAGS,
     add_json,
@@ -19,21 +19,11 @@ from .options import (
     load_model,
     read_text,
     sampling,
-    unescaped,
     utf8,
 )
 from .progress import prefilling
 
 DEFAULT_N_CTX = 4096
-
-CHAT_TEMPLATE = "tokenizer.chat_template"  # a key of the file
-
-REASONS = {
-    "end": "ended by the model",
-    "stop": "ended by --stop",
-    "length": "ended by -n",
-    "cancelled": "interrupted",
-}
 
 FLAGS = {
     "n_ctx": "-c",
@@ -88,7 +78,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Generate; the exit status is 130 if Ctrl-C interrupted it."""
     clock = Clock()
-    stop = [unescaped(text, "--stop") for text in options.stop] if options.escape else options.stop
     with load_model(options) as model:
         given = sampling(options) | ({"logit_bias": end_biases(model)} if options.ignore_eos else {})
         sampler = mn.Sampler(mn.SamplingParams.from_model(model, **given))
@@ -109,14 +98,11 @@ def run(options: argparse.Namespace) -> int:
             if model.has_encoder:
                 ids = [context.encode(ids)]
             sequence = context.sequence()
-            if not options.quiet and is_raw(options, model):
-                say("note", "the prompt is given to the model as it is: `minerva chat` applies its chat template")
             text, finish_reason = [], "length"
             try:
                 with prefilling(options.quiet) as on_progress:
-                    on_progress(0, len(ids))
                     clock.prefill(sequence, ids, on_progress)
-                for step in mn.generate(sequence, sampler, max_tokens=options.predict, stop=stop):
+                for step in mn.generate(sequence, sampler, max_tokens=options.predict, stop=options.stop):
                     clock.tick()
                     text.append(step.text)
                     if not options.json:
@@ -126,24 +112,14 @@ def run(options: argparse.Namespace) -> int:
                     finish_reason = step.finish_reason or finish_reason
             except KeyboardInterrupt:
                 finish_reason = "cancelled"
-    context_full = finish_reason == "length" and clock.n_tokens != options.predict
     if options.json:
-        result = {"prompt": prompt, "text": "".join(text), "finish_reason": finish_reason, "context_full": context_full}
-        print(as_json({"model": str(model.path), **result, "seed": sampler.seed, **clock.figures()}))
+        result = {"prompt": prompt, "text": "".join(text), "finish_reason": finish_reason, "seed": sampler.seed}
+        print(as_json({"model": str(model.path), **result, **clock.figures()}))
     else:
         print(flush=True)
         if not options.quiet:
-            why = "the context is full (-c)" if context_full else REASONS[finish_reason]
-            print(f"{clock.line()} | seed {sampler.seed} | {why}", file=sys.stderr)
-            if finish_reason == "end" and not "".join(text).strip():
-                template = ": `minerva chat` applies its chat template" if CHAT_TEMPLATE in model.metadata else ""
-                say("note", f"the model ended the text at once, with its end token{template}")
+            print(f"{clock.line()} | seed {sampler.seed}", file=sys.stderr)
     return 130 if finish_reason == "cancelled" else 0
-
-
-def is_raw(options: argparse.Namespace, model: mn.Model) -> bool:
-    """Return whether a prompt that somebody has typed goes to an instruct model without its template."""
-    return options.model is not None and CHAT_TEMPLATE in model.metadata and not options.parse_special
 
 
 def limit(text: str) -> int | None:

@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
         names = {name: printable(name) for name in section}
         width = max(map(len, names.values()))
         for name, value in section.items():
-            print(f"{names[name]:{width}}  {summary(value, name)}")
+            print(f"{names[name]:{width}}  {summary(value)}")
     return 0
 
 
@@ -50,27 +50,10 @@ def model_facts(model: mn.Model) -> dict[str, Any]:
     }
 
 
-def summary(value: Any, name: str = "") -> str:
-    """Render a value on one line, for people: a size with its unit, yes or no, lists without their brackets."""
-    if name == "size_bytes":
-        return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
-    if name == "n_params":
-        return f"{value / 1e9:.2f} billion" if value >= 1e9 else f"{value / 1e6:.1f} million"
-    if isinstance(value, dict):
-        return ", ".join(f"{key}={summary(one)}" for key, one in value.items()) or "-"
-    if isinstance(value, list):
-        shown = ", ".join(
-            repr(one) if isinstance(one, str) else summary(one) for one in value[: 3 if len(value) > 8 else 8]
-        )
-        return f"{shown}, ... ({len(value):,} in all)" if len(value) > 8 else shown or "-"
-    text = value if isinstance(value, str) else _words(value)
+def summary(value: Any) -> str:
+    """Render a value on one line."""
+    if isinstance(value, list) and len(value) > 8:
+        return f"[{', '.join(map(repr, value[:3]))}, ... {len(value):,} in all]"
+    text = value if isinstance(value, str) else repr(value)
     line = printable(" ".join(text.split()))
     return line if len(line) <= LONGEST_VALUE else f"{line[:LONGEST_VALUE]}... ({len(text):,} characters)"
-
-
-def _words(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:,.7g}" if isinstance(value, float) else f"{value:,}"

@@ -1,14 +1,12 @@
 """What people and programs read: text without control characters, JSON in ASCII, and the log as lines on stderr."""
 
+import json
 import logging
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-from .._json import as_json
-
-__all__ = ["Log", "as_json", "printable", "say", "shown_log", "warn", "write"]
+from typing import Any
 
 _LOGGER = logging.getLogger("minerva_native")
 
@@ -36,6 +34,15 @@ def _escape(character: str) -> str:
 def write(text: str) -> None:
     """Write generated text: to a terminal without control characters, to a file or a pipe as it is."""
     sys.stdout.write(printable(text, "\n\t") if sys.stdout.isatty() else text)
+
+
+def as_json(value: Any) -> str:
+    """Return JSON in printable ASCII. A number that JSON does not have, such as NaN, becomes a string."""
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except ValueError:
+        text = json.dumps(json.loads(json.dumps(value), parse_constant=str))
+    return text.replace("\x7f", "\\u007f")
 
 
 def say(kind: str, sentence: object) -> None:

@@ -1,7 +1,6 @@
 """The options that subcommands share, under llama.cpp's names."""
 
 import argparse
-import re
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -47,22 +46,6 @@ def utf8(text: str) -> str:
 def gpu_layers(text: str) -> Literal["auto"] | int:
     """Parse `-ngl`."""
     return "auto" if text == "auto" else int(text)
-
-
-_ESCAPES = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"'": b"'", b'"': b'"', b"\\": b"\\"}
-
-
-def unescaped(text: str, option: str) -> str:
-    r"""Return a text with what llama.cpp's tools replace: \n, \r, \t, \', \", \\ and \xHH; other backslashes stay."""
-
-    def value(found: re.Match[bytes]) -> bytes:
-        return bytes([int(found[2], 16)]) if found[2] else _ESCAPES[found[1]]
-
-    data = re.sub(rb"""\\(?:([nrt'"\\])|x([0-9a-fA-F]{2}))""", value, text.encode(errors="surrogatepass"))
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        raise ValueError(f"{option} is not UTF-8 text with its escapes replaced: see --no-escape") from None
 
 
 def add_verbosity(parser: argparse.ArgumentParser) -> None:
@@ -116,8 +99,6 @@ def add_text(parser: argparse.ArgumentParser) -> None:
     )
     file = "read the text from a file; - for standard input"
     source.add_argument("-f", "--file", type=file_name, metavar="FILE", help=file)
-    escape = r"turn \n, \t, \", \\ and \xHH in -p and --stop into what they stand for (on)"
-    parser.add_argument("-e", "--escape", action=argparse.BooleanOptionalAction, default=True, help=escape)
     special = "treat the names of special tokens in the text, such as <|im_start|>, as those tokens"
     parser.add_argument("--parse-special", action="store_true", help=special)
 
@@ -125,7 +106,7 @@ def add_text(parser: argparse.ArgumentParser) -> None:
 def read_text(options: argparse.Namespace) -> str:
     """Return what `-p` or `-f` give, or else standard input unless it is a terminal, without one final newline."""
     if options.prompt is not None:
-        return unescaped(options.prompt, "-p") if options.escape else str(options.prompt)
+        return str(options.prompt)
     name = options.file
     if name in (None, "-") and sys.stdin is None:
         return ""

@@ -1,7 +1,7 @@
 """Progress bars on stderr, only on a terminal and only for what takes a while."""
 
 import sys
-import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -13,49 +13,35 @@ PATIENCE_SECONDS = 0.3
 
 
 class Bar:
-    """A progress bar that appears if the work takes a while, at 0% too, unless it has to be quiet."""
+    """A progress bar that appears if the work takes a while, unless it has to be quiet."""
 
     def __init__(self, label: str, is_quiet: bool):
-        self._label, self._is_quiet = label, is_quiet or not sys.stderr.isatty()
-        self._lock = threading.Lock()
-        self._timer: threading.Timer | None = None
-        self._is_closed = False
+        self._label, self._is_quiet = label, is_quiet
+        self._start = time.perf_counter()
         self._progress: Progress | None = None
-        self._done = self._total = 0.0
 
     def update(self, done: float, total: float) -> None:
-        """Note how much is done."""
-        if self._is_quiet:
-            return
-        self._done, self._total = done, total
-        if self._timer is None:
-            self._timer = threading.Timer(PATIENCE_SECONDS, self._appear)
-            self._timer.daemon = True
-            self._timer.start()
-        if self._progress is not None:
-            self._progress.update(self._task, completed=done)
-
-    def _appear(self) -> None:
-        from rich.console import Console
-        from rich.progress import Progress
-
-        with self._lock:
-            if self._is_closed or self._done >= self._total:
+        """Show how much is done."""
+        if self._progress is None:
+            if (
+                self._is_quiet
+                or not sys.stderr.isatty()
+                or done >= total
+                or time.perf_counter() - self._start < PATIENCE_SECONDS
+            ):
                 return
-            progress = Progress(console=Console(stderr=True), transient=True)
-            self._task = progress.add_task(self._label, total=self._total)
-            progress.update(self._task, completed=self._done)
-            progress.start()
-            self._progress = progress
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self._progress = Progress(console=Console(stderr=True), transient=True)
+            self._progress.start()
+            self._task = self._progress.add_task(self._label, total=total)
+        self._progress.update(self._task, completed=done)
 
     def close(self) -> None:
         """Remove the bar from the screen."""
-        if self._timer is not None:
-            self._timer.cancel()
-        with self._lock:
-            self._is_closed = True
-            if self._progress is not None:
-                self._progress.stop()
+        if self._progress is not None:
+            self._progress.stop()
 
 
 @contextmanager
