@@ -537,7 +537,7 @@ def test_a_context_with_yarn_leaves_what_the_model_says_of_itself(tiny: mn.Model
         ({"yarn_attn_factor": "1"}, TypeError, "yarn_attn_factor must be a number"),
         ({"yarn_orig_ctx": 0}, ValueError, "yarn_orig_ctx"),
         ({"n_threads_batch": 0}, ValueError, "n_threads_batch"),
-        ({"n_ctx": 1}, ValueError, "n_ctx=1 leaves"),
+        ({"n_ctx": 1}, ValueError, "n_ctx must be 0"),
     ],
 )
 def test_options_that_cannot_be(tiny: mn.Model, options: dict[str, Any], error: type[Exception], words: str) -> None:

@@ -128,6 +128,8 @@ class ContextOptions:
             ("checkpoint_bytes", 0, 2**63 - 1),
         ):
             self._set(name, integer(name, getattr(self, name), low, high))
+        if self.n_ctx == 1:
+            raise ValueError("n_ctx must be 0, for the model's own, or 2 and more, not 1")
         for name in ("n_threads", "n_threads_batch"):
             if getattr(self, name) is not None:
                 self._set(name, integer(name, getattr(self, name), 1, lib.GGML_MAX_N_THREADS))
