@@ -14,6 +14,11 @@ Begin with `Model.load` or `Model.demo`, then `Model.context`, `Context.sequence
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+import minerva_command
+
+if minerva_command.is_run_as_a_module(__name__):
+    minerva_command.leave_on_ctrl_c()  # the imports below take most of the time before `__main__` runs
+
 from .context import Context, Memory, Stats
 from .devices import Device, available_cpus, build_info, cpu_quota, devices
 from .errors import (

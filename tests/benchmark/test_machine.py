@@ -56,6 +56,14 @@ def test_a_quiet_machine_gives_no_warning(quiet: pytest.MonkeyPatch) -> None:
     assert machine.noise(4) == []
 
 
+def test_the_rest_of_a_load_on_idle_cpus_is_no_warning(quiet: pytest.MonkeyPatch) -> None:
+    quiet.setattr(machine, "load_average", lambda: 0.8)
+    quiet.setattr(machine, "usable_cpus", lambda: [0, 1])
+    assert machine.noise(2) == []
+    quiet.setattr(machine, "load_average", lambda: 1.0)
+    assert len(machine.noise(2)) == 1
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "value", "words"),
     [

@@ -2,14 +2,17 @@
 
 import csv
 import io
+import itertools
 import json
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from minerva_native.benchmark import measure, report
+from minerva_native.benchmark import machine, measure, report
 
 Row = dict[str, Any]
 
@@ -111,20 +114,15 @@ def written(make: Callable[[io.StringIO], report.Writer], rows: list[Row]) -> st
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
-def test_json_is_a_list(count: int) -> None:
-    assert json.loads(written(report.JsonList, ROWS[:count])) == ROWS[:count]
-
-
-@pytest.mark.parametrize("count", [0, 1, 2])
-def test_json_can_be_one_object(count: int) -> None:
-    assert json.loads(written(report.JsonObject, ROWS[:count])) == {"results": ROWS[:count]}
+def test_json_is_one_object(count: int) -> None:
+    assert json.loads(written(report.Json, ROWS[:count])) == {"results": ROWS[:count]}
 
 
 def test_json_lines_are_an_object_each() -> None:
     assert [json.loads(line) for line in written(report.JsonLines, ROWS).splitlines()] == ROWS
 
 
-@pytest.mark.parametrize("make", [report.JsonList, report.JsonLines, report.JsonObject])
+@pytest.mark.parametrize("make", [report.Json, report.JsonLines])
 def test_json_is_printable(make: Callable[[io.StringIO], report.Writer]) -> None:
     name = "a\x1b\x7f\x9b\u202e"
     text = written(make, [{"test": name}])
@@ -139,7 +137,7 @@ def test_csv_names_its_columns_and_keeps_lists_in_cells() -> None:
     assert (second["list"], second["none"]) == ("[]", 'a,"b')
 
 
-@pytest.mark.parametrize("make", [report.JsonList, report.JsonLines, report.Csv])
+@pytest.mark.parametrize("make", [report.Json, report.JsonLines, report.Csv])
 def test_a_result_is_written_before_the_next_is_measured(make: Callable[[io.StringIO], report.Writer]) -> None:
     file = io.StringIO()
     make(file).row(ROWS[0])
@@ -161,13 +159,38 @@ for test in TESTS:
 
 
 def test_a_setting_has_a_column_if_it_varies() -> None:
-    names = report.columns(TESTS, is_compared=False, with_model=False)
+    names = report.columns(TESTS, 1, is_compared=False, with_model=False)
     assert list(names)[:4] == ["threads", "test", "t/s", "first token"]
     assert names["test"] == len("tg128 @ d4096")
     assert "p99" in names
-    assert "p99" not in report.columns(TESTS[:1], is_compared=False, with_model=False)
-    assert "threads" not in report.columns(TESTS[:1], is_compared=False, with_model=False)
-    assert "ratio" in report.columns(TESTS, is_compared=True, with_model=True)
+    assert "p99" not in report.columns(TESTS[:1], 1, is_compared=False, with_model=False)
+    assert "threads" not in report.columns(TESTS[:1], 1, is_compared=False, with_model=False)
+    assert "ratio" in report.columns(TESTS, 1, is_compared=True, with_model=True)
+
+
+@pytest.mark.parametrize(
+    ("n", "percentiles"),
+    [(0, []), (1, []), (2, [50]), (9, [50]), (10, [50, 90]), (30, [50, 90, 95]), (99, [50, 90, 95])],
+)
+def test_a_percentile_takes_samples_beyond_it(n: int, percentiles: list[int]) -> None:
+    assert report.distinct_percentiles(n) == percentiles
+
+
+@pytest.mark.parametrize("n", range(2, 300))
+def test_distinct_percentiles_are_different_order_statistics(n: int) -> None:
+    ranks = [math.ceil(n * percentile / 100) for percentile in report.distinct_percentiles(n)]
+    assert len({*ranks, n}) == len(ranks) + 1, "and none is the maximum"
+
+
+def test_the_first_tokens_are_no_samples() -> None:
+    assert [report.n_steady(*shape) for shape in ((0, 5), (4, 2), (5, 2), (128, 5))] == [0, 8, 2, 620]
+
+
+def test_columns_are_split_into_lines_only_if_they_have_to_be() -> None:
+    widths = {"a": 10, "b": 10, "c": 30}
+    assert report.split(widths, None) == report.split(widths, 56) == [["a", "b", "c"]]
+    assert report.split(widths, 55) == [["a", "b"], ["c"]]
+    assert report.split(widths, 5) == [["a"], ["b"], ["c"]]
 
 
 def test_a_line_is_folded_between_figures() -> None:
@@ -186,6 +209,87 @@ def test_a_word_longer_than_a_line_is_not_broken() -> None:
         "  a-file-with-a-very-long-name.gguf,",
         "  1 MiB",
     ]
+
+
+class Terminal(io.StringIO):
+    """A file that claims to be a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+SETTINGS: list[Row] = [
+    {"n_prompt": n_prompt, "n_gen": n_gen, "test": test, "type_k": type_k, "type_v": type_v, "n_threads": n_threads}
+    for n_prompt, n_gen, test in ((512, 0, "pp512"), (512, 128, "pp512+tg128 @ d16384"))
+    for type_k, type_v, n_threads in itertools.product(("f16", "q8_0"), ("f16", "bf16"), (1, 16))
+]
+
+
+def result(settings: Row, is_compared: bool) -> Row:
+    """Return a result of made-up times, with everything that `minerva bench` reports."""
+    n_gen = settings["n_gen"]
+    runs = [repetition([*range(9000 + number, 9000 + number + n_gen)], 123_456) for number in range(6)]
+    row = report.figures(measure.Test(n_prompt=512, n_gen=n_gen), runs)
+    parts = [measure.Parts(9e6, 1e4, 2e4, 3e3, 4e4, 9.1e6)] if n_gen else []
+    limit = dict.fromkeys(("memory_bandwidth", "weight_bytes_per_token", "kv_bytes_per_token", "roofline_ts"), 1e9)
+    return {
+        **machine.facts(),
+        **dict.fromkeys(("n_batch", "n_ubatch", "n_gpu_layers"), 512),
+        "flash_attn": -1,
+        "mmap": True,
+        "warm_up": True,
+        "clock_ns": 30.0,
+        "fits_cache": False,
+        "model_type": "llama 1B Q4_0",
+        "model_filename": "m.gguf",
+        "model_size": 10**9,
+        "model_n_params": 10**9,
+        "roofline_share": 0.5 if n_gen else None,
+        **limit,
+        **settings,
+        **row,
+        **report.taken_apart(parts),
+        **(report.compared(row, "baseline", [rate * 1.01 for rate in row["samples_ts"]]) if is_compared else {}),
+    }
+
+
+def screen(monkeypatch: pytest.MonkeyPatch, width: int, is_compared: bool) -> tuple[list[str], list[str]]:
+    """Return the lines of a table on a terminal, from its header on, and the lines below it."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    same: Row = {"n_batch": 1, "n_ubatch": 1, "flash_attn": 1, "n_gpu_layers": 1, "mmap": True}
+    columns = report.columns([same | test for test in SETTINGS], 6, is_compared=is_compared, with_model=False)
+    terminal = Terminal()
+    writer = report.Screen(terminal, columns)
+    for settings in SETTINGS:
+        writer.row(result(settings, is_compared))
+    n_before = terminal.getvalue().count("\n")
+    writer.end()
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue()).splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith(" threads"))
+    return lines[start:n_before], lines[n_before:]
+
+
+@pytest.mark.parametrize("is_compared", [False, True])
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 200])
+def test_no_line_of_a_table_is_wider_than_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, width: int, is_compared: bool
+) -> None:
+    table, below = screen(monkeypatch, width, is_compared)
+    assert max(map(len, table + below)) <= width
+    shown = "\n".join(table)
+    assert len(re.findall(r"\bpp512\+tg128 @ d16384\b", shown)) == 8
+    assert len(re.findall(r"\bbf16\b", shown)) == 8
+    assert len(re.findall(r"\d\.\d\d ± \d+\.\d\d\b", shown)) == 16
+    assert len(re.findall(r"\b0\.\d{3} \[0\.\d{3}, 0\.\d{3}\]", shown)) == (16 if is_compared else 0)
+    assert len(table) % 17 == 0, "a header, and all rows have as many lines"
+
+
+def test_what_else_there_is_to_say_follows_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    table, below = screen(monkeypatch, 80, is_compared=False)
+    assert not [line for line in table if "generate()" in line or "limit:" in line]
+    assert [line for line in below if line.startswith("pp512+tg128 @ d16384, threads 16, type_k q8_0, type_v bf16")]
+    assert sum("a token of generate():" in line for line in below) == 8
+    assert [line for line in below if re.search(r"\bp99 9\.1\d ms", line)], "it has no column at 80"
 
 
 @pytest.mark.parametrize("line", ["", "a, "])

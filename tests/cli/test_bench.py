@@ -45,7 +45,7 @@ class Output:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = json.loads(self.out)
+        rows: list[dict[str, Any]] = json.loads(self.out)["results"]
         return rows
 
 
@@ -62,9 +62,13 @@ def test_json_has_the_fields_of_llama_bench_and_more(capsys: pytest.CaptureFixtu
         assert (row["roofline_share"] is not None) == (row["n_gen"] > 0)
 
 
-def test_json_is_one_object_with_all_results(capsys: pytest.CaptureFixture[str]) -> None:
-    results = json.loads(Output(capsys, "--json").out)["results"]
-    assert [row["test"] for row in results] == ["pp8", "tg8"]
+@pytest.mark.parametrize("option", [("--json",), ("-o", "json")])
+def test_json_is_one_object_with_all_results(capsys: pytest.CaptureFixture[str], option: tuple[str, ...]) -> None:
+    out = Output(capsys, *option).out
+    assert [row["test"] for row in json.loads(out)["results"]] == ["pp8", "tg8"]
+    first, *rows, last = out.splitlines()
+    assert (first, last) == ('{"results": [', "]}")
+    assert [json.loads(row.removesuffix(","))["test"] for row in rows] == ["pp8", "tg8"], "one on a line"
 
 
 def test_every_format_has_every_test(capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,17 +92,58 @@ def test_every_format_has_every_test(capsys: pytest.CaptureFixture[str]) -> None
     assert "the limit" in table
 
 
+def on_a_screen(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int, *arguments: str
+) -> list[str]:
+    """Return the lines of a table on a terminal."""
+    with monkeypatch.context() as patch:
+        patch.setenv("COLUMNS", str(width))
+        patch.setattr(sys.stdout, "isatty", lambda: True)
+        return re.sub(r"\x1b\[[0-9;]*m", "", Output(capsys, *arguments).out).splitlines()
+
+
 @pytest.mark.parametrize("width", [80, 100, 120])
 def test_what_is_around_the_table_fits_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int
 ) -> None:
-    monkeypatch.setenv("COLUMNS", str(width))
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", Output(capsys).out).splitlines()
+    lines = on_a_screen(capsys, monkeypatch, width)
     around = [line for line in lines if not re.match(r" *(test|pp8|tg8) ", line)]
     assert len(around) > 5
     assert max(map(len, around)) <= width
     assert not [line for line in around if re.search(r"(loop|text)$", line)], "a name is apart from its figure"
+
+
+@pytest.mark.parametrize("kind", ["table", "md"])
+def test_nothing_sits_between_the_rows_of_a_table(kind: str) -> None:
+    # A text longer than the model was trained on is warned about, once the second half of the tests begins.
+    command = [*MINERVA, "-t", "1", "-r", "3", "-p", "8,16", "-n", "8,24", "-d", "0,2000", "-o", kind]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
+    lines = result.stdout.splitlines()
+    is_row = [bool(re.match(r"[| ]+(llama|pp|tg)\S* ", line)) for line in lines]
+    assert sum(is_row) == 8
+    first = is_row.index(True)
+    assert all(is_row[first : first + 8]), result.stdout
+    assert "training context" in result.stdout, "there is something to warn about"
+
+
+def test_percentiles_that_the_samples_cannot_tell_apart_have_no_column(capsys: pytest.CaptureFixture[str]) -> None:
+    def names(*arguments: str) -> list[str]:
+        out = Output(capsys, "-p", "0", "--no-parts", *arguments).out
+        return re.findall(r"\bp\d+\b", next(line for line in out.splitlines() if line.startswith(" test")))
+
+    assert names("-n", "34", "-r", "1") == ["p50", "p90", "p95"], "30 samples"
+    assert names("-n", "5", "-r", "2") == ["p50"]
+    assert names("-n", "1", "-r", "1") == []
+    assert names("-n", "8,54", "-r", "2") == ["p50", "p90", "p95", "p99"]
+
+
+def test_a_percentile_that_one_test_has_is_missing_in_another(capsys: pytest.CaptureFixture[str]) -> None:
+    out = Output(capsys, "-p", "0", "--no-parts", "-n", "8,54", "-r", "2").out
+    (short,), (long,) = (
+        [line for line in out.splitlines() if line.startswith(f" {test} ")] for test in ("tg8", "tg54")
+    )
+    assert short.split().count("-") == 4, "p90, p95 and p99, and the limit of what fits into the cache"
+    assert long.split().count("-") == 1
 
 
 def test_a_terminal_of_unknown_width_is_not_an_error(
@@ -325,7 +370,7 @@ def test_ctrl_c_closes_the_list() -> None:
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert [row["test"] for row in json.loads(out)] == ["tg4"]
+    assert [row["test"] for row in json.loads(out)["results"]] == ["tg4"]
     assert "interrupted: 1 of 2 tests are finished" in err
     assert "Traceback" not in err
 

@@ -134,7 +134,7 @@ def test_a_full_context_is_an_error_on_request() -> None:
     lines = "Tell me a story about a fox and a lamb and a bear and a girl who finds a key in the garden.\n" * 6
     result = chat("-c", "256", "-n", "40", "--on-full", "error", "-q", text=lines)
     assert result.returncode == 1
-    assert "-c 256" in result.stderr
+    assert "of the 256 cells of -c" in result.stderr
     assert result.stderr.count("\n") == 1
 
 

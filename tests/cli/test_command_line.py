@@ -1,6 +1,7 @@
 """The `minerva` command as a person or a script uses it: a process with arguments, streams and an exit status."""
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -9,13 +10,18 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
 
 import minerva_native as mn
-from minerva_native.cli import messages
+from minerva_native import cli
+from minerva_native.cli import info, messages, options, progress
 
 MINERVA = [sys.executable, "-m", "minerva_native"]
 
@@ -92,6 +98,74 @@ def test_info_names_the_source_that_was_built_and_describes_the_model() -> None:
     assert "Minerva Demo" in run("info").stdout
 
 
+def test_info_is_for_people() -> None:
+    out = run("info").stdout
+    assert re.search(r"^weights +1\.1 MB, 1\.0 M parameters$", out, re.MULTILINE)
+    assert re.search(r"^trained context +1,024 tokens$", out, re.MULTILINE)
+    assert re.search(r"^tokenizer\.ggml\.add_bos_token +yes$", out, re.MULTILINE)
+    assert re.search(r"^llama\.rope\.freq_base +10,000$", out, re.MULTILINE)
+    assert re.search(r"^llama\.attention\.layer_norm_rms_epsilon +1e-05$", out, re.MULTILINE)
+    assert re.search(
+        r"^tokenizer\.ggml\.tokens +<\|endoftext\|>, <\|im_start\|>, .*, \.\.\. 1,280 in all$", out, re.MULTILINE
+    )
+    assert not re.search(r"\b(True|False|None)\b|^\S+ +[\[']", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (True, "yes"),
+        (None, "none"),
+        (1234567, "1,234,567"),
+        (0.1, "0.1"),
+        (100000.0, "100,000"),
+        (9.999999747378752e-06, "1e-05"),
+        ([], "none"),
+        (["a", "b"], "a, b"),
+        ([*range(9)], "0, 1, 2, ... 9 in all"),
+        ([[True], [2.0]], "yes, 2"),
+        ("two\nlines \x1b", r"two lines \x1b"),
+        ("word " * 30, f"{'word ' * 19}word ... (150 characters)"),
+        ("x" * 200, f"{'x' * 100} ... (200 characters)"),
+    ],
+)
+def test_a_value_of_info(value: object, text: str) -> None:
+    assert info.summary(value) == text
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1234, "1.2 kB"), (98_362_432, "98.4 MB"), (25_300_000_000, "25.3 GB")],
+)
+def test_a_size_for_people(n_bytes: int, text: str) -> None:
+    assert messages.size(n_bytes) == text
+
+
+@pytest.mark.parametrize(("n", "text"), [(0, "0"), (12_345, "12,345"), (134_515_008, "134.5 M"), (7.2e9, "7.2 B")])
+def test_a_count_for_people(n: int, text: str) -> None:
+    assert messages.count(n) == text
+
+
+@pytest.mark.parametrize("width", [60, 80])
+@pytest.mark.parametrize("command", ["info", "devices"])
+def test_no_line_is_wider_than_the_terminal_and_no_word_is_broken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int, command: str
+) -> None:
+    device = mn.Device(
+        "CUDA0", "A Graphics Card With A Very Long Name, 80 GB, Founder's Edition", "gpu", 10**11, 10**10
+    )
+    monkeypatch.setattr(mn, "devices", lambda: [device])
+    assert cli.main([command]) == 0
+    whole = capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert cli.main([command]) == 0
+    folded = capsys.readouterr().out
+    assert folded.split() == whole.split()
+    path = str(mn.DEMO_PATH)  # a word that may be longer than a line
+    assert all(len(line) <= width or line.strip() == path for line in folded.splitlines())
+
+
 def test_devices_include_the_cpu() -> None:
     answer = json.loads(run("devices", "--json").stdout)
     assert "cpu" in [device["type"] for device in answer["devices"]]
@@ -109,20 +183,28 @@ def test_devices_include_the_cpu() -> None:
         (("generate", "-f", "/nowhere/prompt.txt"), "No such file"),
         (("generate", "-f", sys.executable), "is not UTF-8 text"),
         (("generate", "-p", "word " * 2000, "-c", "64"), "the context is full"),
-        (("generate", "-p", "word " * 2000, "-c", "64"), "n_ctx=64 (-c)"),
-        (("generate", "-c", "1"), "n_ctx (-c) must be"),
-        (("generate", "-c", "-1"), "n_ctx (-c) must be"),
-        (("generate", "-c", "1000000000000"), "n_ctx (-c) must be"),
-        (("generate", "-c", "2000000000"), "n_ctx=2000000000 (-c) needs a KV cache"),
-        (("generate", "-b", "0"), "n_batch (-b) must be"),
-        (("generate", "-t", "0"), "n_threads (-t) must be"),
-        (("generate", "-ctk", "f17"), "kv_type (-ctk, -ctv) must be"),
-        (("generate", "--temp", "nan"), "temperature (--temp) must be"),
-        (("generate", "--temp", "-1"), "temperature"),
-        (("generate", "--temp", "inf"), "temperature"),
-        (("generate", "--top-p", "nan"), "top_p"),
-        (("generate", "-s", "-5"), "seed"),
-        (("generate", "--stop", ""), "stop"),
+        (("generate", "-p", "word " * 2000, "-c", "64"), "0 of the 64 cells of -c are used"),
+        (("generate", "-c", "1"), ": -c must be"),
+        (("generate", "-c", "-1"), ": -c must be"),
+        (("generate", "--ctx-size=1"), ": --ctx-size must be"),
+        (("generate", "--ctx-size", "1000000000000"), ": --ctx-size must be"),
+        (("generate", "-c", "2000000000"), ": -c 2000000000 needs a KV cache"),
+        (("generate", "-c", "2000000000"), "ask for at most -c "),
+        (("generate", "-b", "0"), ": -b must be"),
+        (("generate", "-ub", "0"), ": -ub must be"),
+        (("generate", "-t", "0"), ": -t must be"),
+        (("generate", "--keep", "-1"), ": --keep must be"),
+        (("generate", "-ctv", "q4_0", "-fa", "off"), "or use -ctk f16 -ctv f16"),
+        (("generate", "-ngl", "-2"), ": -ngl must be"),
+        (("generate", "--temp", "nan"), ": --temp must be"),
+        (("generate", "--temp", "-1"), ": --temp must be"),
+        (("generate", "--temp", "inf"), ": --temp must be"),
+        (("generate", "--top-p", "nan"), ": --top-p must be"),
+        (("generate", "-s", "-5"), ": -s must be"),
+        (("generate", "--stop", ""), ": --stop must be"),
+        (("generate", "-p", r"\xff"), "-p is not UTF-8 text once its escapes are read"),
+        (("tokenize", "-p", r"\xff"), "see --no-escape"),
+        (("bench", "-q", "-d", "2000000000", "-p", "1", "-n", "0"), "-d + -p + -n = 2000000001 needs a KV cache"),
         (("tokenize", "-m", "/nowhere/model.gguf"), "does not exist"),
         (("info", "-m", "/nowhere/model.gguf"), "does not exist"),
     ],
@@ -136,11 +218,34 @@ def test_an_error_is_one_line_and_status_1(arguments: tuple[str, ...], words: st
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [(), ("dance",), ("generate", "-n", "many"), ("generate", "-p", "a", "-f", "b")])
+@pytest.mark.parametrize("arguments", [(), ("dance",), ("--dance",)])
 def test_wrong_usage_is_status_2(arguments: tuple[str, ...]) -> None:
     result = run(*arguments)
     assert result.returncode == 2
-    assert "usage: minerva" in result.stderr
+    assert result.stderr.startswith("usage: minerva [-h]")
+
+
+@pytest.mark.parametrize("options", [("-n", "many"), ("-p", "a", "-f", "b"), ("--dance",), ("-ctk", "f17"), ("a", "b")])
+def test_a_wrong_option_shows_the_usage_of_its_subcommand(options: tuple[str, ...]) -> None:
+    result = run("generate", *options)
+    assert result.returncode == 2
+    assert result.stderr.startswith("usage: minerva generate [-h]")
+    assert "--ignore-eos" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("minerva generate: error: ")
+
+
+def test_an_error_speaks_of_options_only_where_it_means_arguments() -> None:
+    flags = {"n_ctx": "-c", "stop": "--stop", "kv_type": "-ctk, -ctv", "add_special=False": "--no-bos", "n": "-d + -p"}
+    for sentence, expected in (
+        ("n_ctx=64 is less than n_ctx_train=4096", "-c 64 is less than n_ctx_train=4096"),
+        ("stop must be given, or stop it", "--stop must be given, or stop it"),
+        ("/tmp/n_ctx is no n_ctx.gguf", "/tmp/n_ctx is no n_ctx.gguf"),
+        ("ask for another kv_type", "ask for another -ctk or -ctv"),
+        ("use kv_type=('q8_0', \"f16\")", "use -ctk q8_0 -ctv f16"),
+        ("pass add_special=False", "pass --no-bos"),
+        ("n=5 is too many", "-d + -p = 5 is too many"),
+    ):
+        assert cli.in_options(sentence, flags) == expected
 
 
 @pytest.mark.parametrize("n", ["-2", "many", "1.5"])
@@ -150,10 +255,122 @@ def test_a_wrong_number_of_tokens_is_answered_in_terms_of_the_option(n: str) -> 
     assert f"argument -n/--predict: '{n}' is not a number of tokens" in result.stderr
 
 
-def test_no_limit_generates_until_the_context_is_full() -> None:
-    answer = json.loads(run(*SHORT, "-n", "-1", "-c", "64", "--ignore-eos", "--json").stdout)
-    assert answer["finish_reason"] == "length"
+@pytest.mark.parametrize("n", ["-1", "100"])
+def test_a_full_context_is_told_apart_from_the_number_of_tokens(n: str) -> None:
+    command = (*SHORT, "-n", n, "-c", "64", "--ignore-eos")
+    answer = json.loads(run(*command, "--json").stdout)
+    assert (answer["finish_reason"], answer["context_full"]) == ("length", True)
     assert answer["n_prompt"] + answer["n_gen"] == 64
+    assert "| stopped: context full (-c 64) |" in run(*command).stderr
+
+
+@pytest.mark.parametrize("n", ["0", "1", "5"])
+def test_the_number_of_tokens_is_why_a_generation_stops(n: str) -> None:
+    answer = json.loads(run(*SHORT, "-n", n, "--ignore-eos", "--json").stdout)
+    assert (answer["finish_reason"], answer["context_full"], answer["n_gen"]) == ("length", False, int(n))
+    assert f"| stopped: -n {n} |" in run(*SHORT, "-n", n, "--ignore-eos").stderr
+
+
+def whole_story() -> str:
+    """Return the built-in model's most likely text for "One day", up to its end token."""
+    answer = json.loads(run(*SHORT, "-n", "-1", "--temp", "0", "--json").stdout)
+    assert (answer["finish_reason"], answer["context_full"]) == ("end", False)
+    return f"One day{answer['text']}"
+
+
+def test_an_end_token_is_named_and_an_empty_answer_explained() -> None:
+    story = whole_story()
+    command = ("generate", "-t", "1", "--temp", "0", "--no-escape", "-p", story)
+    for model, words in (((), ""), (INSTRUCT, ": its prompt has no chat template, which `minerva chat` applies")):
+        result = run(*command, *model)
+        assert (result.returncode, result.stdout) == (0, "\n")
+        note, timings = result.stderr.splitlines()
+        assert note == f"minerva: note: the model ended the text at once, with its end token <|endoftext|>{words}"
+        assert "| stopped: end token <|endoftext|> | seed " in timings
+    assert run(*command, "-q").stderr == ""
+    answer = json.loads(run(*command, "--json").stdout)
+    assert (answer["text"], answer["finish_reason"], answer["n_gen"]) == ("", "end", 1)
+
+
+INSTRUCT = ("-m", str(mn.DEMO_PATH))  # it has a chat template
+
+
+def test_a_raw_prompt_for_an_instruct_model_is_remarked_upon() -> None:
+    note = "minerva: note: the prompt goes to this instruct model as it is: `minerva chat` applies its chat template"
+    result = run(*SHORT, "-n", "4", "--temp", "0", *INSTRUCT)
+    assert result.stdout == run(*SHORT, "-n", "4", "--temp", "0").stdout, "it is raw"
+    assert result.stderr.splitlines()[:-1] == [note]
+    assert note in run(*SHORT, "-n", "4", "--json", *INSTRUCT).stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("-p", "One day", "-q", *INSTRUCT),
+        ("-p", "One day", "--parse-special", *INSTRUCT),
+        ("-p", "<|im_start|>user", *INSTRUCT),
+        ("-p", "One day"),
+        INSTRUCT,
+    ],
+    ids=["quiet", "parse-special", "control tokens", "no model named", "no prompt typed"],
+)
+def test_nothing_is_remarked_upon_if_there_is_no_need(arguments: tuple[str, ...]) -> None:
+    assert "note" not in run("generate", "-t", "1", "-n", "2", "--ignore-eos", *arguments).stderr
+
+
+def test_a_model_without_a_template_is_no_instruct_model(tmp_path: Path) -> None:
+    path = with_prompt(tmp_path, "x", without="tokenizer.chat_template")
+    result = run(*SHORT, "-n", "2", "--ignore-eos", "-m", str(path))
+    assert result.returncode == 0
+    assert "note" not in result.stderr
+    result = run("generate", "-t", "1", "--temp", "0", "--no-escape", "-p", whole_story(), "-m", str(path))
+    assert result.stderr.splitlines()[0].endswith("ended the text at once, with its end token <|endoftext|>")
+
+
+def test_escapes_are_read_as_llama_cpp_reads_them(tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text(r"a\tb")
+    tokenizer = mn.Model.demo().tokenizer
+
+    def ids(*arguments: str, text: str = "") -> str:
+        answer = json.loads(run("tokenize", "--no-bos", "--json", *arguments, text=text).stdout)
+        return tokenizer.decode(answer["ids"])
+
+    assert ids("-p", r"a\nb\\n") == "a\nb\\n"
+    assert ids("-p", r"caf\xc3\xa9", "-e") == "café"
+    assert ids("-p", r"a\nb", "--no-escape") == r"a\nb"
+    assert ids("-f", str(tmp_path / "prompt.txt")) == "a\tb"
+    assert ids("-f", str(tmp_path / "prompt.txt"), "--no-escape") == r"a\tb"
+    assert ids(text=r"a\tb") == ids("-f", "-", text=r"a\tb") == r"a\tb"
+    assert json.loads(run("generate", "-t", "1", "-n", "1", "-p", r"a\tb", "--json").stdout)["prompt"] == "a\tb"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"\n\r\t\'\"\\", "\n\r\t'\"\\"),
+        (r"\x41\x4a\x4A", "AJJ"),
+        (r"\x4", r"\x4"),
+        (r"\xg1\x", r"\xg1\x"),
+        (r"\q\0\N", r"\q\0\N"),
+        (r"\\n", r"\n"),
+        ("a\\", "a\\"),
+        ("\\\n", "\\\n"),
+        (r"é\n", "é\n"),
+        ("", ""),
+    ],
+)
+def test_an_escape(text: str, expected: str) -> None:
+    assert options.unescaped(text, "-p") == expected
+
+
+def test_a_stop_text_may_have_escapes() -> None:
+    command = (*SHORT, "-n", "30", "--temp", "0", "--json")
+    whole = json.loads(run(*command).stdout)["text"]
+    letter = next(character for character in whole[5:] if character.isalpha())
+    stopped = json.loads(run(*command, "--stop", rf"\x{ord(letter):x}").stdout)
+    assert stopped["finish_reason"] == "stop"
+    assert stopped["text"] == whole[: whole.index(letter)]
+    assert json.loads(run(*command, "--stop", rf"\x{ord(letter):x}", "--no-escape").stdout)["text"] == whole
 
 
 def test_asking_for_a_gpu_without_one_is_an_error() -> None:
@@ -168,6 +385,51 @@ def test_asking_for_a_gpu_without_one_is_an_error() -> None:
 def heed_ctrl_c() -> None:
     """Undo that a shell starts background jobs with Ctrl-C ignored, which child processes inherit."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+COMMANDS = {
+    "module": [*MINERVA],
+    "script": [sys.executable, "-c", "import sys, minerva_command as m; sys.exit(m.main())"],
+}
+
+
+@pytest.mark.parametrize("at", ["import numpy", "import minerva_native.cli", "parse"])
+@pytest.mark.parametrize("command", [*COMMANDS])
+def test_ctrl_c_during_the_imports_exits_130_without_a_traceback(tmp_path: Path, command: str, at: str) -> None:
+    # Found first, and stands in the way at the given place, so that the signal comes at no other.
+    (tmp_path / "sitecustomize.py").write_text(
+        f"""
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if {at!r} == "import " + name:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+if {at!r} == "parse":
+    import argparse
+    argparse.ArgumentParser.add_subparsers = lambda *names, **options: os.kill(os.getpid(), signal.SIGINT)
+"""
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    result = subprocess.run(
+        [*COMMANDS[command], "devices"], env=environment, capture_output=True, preexec_fn=heed_ctrl_c
+    )
+    assert result.returncode == 130
+    assert result.stdout == result.stderr == b""
+
+
+def test_ctrl_c_that_the_parent_process_ignores_stays_ignored(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    code = "import minerva_command as m, signal, sys; m.main(); sys.exit(signal.getsignal(2) is not signal.SIG_IGN)"
+    assert subprocess.run([sys.executable, "-c", code, "devices"], env=environment, capture_output=True).returncode == 0
+
+
+def test_importing_the_package_leaves_ctrl_c_alone() -> None:
+    code = "import minerva_native, signal, sys; sys.exit(signal.getsignal(2) is not signal.default_int_handler)"
+    assert subprocess.run([sys.executable, "-c", code], preexec_fn=heed_ctrl_c).returncode == 0
 
 
 def test_ctrl_c_shows_what_was_generated_and_exits_130() -> None:
@@ -200,6 +462,60 @@ def test_a_closed_pipe_is_not_an_error() -> None:
         errors = process.stderr.read()
         assert process.wait(timeout=60) == 0
     assert errors == b""
+
+
+def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """Make stderr a terminal whose output can be read."""
+    stderr = io.StringIO()
+    monkeypatch.setattr(stderr, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setenv("TERM", "xterm")
+    return stderr
+
+
+def wait_for(words: str, stderr: io.StringIO) -> None:
+    end = time.monotonic() + 30
+    while words not in stderr.getvalue():
+        assert time.monotonic() < end, f"{words!r} is not in {stderr.getvalue()!r}"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("bar", [progress.prefilling, progress.loading])
+def test_a_progress_bar_is_there_before_anything_is_done(
+    monkeypatch: pytest.MonkeyPatch, bar: Callable[[bool], Any]
+) -> None:
+    stderr = terminal(monkeypatch)
+    with bar(False) as update:
+        wait_for(" 0%", stderr)
+        if bar is progress.loading:
+            update(0.5)
+        else:
+            update(1, 2)
+        wait_for(" 50%", stderr)
+    assert "\x1b[?25h" in stderr.getvalue(), "the cursor is back"
+
+
+def test_the_bar_of_a_benchmark_is_there_from_the_start_and_rests_while_something_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stderr, n_threads = terminal(monkeypatch), threading.active_count()
+    with progress.measuring(2, is_quiet=False) as measuring:
+        measuring.update("tg128", 0, 5)
+        assert "tg128, test 1 of 2" in stderr.getvalue()
+        assert " 0%" in stderr.getvalue()
+        assert threading.active_count() == n_threads, "nothing draws meanwhile"
+        measuring.update("tg128", 1, 5)
+        assert " 20%" in stderr.getvalue()
+
+
+def test_no_bar_is_drawn_for_what_is_quick_or_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = terminal(monkeypatch)
+    for is_quiet, patience in ((False, 60.0), (True, 0.0)):
+        monkeypatch.setattr(progress, "PATIENCE_SECONDS", patience)
+        with progress.prefilling(is_quiet) as update:
+            update(1, 2)
+            time.sleep(0.05)
+    assert stderr.getvalue() == ""
 
 
 def test_no_progress_bar_is_drawn_unless_stderr_is_a_terminal() -> None:
@@ -311,12 +627,17 @@ HOSTILE = "a\x1b[2Jb\x9bc\x7fd\u202ee\nf"
 ESCAPED = r"a\x1b[2Jb\x9bc\x7fd\u202ee"
 
 
-def with_prompt(folder: Path, prompt: str) -> Path:
-    """Copy the built-in model with another name and prompt in its metadata."""
+def with_prompt(folder: Path, prompt: str, without: str = "") -> Path:
+    """Copy the built-in model with another name and prompt in its metadata, and without one key."""
     reader = gguf.GGUFReader(mn.DEMO_PATH)
     writer = gguf.GGUFWriter(folder / "named.gguf", "llama")
     for field in reader.fields.values():
-        if field.name.startswith("GGUF.") or field.name in ("general.architecture", "minerva.prompt", "general.name"):
+        if field.name.startswith("GGUF.") or field.name in (
+            "general.architecture",
+            "minerva.prompt",
+            "general.name",
+            without,
+        ):
             continue
         kind = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(field.name, field.contents(), field.types[0], kind)

@@ -13,7 +13,9 @@ import minerva_native as mn
 # Environment variables that affect the libraries we use.
 _VARIABLES = ("OMP_", "GOMP_", "KMP_", "GGML_", "LLAMA_", "CUDA_", "GLIBC_TUNABLES", "MALLOC_", "LD_PRELOAD")
 
-BUSY_LOAD = 0.5  # CPUs in use before the benchmark starts; more than this is worth a warning
+# Worth a warning, in CPUs: one process that has been computing all the time. Less may be the rest of what has ended
+# within the last minutes, which an average over a minute forgets slowly.
+BUSY_LOAD = 1.0
 
 
 def facts() -> dict[str, Any]:
@@ -62,7 +64,7 @@ def noise(n_threads: int) -> list[str]:
     """Return, as sentences, what on this machine makes times vary from run to run."""
     found = []
     load, quota, cpus = load_average(), mn.cpu_quota(), len(usable_cpus())
-    if load is not None and load > BUSY_LOAD and load + n_threads > cpus:
+    if load is not None and load >= BUSY_LOAD and load + n_threads > cpus:
         found.append(f"the load was {load:.1f} in the minute before: other work may be using the CPUs")
     if n_threads > quota:
         found.append(f"the CPU quota of {quota:g} is less than {n_threads} threads need: they will be paused at times")

@@ -1,21 +1,21 @@
 """Reports: a result as a row of named figures, and rows as tables for people and files for programs.
 
 A figure that llama-bench has too has the same name. Times are in nanoseconds, rates in tokens per second. Every writer
-except `JsonObject` writes a row as soon as it gets it, so that an interrupted run has shown what it finished.
+writes a row as soon as it gets it, so that an interrupted run has shown what it finished.
 """
 
 import csv
 import io
-import json
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TextIO
 
 import numpy as np
 import numpy.typing as npt
 
+from .._json import as_json
 from .compare import CONFIDENCE, Ratio
 from .measure import FIRST_TOKENS, Parts, Repetition, Test
 
@@ -50,6 +50,19 @@ def figures(test: Test, repetitions: Sequence[Repetition]) -> Row:
     first = [repetition.first_token_ns for repetition in repetitions if repetition.first_token_ns is not None]
     row["time_to_first_token_ns"] = float(np.median(first)) if first else None
     return row | _token_figures(np.array([repetition.token_ns for repetition in repetitions]))
+
+
+def n_steady(n_gen: int, repetitions: int) -> int:
+    """Return how many times of tokens the percentiles are computed from."""
+    return repetitions * (n_gen - FIRST_TOKENS if n_gen > FIRST_TOKENS else n_gen)
+
+
+def distinct_percentiles(n: int) -> list[int]:
+    """Return the percentiles that `n` samples can tell from their maximum: those beyond which at least one lies.
+
+    p99 takes 100 samples, p95 20, p90 10, the median 2. With 30 samples, p99 would be the maximum under another name.
+    """
+    return [percentile for percentile in PERCENTILES if n * (100 - percentile) >= 100]
 
 
 def steady(times: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -109,40 +122,20 @@ class Writer(Protocol):
         """Write what closes the output; called even if the run was interrupted."""
 
 
-def _json(value: Any, indent: int | None = None) -> str:
-    """Return JSON in ASCII, without the one control character that `json` leaves as it is."""
-    return json.dumps(value, indent=indent).replace("\x7f", "\\u007f")
-
-
-class JsonList:
-    """A JSON list of objects."""
+class Json:
+    """One JSON object, whose `results` are a list of objects, one on a line."""
 
     def __init__(self, file: TextIO):
-        self._file, self._before = file, "["
+        self._file, self._before = file, '{"results": ['
 
     def row(self, row: Row) -> None:
         """Write one result."""
-        print(f"{self._before}\n{_json(row, indent=2)}", end="", file=self._file, flush=True)
+        print(f"{self._before}\n{as_json(row)}", end="", file=self._file, flush=True)
         self._before = ","
 
     def end(self) -> None:
-        """Close the list."""
-        print("[]" if self._before == "[" else "\n]", file=self._file, flush=True)
-
-
-class JsonObject:
-    """One JSON object, for `--json`; it is written at the end."""
-
-    def __init__(self, file: TextIO):
-        self._file, self._rows = file, list[Row]()
-
-    def row(self, row: Row) -> None:
-        """Keep one result."""
-        self._rows.append(row)
-
-    def end(self) -> None:
-        """Write all results."""
-        print(_json({"results": self._rows}), file=self._file, flush=True)
+        """Close the list and the object."""
+        print("\n]}" if self._before == "," else f"{self._before}]}}", file=self._file, flush=True)
 
 
 class JsonLines:
@@ -153,7 +146,7 @@ class JsonLines:
 
     def row(self, row: Row) -> None:
         """Write one result."""
-        print(_json(row), file=self._file, flush=True)
+        print(as_json(row), file=self._file, flush=True)
 
     def end(self) -> None:
         """Do nothing: the output needs no end."""
@@ -173,7 +166,7 @@ class Csv:
             self._names = list(row)  # the same in every row
             writer.writerow(self._names)
         values = (row[name] for name in self._names)
-        writer.writerow(_json(value) if isinstance(value, list | dict) else value for value in values)
+        writer.writerow(as_json(value) if isinstance(value, list | dict) else value for value in values)
         print(text.getvalue(), end="", file=self._file, flush=True)
 
     def end(self) -> None:
@@ -208,19 +201,19 @@ class Markdown:
 
 
 class Screen:
-    """A table for people; lines below each result say where the time goes."""
+    """A table for people; what else there is to say about its rows follows it."""
 
     def __init__(self, file: TextIO, columns: Mapping[str, int]):
-        widths, width = dict(columns), _console(file).width
-        for name in SPARE:
-            if file.isatty() and _total(widths) > width:
-                widths.pop(name, None)
-        # A table that is still too wide runs over the edge: a truncated number would be a wrong number.
-        width = max(width, _total(widths)) if file.isatty() else _total(columns)
-        self._console = _console(file, width)
         self._fold_at = _console(file).width if file.isatty() else None
+        widths = dict(columns)
+        for name in SPARE:
+            if self._fold_at and _total(widths) > self._fold_at:
+                widths.pop(name, None)
+        self._console = _console(file)
         self._widths, self._about = widths, ""
         self._spared = [name for name in columns if name not in widths]
+        self._lines: list[list[str]] = []
+        self._notes: list[tuple[str, list[str]]] = []
 
     def row(self, row: Row) -> None:
         """Write one result."""
@@ -229,28 +222,52 @@ class Screen:
         about = f"{header(row)}\n{settings(row, self._widths)}"
         is_new = about != self._about
         if is_new:
+            if self._about:
+                self.end()
+                self._console.print()
             for line in about.splitlines():
                 self._print(line)
             self._console.print()
             self._about = about
-        texts = cells(row, self._widths)
-        table = Table(box=None, show_header=is_new, header_style="bold", padding=(0, 1))
-        for name, text in zip(self._widths, texts, strict=True):
-            self._widths[name] = width = max(self._widths[name], len(text))
-            table.add_column(name, width=width, no_wrap=True, justify="left" if name in LEFT else "right")
-        self._console.width = max(self._console.width, _total(self._widths))
-        table.add_row(*texts)
-        self._console.print(table)
+        texts = dict(zip(self._widths, cells(row, self._widths), strict=True))
+        self._widths = {name: max(width, len(texts[name])) for name, width in self._widths.items()}
+        lines = split(self._widths, self._fold_at)
+        is_new, self._lines = is_new or lines != self._lines, lines
+        for names in lines:
+            table = Table(box=None, show_header=is_new, header_style="bold", padding=(0, 1))
+            for name in names:
+                justify: Literal["left", "right"] = "left" if name in LEFT else "right"
+                table.add_column(name, width=self._widths[name], no_wrap=True, justify=justify)
+            table.add_row(*(texts[name] for name in names))
+            self._console.width = max(self._fold_at or 0, _total({name: self._widths[name] for name in names}))
+            self._console.print(table)
         more = ", ".join(f"{name} {text}" for name in self._spared if (text := _cell(row, name)) != "-")
-        for line in ([more] if more else []) + details(row):
-            self._print(line, indent="   ", style="dim")
+        if notes := ([more] if more else []) + details(row):
+            differs = [f"{name} {_cell(row, name)}" for name in SETTINGS if name in self._widths]
+            self._notes.append((", ".join([row["test"], *differs]), notes))
 
     def _print(self, line: str, indent: str = "", style: str | None = None) -> None:
         for part in folded(line, self._fold_at, indent):
             self._console.print(part, style=style)
 
     def end(self) -> None:
-        """Do nothing: the output needs no end."""
+        """Write what else there is to say about the rows of the table."""
+        for title, notes in self._notes:
+            self._console.print()
+            self._print(title)
+            for line in notes:
+                self._print(line, indent="   ", style="dim")
+        self._notes = []
+
+
+def split(widths: Mapping[str, int], room: int | None) -> list[list[str]]:
+    """Return the columns of each line of a row: one line, unless they take more than `room`."""
+    lines: list[list[str]] = [[]]
+    for name, width in widths.items():
+        if room and lines[-1] and _total({column: widths[column] for column in lines[-1]}) + width + 2 > room:
+            lines.append([])
+        lines[-1].append(name)
+    return lines
 
 
 def folded(line: str, width: int | None, indent: str = "") -> list[str]:
@@ -294,10 +311,11 @@ LEFT = ("model", "backend", "test")
 SPARE = ("max", "jitter", "p95", "p90", "against", "p99", "first token", "of limit", "p50")
 
 
-def columns(rows: Sequence[Row], is_compared: bool, with_model: bool) -> dict[str, int]:
+def columns(rows: Sequence[Row], repetitions: int, is_compared: bool, with_model: bool) -> dict[str, int]:
     """Return the columns of a table for these tests, with their widths.
 
-    As in llama-bench, a setting has a column if it differs between tests.
+    As in llama-bench, a setting has a column if it differs between tests. A percentile has one if some test has enough
+    tokens for it (see `distinct_percentiles`).
     """
     names = {"model": 30, "size": 10, "params": 10, "backend": 10, "threads": 7} if with_model else {}
     for name, (field, width) in SETTINGS.items():
@@ -309,7 +327,8 @@ def columns(rows: Sequence[Row], is_compared: bool, with_model: bool) -> dict[st
     if any(row["n_prompt"] for row in rows):
         names["first token"] = 11
     if any(row["n_gen"] for row in rows):
-        names |= dict.fromkeys((*(f"p{p}" for p in PERCENTILES), "max", "jitter"), 7)
+        percentiles = distinct_percentiles(max(n_steady(row["n_gen"], repetitions) for row in rows))
+        names |= dict.fromkeys((*(f"p{p}" for p in percentiles), "max", "jitter"), 7)
         names["of limit"] = 8
     return names
 
@@ -361,6 +380,9 @@ def _cell(row: Row, name: str) -> str:
             return duration(row["time_to_first_token_ns"])
         case "of limit":
             return f"{row['roofline_share']:.0%}" if row["roofline_share"] and not row["fits_cache"] else "-"
+    n = n_steady(row["n_gen"], len(row["samples_ns"]))
+    if name.startswith("p") and int(name[1:]) not in distinct_percentiles(n):
+        return "-"
     return duration(row[f"token_{name}_ns"])
 
 

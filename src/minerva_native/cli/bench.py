@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from minerva_native import FLASH_ATTENTION, KV_TYPES, MinervaError, available_cpus
 
-from .messages import printable, warn
+from .messages import printable, warn, warnings_after
 from .options import SAMPLING_FLAGS, add_sampling, file_name, gpu_layers, sampling
 from .progress import measuring
 
@@ -26,6 +27,7 @@ _MAX_RANGE = 10_000
 T = TypeVar("T")
 
 FLAGS = {
+    "n_ctx": "-d + -p + -n",
     "n_batch": "-b",
     "n_ubatch": "-ub",
     "n_threads": "-t",
@@ -34,7 +36,7 @@ FLAGS = {
     "gpu_layers": "-ngl",
     **SAMPLING_FLAGS,
 }
-"""The flags of what errors name otherwise."""
+"""The options for what errors name otherwise."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling(parser)
     output = parser.add_mutually_exclusive_group()
     output.add_argument("-o", "--output", choices=FORMATS, default="table", help="what to print (table)")
-    output.add_argument("--json", action="store_true", help="print one JSON object")
+    output.add_argument("--json", action="store_true", help="print one JSON object, the same as -o json")
     add("--plot", type=file_name, metavar="FILE", help="plot the latencies of tokens into an image, such as out.png")
     against = parser.add_mutually_exclusive_group()
     results = "compare with results written by -o json or jsonl"
@@ -90,7 +92,6 @@ def run(options: argparse.Namespace) -> int:
     """Run every test; the exit status is 1 if a comparison is below `--fail-below`."""
     if options.fail_below is not None and not (options.baseline or options.compare_llama_bench):
         options.refuse("--fail-below needs something to compare with: --baseline or --compare-llama-bench")
-    from minerva_native import benchmark
     from minerva_native.benchmark import compare, machine, plot
 
     sources, tests = read_sources(options), read_tests(options)
@@ -116,6 +117,24 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(f"{options.baseline} has no {', '.join(missing)}: --fail-below could not judge all tests")
     for sentence in machine.noise(max(test.n_threads for test in tests)):
         warn(sentence)
+    is_table = not options.json and options.output in ("table", "md")
+    with warnings_after(is_table):
+        rows = measure(options, sources, tests, settings, is_table)
+    return verdict(rows, options.fail_below) if settings["baseline"] or settings["llama_bench"] else 0
+
+
+def measure(
+    options: argparse.Namespace,
+    sources: "Sequence[Source]",
+    tests: "Sequence[Test]",
+    settings: dict[str, Any],
+    is_table: bool,
+) -> "list[Row]":
+    """Run the tests and write each result as soon as it is there; return all of them."""
+    from minerva_native import benchmark
+    from minerva_native.benchmark import plot
+
+    is_quiet = options.quiet or (is_table and not sys.stderr.isatty() and is_same_file(sys.stdout, sys.stderr))
     writer, rows = make_writer(options, sources, tests, sys.stdout), list["Row"]()
 
     def finish() -> None:
@@ -124,11 +143,11 @@ def run(options: argparse.Namespace) -> int:
             plot.draw(rows, options.plot)
 
     try:
-        with measuring(len(sources) * len(tests), options.quiet) as progress:
+        with measuring(len(sources) * len(tests), is_quiet) as progress:
             for source in sources:
                 for row in benchmark.bench(source, tests, on_progress=progress.update, **settings):
                     progress.pause()
-                    writer.row(row if options.json or options.output in ("json", "jsonl") else shown(row))
+                    writer.row(shown(row) if is_table or options.output == "csv" else row)
                     rows.append(row)
                     for sentence in doubts(row, options):
                         warn(sentence)
@@ -141,7 +160,15 @@ def run(options: argparse.Namespace) -> int:
             finish()
         raise
     finish()
-    return verdict(rows, options.fail_below) if settings["baseline"] or settings["llama_bench"] else 0
+    return rows
+
+
+def is_same_file(*files: TextIO) -> bool:
+    """Return whether what is written to these goes to one place, such as a log."""
+    try:
+        return len({os.fstat(file.fileno())[:3] for file in files}) == 1
+    except (OSError, ValueError):  # not all of them are files
+        return False
 
 
 def read_sources(options: argparse.Namespace) -> "list[Source]":
@@ -184,11 +211,9 @@ def make_writer(
     """Return what writes the results."""
     from minerva_native.benchmark import report
 
-    if options.json:
-        return report.JsonObject(file)
-    match options.output:
+    match "json" if options.json else options.output:
         case "json":
-            return report.JsonList(file)
+            return report.Json(file)
         case "jsonl":
             return report.JsonLines(file)
         case "csv":
@@ -205,6 +230,7 @@ def make_writer(
             for source in sources
             for test in tests
         ],
+        options.repetitions,
         is_compared=bool(options.baseline or options.compare_llama_bench),
         with_model=options.output == "md",
     )

@@ -5,7 +5,7 @@ import dataclasses
 
 import minerva_native as mn
 
-from .messages import as_json, printable
+from .messages import as_json, folded, printable, room, size
 from .options import add_json
 
 
@@ -21,6 +21,7 @@ def run(options: argparse.Namespace) -> int:
         print(as_json({"devices": [dataclasses.asdict(device) for device in found]}))
         return 0
     for device in found:
-        memory = f"{device.memory_total_bytes / 1e9:.1f} GB, {device.memory_free_bytes / 1e9:.1f} GB free"
-        print(printable(f"{device.name}: {device.description} ({device.type}, {memory})"))
+        memory = f"{size(device.memory_total_bytes)}, {size(device.memory_free_bytes)} free"
+        line = printable(f"{device.name}: {device.description} ({device.type}, {memory})")
+        print(folded(line, room(), indent=2))
     return 0

@@ -9,7 +9,7 @@ from typing import Any
 
 import minerva_native as mn
 
-from .messages import as_json, write
+from .messages import as_json, printable, say, write
 from .options import (
     SAMPLING_FLAGS,
     add_json,
@@ -19,6 +19,7 @@ from .options import (
     load_model,
     read_text,
     sampling,
+    unescaped,
     utf8,
 )
 from .progress import prefilling
@@ -27,16 +28,21 @@ DEFAULT_N_CTX = 4096
 
 FLAGS = {
     "n_ctx": "-c",
+    "max_tokens": "-n",
     "n_batch": "-b",
+    "n_ubatch": "-ub",
     "n_threads": "-t",
     "n_keep": "--keep",
     "kv_type": "-ctk, -ctv",
     "flash_attention": "-fa",
     "gpu_layers": "-ngl",
+    "swa_full": "--swa-full",
     "stop": "--stop",
     **SAMPLING_FLAGS,
 }
-"""The flags of what errors name otherwise."""
+"""The options for what errors name otherwise."""
+
+TEMPLATE = "tokenizer.chat_template"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = "context in tokens; 0 for the model's own (default: the model's, up to 4096)"
     add("-c", "--ctx-size", type=int, metavar="N", help=size)
     add("-b", "--batch-size", type=int, default=512, metavar="N", help="prompt tokens in one call (default 512)")
+    add("-ub", "--ubatch-size", type=int, default=512, metavar="N", help="prompt tokens in one pass (default 512)")
     add(
         "-t",
         "--threads",
@@ -62,9 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="threads (default: the usable CPUs; 1 for a tiny model)",
     )
-    types = "f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl"
-    add("-ctk", "--cache-type-k", default="f16", metavar="TYPE", help=f"type of the cached keys: {types} (f16)")
-    add("-ctv", "--cache-type-v", default="f16", metavar="TYPE", help="type of the cached values (f16)")
+    types = f"type of the cached keys: {', '.join(mn.KV_TYPES)} (f16)"
+    add("-ctk", "--cache-type-k", default="f16", choices=mn.KV_TYPES, metavar="TYPE", help=types)
+    types = "type of the cached values (f16)"
+    add("-ctv", "--cache-type-v", default="f16", choices=mn.KV_TYPES, metavar="TYPE", help=types)
     add("-fa", "--flash-attn", default="auto", choices=("on", "off", "auto"), help="flash attention (auto)")
     add("--swa-full", action="store_true", help="keep all tokens in sliding-window layers, not just the window")
     add("--context-shift", action="store_true", help="if the context is full, discard the older half and go on")
@@ -78,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Generate; the exit status is 130 if Ctrl-C interrupted it."""
     clock = Clock()
+    stop = [unescaped(text, "--stop") for text in options.stop] if options.escape else options.stop
     with load_model(options) as model:
         given = sampling(options) | ({"logit_bias": end_biases(model)} if options.ignore_eos else {})
         sampler = mn.Sampler(mn.SamplingParams.from_model(model, **given))
@@ -85,6 +94,7 @@ def run(options: argparse.Namespace) -> int:
         with model.context(
             n_ctx=n_ctx or model.n_ctx_train,
             n_batch=options.batch_size,
+            n_ubatch=options.ubatch_size,
             n_threads=options.threads,
             kv_type=(options.cache_type_k, options.cache_type_v),
             flash_attention=options.flash_attn,
@@ -98,12 +108,15 @@ def run(options: argparse.Namespace) -> int:
             if model.has_encoder:
                 ids = [context.encode(ids)]
             sequence = context.sequence()
+            lacks_template = not shown and is_bare(prompt, options, model)
             text, finish_reason = [], "length"
             try:
                 with prefilling(options.quiet) as on_progress:
                     clock.prefill(sequence, ids, on_progress)
-                for step in mn.generate(sequence, sampler, max_tokens=options.predict, stop=options.stop):
+                for step in mn.generate(sequence, sampler, max_tokens=options.predict, stop=stop):
                     clock.tick()
+                    if clock.n_tokens == 1 and not options.quiet:
+                        hint(step, lacks_template, model)
                     text.append(step.text)
                     if not options.json:
                         write(shown + step.text)
@@ -112,13 +125,24 @@ def run(options: argparse.Namespace) -> int:
                     finish_reason = step.finish_reason or finish_reason
             except KeyboardInterrupt:
                 finish_reason = "cancelled"
+            context_full = finish_reason == "length" and clock.n_tokens != options.predict
+            match finish_reason:
+                case "end":
+                    why = f"end token {name_of(sequence[-1], model)}"
+                case "length":
+                    why = f"context full (-c {context.n_ctx})" if context_full else f"-n {options.predict}"
+                case "stop":
+                    why = "--stop"
+                case _:
+                    why = "Ctrl-C"
     if options.json:
-        result = {"prompt": prompt, "text": "".join(text), "finish_reason": finish_reason, "seed": sampler.seed}
-        print(as_json({"model": str(model.path), **result, **clock.figures()}))
+        result = {"prompt": prompt, "text": "".join(text), "finish_reason": finish_reason}
+        more = {"context_full": context_full, "seed": sampler.seed}
+        print(as_json({"model": str(model.path), **result, **more, **clock.figures()}))
     else:
         print(flush=True)
         if not options.quiet:
-            print(f"{clock.line()} | seed {sampler.seed}", file=sys.stderr)
+            print(f"{clock.line()} | stopped: {why} | seed {sampler.seed}", file=sys.stderr)
     return 130 if finish_reason == "cancelled" else 0
 
 
@@ -147,6 +171,33 @@ def choose_prompt(options: argparse.Namespace, model: mn.Model) -> tuple[str, st
     if not prompt:
         raise ValueError("the prompt is empty: give one with -p, -f or on standard input")
     return prompt, prompt
+
+
+def is_bare(prompt: str, options: argparse.Namespace, model: mn.Model) -> bool:
+    """Return whether an instruct model gets a prompt without its chat template, and without the template's tokens."""
+    template = model.metadata.get(TEMPLATE)
+    if options.model is None or options.parse_special or not isinstance(template, str):
+        return False
+    tokenizer = model.tokenizer
+    return not any(
+        token.text in prompt
+        for token in tokenizer.special_tokens
+        if tokenizer.is_control(token.id) and (token.text in template or token.id in (tokenizer.bos, tokenizer.eos))
+    )
+
+
+def hint(first: mn.Step, lacks_template: bool, model: mn.Model) -> None:
+    """Say, in one line, if the first token ends the text, and if the prompt lacks the template."""
+    if first.finish_reason == "end":
+        why = ": its prompt has no chat template, which `minerva chat` applies" if lacks_template else ""
+        say("note", f"the model ended the text at once, with its end token {name_of(first.token, model)}{why}")
+    elif lacks_template:
+        say("note", "the prompt goes to this instruct model as it is: `minerva chat` applies its chat template")
+
+
+def name_of(token: int, model: mn.Model) -> str:
+    """Return the name of a token, as people may see it."""
+    return printable(model.tokenizer.piece(token, special=True).decode(errors="replace"))
 
 
 class Clock:

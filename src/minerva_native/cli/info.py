@@ -1,14 +1,16 @@
 """Show the build, and what a model's file says about it."""
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 import minerva_native as mn
 
-from .messages import as_json, printable
+from .messages import as_json, count, folded, printable, room, size
 from .options import add_json, add_model, load_model
 
 LONGEST_VALUE = 100  # characters of a metadata value to print
+LONGEST_LIST = 8  # items
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,12 +27,9 @@ def run(options: argparse.Namespace) -> int:
         print(as_json({"version": mn.__version__, "build": build, "model": facts, "metadata": metadata}))
         return 0
     print(f"minerva-native {mn.__version__}")
-    for section in (build, facts, metadata):
+    for section in (build, for_people(facts), metadata):
         print()
-        names = {name: printable(name) for name in section}
-        width = max(map(len, names.values()))
-        for name, value in section.items():
-            print(f"{names[name]:{width}}  {summary(value)}")
+        print_section({printable(name): summary(value) for name, value in section.items()}, room())
     return 0
 
 
@@ -50,10 +49,49 @@ def model_facts(model: mn.Model) -> dict[str, Any]:
     }
 
 
+def for_people(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Return the properties of a model with their units."""
+    return {
+        "path": facts["path"],
+        "architecture": facts["architecture"],
+        "quantisation": facts["file_type"],
+        "weights": f"{size(facts['size_bytes'])}, {count(facts['n_params'])} parameters",
+        "width": f"{facts['n_embd']:,}",
+        "layers": f"{facts['n_layer']:,}",
+        "trained context": f"{facts['n_ctx_train']:,} tokens",
+        "vocabulary": f"{facts['n_vocab']:,} tokens, {facts['vocabulary']}",
+    }
+
+
+def print_section(texts: Mapping[str, str], width: int | None) -> None:
+    """Print names and values, in lines of at most `width` columns if that is possible without breaking a word."""
+    name_width = max(map(len, texts), default=0)
+    for name, text in texts.items():
+        line = f"{name:{name_width}}  {text}"
+        longest = max(map(len, text.split()), default=0)
+        if width is None or len(line) <= width or longest <= width - name_width - 2:
+            print(folded(line, width, indent=name_width + 2))
+        else:  # a value with a long word, such as a path, has lines of its own
+            print(name)
+            print(folded(f"  {text}", width, indent=2))
+
+
 def summary(value: Any) -> str:
-    """Render a value on one line."""
-    if isinstance(value, list) and len(value) > 8:
-        return f"[{', '.join(map(repr, value[:3]))}, ... {len(value):,} in all]"
-    text = value if isinstance(value, str) else repr(value)
+    """Return a value on one line: no quotes, lists cut short, numbers with separators."""
+    if isinstance(value, list):
+        shown = value[:3] if len(value) > LONGEST_LIST else value
+        items = [summary(item) for item in shown] + ([f"... {len(value):,} in all"] if len(shown) < len(value) else [])
+        return ", ".join(items) if value else "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return "none"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.7g}"  # as many digits as a 32-bit float has
+    text = str(value)
     line = printable(" ".join(text.split()))
-    return line if len(line) <= LONGEST_VALUE else f"{line[:LONGEST_VALUE]}... ({len(text):,} characters)"
+    if len(line) <= LONGEST_VALUE:
+        return line
+    return f"{line[:LONGEST_VALUE].rpartition(' ')[0] or line[:LONGEST_VALUE]} ... ({len(text):,} characters)"

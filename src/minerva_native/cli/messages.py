@@ -1,12 +1,14 @@
 """What people and programs read: text without control characters, JSON in ASCII, and the log as lines on stderr."""
 
-import json
 import logging
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+
+from .._json import as_json as as_json
 
 _LOGGER = logging.getLogger("minerva_native")
 
@@ -36,13 +38,34 @@ def write(text: str) -> None:
     sys.stdout.write(printable(text, "\n\t") if sys.stdout.isatty() else text)
 
 
-def as_json(value: Any) -> str:
-    """Return JSON in printable ASCII. A number that JSON does not have, such as NaN, becomes a string."""
-    try:
-        text = json.dumps(value, allow_nan=False)
-    except ValueError:
-        text = json.dumps(json.loads(json.dumps(value), parse_constant=str))
-    return text.replace("\x7f", "\\u007f")
+def room() -> int | None:
+    """Return how many columns a line of output may have: those of the terminal; None if it goes elsewhere."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def folded(text: str, width: int | None, indent: int = 0) -> str:
+    """Fold a line between words, so that it has at most `width` columns; later lines are indented.
+
+    A word that is longer than a line runs over the edge. If the width is None, the line stays as it is.
+    """
+    if width is None or len(text) <= width:
+        return text
+    return textwrap.fill(text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+
+
+def size(n_bytes: int) -> str:
+    """Return a number of bytes for people, such as "98.4 MB"."""
+    return _scaled(n_bytes, ((1e12, " TB"), (1e9, " GB"), (1e6, " MB"), (1e3, " kB"), (1, " bytes")))
+
+
+def count(number: int) -> str:
+    """Return a large number for people, such as "134.5 M"."""
+    return _scaled(number, ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1, "")))
+
+
+def _scaled(number: int, units: tuple[tuple[float, str], ...]) -> str:
+    scale, unit = next((pair for pair in units if number >= pair[0]), units[-1])
+    return f"{number / scale:.1f}{unit}" if scale > 1 else f"{number:,}{unit}"
 
 
 def say(kind: str, sentence: object) -> None:
@@ -60,6 +83,7 @@ class Log(logging.Handler):
 
     Attributes:
         errors: error lines that were not shown, because the exception that ends a command says the same.
+        held: lines that are shown later, as (kind, line); None if they are shown at once.
     """
 
     def __init__(self, is_verbose: bool):
@@ -67,6 +91,7 @@ class Log(logging.Handler):
         self._is_verbose = is_verbose
         self._seen: set[str] = set()
         self.errors: list[str] = []
+        self.held: list[tuple[str, str]] | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show a line."""
@@ -80,8 +105,16 @@ class Log(logging.Handler):
             return
         if record.levelno >= logging.ERROR and not self._is_verbose:
             self.errors.append(line)
+        elif self.held is not None:
+            self.held.append((record.levelname.lower(), line))
         else:
             say(record.levelname.lower(), line)
+
+    def show_held(self) -> None:
+        """Show what was held back."""
+        held, self.held = self.held or [], None
+        for kind, line in held:
+            say(kind, line)
 
     def show_errors(self) -> None:
         """Show the error lines after all: the command has not failed because of them."""
@@ -102,3 +135,16 @@ def shown_log(is_verbose: bool, is_quiet: bool) -> Iterator[Log]:
     finally:
         _LOGGER.removeHandler(log)
         _LOGGER.setLevel(before)
+
+
+@contextmanager
+def warnings_after(is_wanted: bool) -> Iterator[None]:
+    """Show what is logged in the block after it, if that is wanted, so that it does not sit in a table."""
+    logs = [handler for handler in _LOGGER.handlers if isinstance(handler, Log)] if is_wanted else []
+    for log in logs:
+        log.held = []
+    try:
+        yield
+    finally:
+        for log in logs:
+            log.show_held()

@@ -1,6 +1,7 @@
 """The options that subcommands share, under llama.cpp's names."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -92,13 +93,17 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_text(parser: argparse.ArgumentParser) -> None:
-    """Add `-p`, `-f` and `--parse-special`."""
+    """Add `-p`, `-f`, `-e` and `--parse-special`."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "-p", "--prompt", type=utf8, metavar="TEXT", help="the text (default: standard input, unless a terminal)"
     )
     file = "read the text from a file; - for standard input"
     source.add_argument("-f", "--file", type=file_name, metavar="FILE", help=file)
+    escapes = r"read \n, \t, \r, \', \", \\ and \x41 in -p and -f (default); standard input is taken as it is"
+    parser.add_argument("-e", "--escape", action="store_true", default=True, help=escapes)
+    no = "take backslashes as they are"
+    parser.add_argument("--no-escape", action="store_false", dest="escape", help=no)
     special = "treat the names of special tokens in the text, such as <|im_start|>, as those tokens"
     parser.add_argument("--parse-special", action="store_true", help=special)
 
@@ -106,7 +111,7 @@ def add_text(parser: argparse.ArgumentParser) -> None:
 def read_text(options: argparse.Namespace) -> str:
     """Return what `-p` or `-f` give, or else standard input unless it is a terminal, without one final newline."""
     if options.prompt is not None:
-        return str(options.prompt)
+        return unescaped(options.prompt, "-p") if options.escape else str(options.prompt)
     name = options.file
     if name in (None, "-") and sys.stdin is None:
         return ""
@@ -120,6 +125,28 @@ def read_text(options: argparse.Namespace) -> str:
     if len(data) > _MAX_TEXT_BYTES:
         raise ValueError(f"{name} has more than {_MAX_TEXT_BYTES:,} bytes, too many for a prompt")
     try:
-        return data.decode().removesuffix("\n")
+        text = data.decode().removesuffix("\n")
     except UnicodeDecodeError:
         raise ValueError(f"{name} is not UTF-8 text") from None
+    return unescaped(text, name) if options.escape and name != "standard input" else text
+
+
+_ESCAPE = re.compile(rb"\\(?:x([0-9A-Fa-f]{2})|([nrt'\"\\]))|\\.", re.DOTALL)
+_ESCAPED = {b"n": b"\n", b"r": b"\r", b"t": b"\t"}
+
+
+def unescaped(text: str, source: str) -> str:
+    r"""Return a text with the escapes of llama.cpp's command line replaced, such as \n; others stay as they are.
+
+    `\x41` is a byte. Raises `ValueError`, which names the source, if the bytes are not UTF-8 in the end.
+    """
+
+    def character(found: re.Match[bytes]) -> bytes:
+        if found[1]:
+            return bytes.fromhex(found[1].decode())
+        return _ESCAPED.get(found[2], found[2]) if found[2] else found[0]
+
+    try:
+        return _ESCAPE.sub(character, text.encode()).decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{source} is not UTF-8 text once its escapes are read: see --no-escape") from None

@@ -5,6 +5,9 @@ import argparse
 from .messages import as_json
 from .options import add_json, add_model, add_text, load_model, read_text
 
+FLAGS = {"add_special=False": "--no-bos", "parse_special=True": "--parse-special"}
+"""The options for what errors name otherwise."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
