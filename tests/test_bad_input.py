@@ -75,9 +75,9 @@ def test_a_gguf_file_of_an_unknown_architecture(demo: mn.Model, tmp_path: Path) 
         mn.Model.load(path)
 
 
-@pytest.mark.parametrize("n_ctx", [0, 1, -1, 10**12, -(10**30)])
+@pytest.mark.parametrize("n_ctx", [1, -1, 10**12, -(10**30)])
 def test_a_context_size_out_of_range(demo: mn.Model, n_ctx: int) -> None:
-    with pytest.raises(ValueError, match="n_ctx must be from"):
+    with pytest.raises(ValueError, match="n_ctx must be"):
         demo.context(n_ctx=n_ctx)
 
 

@@ -108,7 +108,7 @@ def test_what_is_dropped_is_closed(demo: mn.Model) -> None:
     [
         ({"n_cxt": 64}, TypeError, r"LLM\(\) has no argument 'n_cxt'"),
         ({"gpu_layers": 0}, TypeError, "gpu_layers: the model is loaded already"),
-        ({"n_ctx": 0}, ValueError, "n_ctx"),
+        ({"n_ctx": 1}, ValueError, "n_ctx"),
         ({"on_full": "shift"}, ValueError, "on_full must be"),
         ({"template": 3}, TypeError, "template must be a str or a ChatTemplate"),
         ({"template": "{% if %}"}, mn.TemplateError, "cannot be compiled"),

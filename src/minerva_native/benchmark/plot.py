@@ -32,7 +32,7 @@ def check(path: str | os.PathLike[str]) -> None:
     To be called before anything is measured.
     """
     try:
-        from matplotlib.figure import Figure, SubFigure
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise mn.MinervaError("drawing needs matplotlib: pip install 'minerva-native[plot]'") from error
     kinds = Figure().canvas.get_supported_filetypes()
