@@ -173,7 +173,7 @@ def test_an_id_that_is_not_a_token(sequence: mn.Sequence, token: Any, error: typ
             call(token)
 
 
-@pytest.mark.parametrize("text", [None, 7, b"bytes", ["a"]])
+@pytest.mark.parametrize("text", [None, 7, ["a"]])
 def test_a_text_that_is_not_a_string(demo: mn.Model, text: Any) -> None:
     with pytest.raises(TypeError, match="text must be a str"):
         demo.tokenizer.encode(text)
@@ -185,7 +185,7 @@ def test_a_temperature_out_of_range(value: float) -> None:
         mn.SamplingParams(temperature=value)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, 1.5, "1", -1, 2**64])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1.5, "1", -2, 2**64])
 def test_a_seed_out_of_range(value: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="seed"):
         mn.SamplingParams(seed=value)
