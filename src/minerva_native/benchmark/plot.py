@@ -57,13 +57,13 @@ def picture(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     On the left are the tokens in their order, on the right is their distribution. Percentiles that the number of tokens
     does not give (see `distinct_percentiles`) are left out, and so are bars if there are fewer than two tokens.
     """
-    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.figure import Figure
 
     rows = [row for row in rows if row["token_ns"]]
     figure = Figure(figsize=(WIDTH, HEIGHT * len(rows) + 0.6), layout="constrained")
     about = "\n".join(textwrap.fill(text, _LINE) for text in dict.fromkeys(build(dict(row)) for row in rows))
     figure.suptitle(about, fontsize="small", parse_math=False)
-    parts: list[SubFigure] = list(figure.subfigures(len(rows), 1, squeeze=False)[:, 0])
+    parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
     for row, part in zip(rows, parts, strict=True):
         part.suptitle(_title(row), fontsize="medium", parse_math=False)
         course, histogram = part.subplots(1, 2, sharey=True, width_ratios=(3, 2))

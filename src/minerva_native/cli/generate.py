@@ -136,9 +136,16 @@ def run(options: argparse.Namespace) -> int:
                 case _:
                     why = "Ctrl-C"
     if options.json:
-        result = {"prompt": prompt, "text": "".join(text), "finish_reason": finish_reason}
-        more = {"context_full": context_full, "seed": sampler.seed}
-        print(as_json({"model": str(model.path), **result, **more, **clock.figures()}))
+        result = {
+            "model": str(model.path),
+            "prompt": prompt,
+            "text": "".join(text),
+            "finish_reason": finish_reason,
+            "context_full": context_full,
+            "seed": sampler.seed,
+            **clock.figures(),
+        }
+        print(as_json(result))
     else:
         print(flush=True)
         if not options.quiet:

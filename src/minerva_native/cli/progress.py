@@ -33,8 +33,8 @@ class Bar:
         progress = _progress(auto_refresh=True)  # which imports rich: `close` does not wait for that
         with self._lock:
             if not self._is_closed:
-                self._task = progress.add_task(self._label, total=self._total)
-                progress.update(self._task, completed=self._done)
+                self._task = progress.add_task(self._label)
+                progress.update(self._task, completed=self._done, total=self._total)
                 progress.start()
                 self._progress = progress
 
