@@ -151,7 +151,7 @@ class Model:
         n_gpus = n_offload_devices(chosen)
         if main_gpu is not None:
             parameters.main_gpu = integer("main_gpu", main_gpu, 0, 2**31 - 1)
-            if parameters.main_gpu >= n_gpus:
+            if parameters.main_gpu >= max(1, n_gpus):  # 0 is what it is anyway
                 raise DeviceError(f"main_gpu={main_gpu} is the index of a GPU, and there are {n_gpus} to choose from")
         shares = _tensor_split(tensor_split, n_gpus)
         parameters.tensor_split = shares

@@ -22,6 +22,7 @@ import pytest
 import minerva_native as mn
 from minerva_native import cli
 from minerva_native.cli import info, messages, options, progress
+from minerva_native.cli.options import kv_overrides
 
 MINERVA = [sys.executable, "-m", "minerva_native"]
 
@@ -742,3 +743,65 @@ def test_a_prompt_without_an_end_is_refused(tmp_path: Path) -> None:
     result = run("tokenize", "-f", "/dev/zero")
     assert result.returncode == 1
     assert "too many for a prompt" in result.stderr
+
+
+GREEDY = (*SHORT, "-n", "12", "--temp", "0")
+
+
+def test_the_options_of_loading_and_of_rope_reach_the_model() -> None:
+    plain = run(*GREEDY).stdout
+    same = run(
+        *GREEDY,
+        *("--mlock", "-sm", "layer", "-mg", "0", "-tb", "2", "--override-kv", "general.name=str:other"),
+        *("--rope-freq-base", "0", "--yarn-orig-ctx", "0", "--yarn-ext-factor", "-1", "--rope-scaling", "none"),
+    )
+    assert (same.returncode, same.stdout) == (0, plain)
+    stretched = run(*GREEDY, "--rope-scale", "4")
+    assert stretched.returncode == 0
+    assert stretched.stdout == run(*GREEDY, "--rope-freq-scale", "0.25").stdout != plain
+    yarn = ("--rope-scaling", "yarn", "--rope-scale", "4", "--yarn-orig-ctx", "64", "--yarn-beta-fast", "4")
+    assert run(*GREEDY, *yarn, "--yarn-beta-slow", "2").stdout != stretched.stdout
+    assert run(*GREEDY, "--rope-freq-base", "300").stdout != plain
+    assert run(*GREEDY, "--yarn-attn-factor", "3").stdout != plain
+    assert run(*GREEDY, "--override-kv", "llama.rope.freq_base=float:300").stdout == (
+        run(*GREEDY, "--rope-freq-base", "300").stdout
+    )
+
+
+def test_several_overrides_are_separated_by_commas_or_given_one_by_one() -> None:
+    assert kv_overrides('a=int:1,b=float:1.5,c=bool:true,"d=str:x,y",e=str:p=q:r') == {
+        "a": 1,
+        "b": 1.5,
+        "c": True,
+        "d": "x,y",
+        "e": "p=q:r",
+    }
+    given = ("--override-kv", "llama.rope.freq_base=float:300", "--override-kv", "general.name=str:x")
+    assert run(*GREEDY, *given).stdout == run(*GREEDY, "--rope-freq-base", "300").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (("--override-kv", "x"), 2, "'x' is not KEY=TYPE:VALUE"),
+        (("--override-kv", "x=int:1.5"), 2, "is not KEY=TYPE:VALUE"),
+        (("--override-kv", "x=bool:1"), 2, "is not KEY=TYPE:VALUE"),
+        (("--override-kv", "=int:1"), 2, "is not KEY=TYPE:VALUE"),
+        (("--override-kv", "llama.block_count=str:x"), 1, "--override-kv: llama.block_count is a int in"),
+        (("-sm", "rows"), 2, "invalid choice: 'rows'"),
+        (("-mg", "7"), 1, "-mg 7 is the index of a GPU, and there are"),
+        (("-ts", "1,x"), 2, "'1,x' is not a list of numbers, such as 3,1"),
+        (("-ts", "0/0"), 1, "-ts must be shares of 0 or more, and not all 0"),
+        (("-tb", "0"), 1, "-tb must be from 1 to 512"),
+        (("--rope-scaling", "longrope"), 2, "invalid choice"),
+        (("--rope-scale", "0"), 1, "--rope-scale must be above 0"),
+        (("--rope-scale", "2", "--rope-freq-scale", "0.5"), 2, "not allowed with"),
+        (("--rope-freq-base", "-5"), 1, "--rope-freq-base must be more than 0"),
+        (("--yarn-ext-factor", "-2"), 1, "--yarn-ext-factor must be 0 or more"),
+    ],
+)
+def test_what_these_options_cannot_be(arguments: tuple[str, ...], status: int, words: str) -> None:
+    ended = run(*SHORT, "-n", "1", *arguments)
+    assert ended.returncode == status
+    assert words in ended.stderr
+    assert "Traceback" not in ended.stderr

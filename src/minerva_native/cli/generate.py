@@ -11,12 +11,17 @@ import minerva_native as mn
 
 from .messages import as_json, printable, say, write
 from .options import (
+    CONTEXT_FLAGS,
+    LOADING_FLAGS,
     SAMPLING_FLAGS,
+    add_context,
     add_json,
+    add_loading,
     add_model,
     add_sampling,
     add_text,
     load_model,
+    of_context,
     read_text,
     sampling,
     unescaped,
@@ -38,6 +43,8 @@ FLAGS = {
     "gpu_layers": "-ngl",
     "swa_full": "--swa-full",
     "stop": "--stop",
+    **LOADING_FLAGS,
+    **CONTEXT_FLAGS,
     **SAMPLING_FLAGS,
 }
 """The options for what errors name otherwise."""
@@ -74,6 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     types = "type of the cached values (f16)"
     add("-ctv", "--cache-type-v", default="f16", choices=mn.KV_TYPES, metavar="TYPE", help=types)
     add("-fa", "--flash-attn", default="auto", choices=("on", "off", "auto"), help="flash attention (auto)")
+    add_loading(parser)
+    add_context(parser)
     add("--swa-full", action="store_true", help="keep all tokens in sliding-window layers, not just the window")
     add("--context-shift", action="store_true", help="if the context is full, discard the older half and go on")
     add("--keep", type=int, default=4, metavar="N", help="tokens at the start that are never discarded (4)")
@@ -101,6 +110,7 @@ def run(options: argparse.Namespace) -> int:
             swa_full=options.swa_full or options.context_shift,
             on_full="shift" if options.context_shift else "error",
             n_keep=options.keep,
+            **of_context(options),
         ) as context:
             clock.loaded()
             prompt, shown = choose_prompt(options, model)

@@ -3,10 +3,11 @@
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from minerva_native import Model
+from minerva_native import DEMO_PATH, Model
 
 _MAX_TEXT_BYTES = 1 << 28
 
@@ -21,12 +22,136 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def load_model(options: argparse.Namespace, vocab_only: bool = False) -> Model:
     """Load what `-m` names, with a progress bar on a terminal if that takes a while."""
-    if options.model is None:
+    given = {name: value for name in LOADING_FLAGS if (value := getattr(options, name, None)) is not None}
+    if options.model is None and not given:
         return Model.demo(gpu_layers=options.gpu_layers)
     from .progress import loading
 
+    path = DEMO_PATH if options.model is None else options.model
     with loading(options.quiet) as on_progress:
-        return Model.load(options.model, gpu_layers=options.gpu_layers, vocab_only=vocab_only, on_progress=on_progress)
+        try:
+            return Model.load(
+                path, gpu_layers=options.gpu_layers, vocab_only=vocab_only, on_progress=on_progress, **given
+            )
+        except TypeError as error:  # an override of another type than the file's key
+            raise ValueError(str(error)) from None
+
+
+LOADING_FLAGS = {
+    "kv_overrides": "--override-kv",
+    "mlock": "--mlock",
+    "split_mode": "-sm",
+    "main_gpu": "-mg",
+    "tensor_split": "-ts",
+}
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """Add `--override-kv` and the other options of how a model is loaded."""
+    add = parser.add_argument
+    add(
+        "--override-kv",
+        dest="kv_overrides",
+        type=kv_overrides,
+        action=Updating,
+        metavar="KEY=TYPE:VALUE,...",
+        help="metadata to use instead of the file's; types: int, float, bool, str; can be repeated",
+    )
+    add("--mlock", action="store_true", default=None, help="keep the model in memory: the system must not swap it out")
+    modes = ("none", "layer", "row", "tensor")
+    add("-sm", "--split-mode", choices=modes, help="how several GPUs share the model (layer)")
+    add("-mg", "--main-gpu", type=int, metavar="INDEX", help="the GPU that has all of it with -sm none (0)")
+    shares = "how much of the model each GPU gets, in proportion, such as 3,1"
+    add("-ts", "--tensor-split", type=tensor_split, metavar="N0,N1,...", help=shares)
+
+
+class Updating(argparse.Action):
+    """Collects the entries of dicts."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        """Add the entries of one."""
+        setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), **values})
+
+
+_OVERRIDE_TYPES: dict[str, Callable[[str], int | float | bool | str]] = {
+    "int": int,
+    "float": float,
+    "bool": {"true": True, "false": False}.__getitem__,
+    "str": str,
+}
+
+
+def kv_overrides(text: str) -> dict[str, int | float | bool | str]:
+    """Parse `--override-kv`: comma-separated, with `"` around what has a comma in it."""
+    import csv
+
+    overrides: dict[str, int | float | bool | str] = {}
+    for item in next(csv.reader([utf8(text)]), []):
+        key, _, typed = item.partition("=")
+        kind, colon, value = typed.partition(":")
+        parse = _OVERRIDE_TYPES.get(kind)
+        try:
+            if not (key and colon and parse):
+                raise ValueError
+            overrides[key] = parse(value)
+        except (KeyError, ValueError):
+            raise argparse.ArgumentTypeError(
+                f"{item!r} is not KEY=TYPE:VALUE with a value of type int, float, bool (true or false) or str"
+            ) from None
+    return overrides
+
+
+def tensor_split(text: str) -> list[float]:
+    """Parse `-ts`."""
+    try:
+        return [float(share) for share in text.replace("/", ",").split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers, such as 3,1") from None
+
+
+CONTEXT_FLAGS = {
+    "n_threads_batch": "-tb",
+    "rope_scaling_type": "--rope-scaling",
+    "rope_freq_base": "--rope-freq-base",
+    "rope_freq_scale": "--rope-freq-scale, --rope-scale",
+    "yarn_orig_ctx": "--yarn-orig-ctx",
+    "yarn_ext_factor": "--yarn-ext-factor",
+    "yarn_attn_factor": "--yarn-attn-factor",
+    "yarn_beta_slow": "--yarn-beta-slow",
+    "yarn_beta_fast": "--yarn-beta-fast",
+}
+
+_OF_THE_MODEL = {"rope_freq_base": 0, "yarn_orig_ctx": 0, "yarn_ext_factor": -1}
+"""What llama.cpp's flags take for the model's own value."""
+
+
+def add_context(parser: argparse.ArgumentParser) -> None:
+    """Add `-tb`, and the options of RoPE and YaRN."""
+    add = parser.add_argument
+    add("-tb", "--threads-batch", dest="n_threads_batch", type=int, metavar="N", help="threads for the prompt (as -t)")
+    scalings = ("none", "linear", "yarn")
+    scaling = "how to stretch RoPE to a longer context (default: as the model says, else linear)"
+    add("--rope-scaling", dest="rope_scaling_type", choices=scalings, help=scaling)
+    scale = parser.add_mutually_exclusive_group()
+    scale.add_argument("--rope-scale", type=float, metavar="N", help="for a context that is N times as long")
+    scale.add_argument("--rope-freq-scale", type=float, metavar="N", help="the same as --rope-scale 1/N")
+    add("--rope-freq-base", type=float, metavar="N", help="the base of RoPE's frequencies (default: the model's)")
+    original = "YaRN: the context of the training, in tokens (default: the model's)"
+    add("--yarn-orig-ctx", type=int, metavar="N", help=original)
+    add("--yarn-ext-factor", type=float, metavar="N", help="YaRN: how much of it, 0 to 1; 0 is linear (1)")
+    add("--yarn-attn-factor", type=float, metavar="N", help="multiply queries and keys; not with YaRN (1)")
+    add("--yarn-beta-slow", type=float, metavar="N", help="YaRN: fewer turns than this are scaled (1)")
+    add("--yarn-beta-fast", type=float, metavar="N", help="YaRN: more turns than this are left (32)")
+
+
+def of_context(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of `add_context` that were given."""
+    if options.rope_scale is not None:
+        if options.rope_scale <= 0:
+            raise ValueError(f"--rope-scale must be above 0, not {options.rope_scale:g}")
+        options.rope_freq_scale = 1 / options.rope_scale
+    given = {name: value for name in CONTEXT_FLAGS if (value := getattr(options, name)) is not None}
+    return {name: value for name, value in given.items() if _OF_THE_MODEL.get(name) != value}
 
 
 def file_name(text: str) -> str:
