@@ -144,6 +144,35 @@ def test_a_template_that_rewrites_history_keeps_the_common_prefix(llm: mn.LLM) -
 # Going back
 
 
+def test_the_next_turn_evaluates_what_is_new_with_every_upstream_template_that_only_appends(
+    demo: mn.Model, llama_cpp_source: Path
+) -> None:
+    appending = []
+    with mn.LLM(demo, n_ctx=8192, n_threads=1) as llm:
+        bias = {token.id: -100.0 for token in llm.tokenizer.special_tokens}  # no template writes them into an answer
+        for path in sorted((llama_cpp_source / "models" / "templates").glob("*.jinja")):
+            template = mn.ChatTemplate(path.read_text(encoding="utf-8"))
+            options: dict[str, Any] = {"chat_template_kwargs": {"functions": "", "datetime": "now"}, "logit_bias": bias}
+            with llm.chat(template=template, thinking_tags=("<no>", "</no>"), **BRIEF, **options) as chat:
+                try:
+                    first = chat.send("the other")
+                    before, asked = list(chat.sequence), [*chat.messages, {"role": "user", "content": "the one"}]
+                    variables = options["chat_template_kwargs"]
+                    was = template.render(chat.messages[:-1], **variables) + first.text
+                    appends = template.render(asked, **variables).startswith(was)
+                    n_before = llm.context.stats.tokens_evaluated
+                    usage = chat.send("the one", max_tokens=0).usage
+                except mn.TemplateError:
+                    continue  # it wants other messages
+            assert llm.context.stats.tokens_evaluated - n_before == usage.prompt_tokens - usage.cached_tokens, path.name
+            # The last token of an answer has not been evaluated before.
+            is_kept = usage.cached_tokens >= len(before) - 1
+            assert is_kept or not appends, path.name
+            if appends:
+                appending.append(path.name)
+    assert len(appending) >= 30
+
+
 def test_a_turn_that_fails_leaves_everything_as_it_was(llm: mn.LLM) -> None:
     chat = llm.chat(**BRIEF)
     chat.send("Hello")
