@@ -244,9 +244,10 @@ def test_a_turn_that_is_undone_while_it_runs_is_not_kept(slow: mn.LLM) -> None:
     chat.send("Hello", max_tokens=3)
     stream = chat.stream("More", max_tokens=1000)
     next(stream)
-    chat.undo()
-    assert list(stream)[-1].finish_reason == "length"
-    assert chat.messages == []
+    assert chat.undo() == [{"role": "user", "content": "More"}]
+    assert list(stream)[-1].finish_reason == "cancelled"
+    assert [message["content"] for message in chat.messages][:1] == ["Hello"]
+    assert len(chat.messages) == 2
 
 
 def test_forks_go_their_own_ways_from_shared_cells(llm: mn.LLM) -> None:

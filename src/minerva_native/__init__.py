@@ -26,6 +26,7 @@ from .errors import (
     BuildError,
     Cancelled,
     ClosedError,
+    ConstraintError,
     ContextError,
     ContextFullError,
     DecodeError,
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from .conversation import Chat
     from .draft import RequestOptions
     from .llm import LLM
+    from .structured import Constraint, Matcher
 
 __version__ = "0.1.0"
 
@@ -72,6 +74,8 @@ __all__ = [
     "Chunk",
     "ClosedError",
     "Completion",
+    "Constraint",
+    "ConstraintError",
     "Context",
     "ContextError",
     "ContextFullError",
@@ -80,6 +84,7 @@ __all__ = [
     "Device",
     "DeviceError",
     "EmptySequenceError",
+    "Matcher",
     "Memory",
     "MinervaError",
     "Model",
@@ -114,7 +119,9 @@ _LAZY = {  # modules that import more than numpy and the binding, or are not nee
     "ChatTemplate": ".chat",
     "Chunk": ".completion",
     "Completion": ".completion",
+    "Constraint": ".structured",
     "LLM": ".llm",
+    "Matcher": ".structured",
     "RequestOptions": ".draft",
 }
 

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from .errors import ConstraintError
 from .generation import FinishReason
+from .structured import Constraint
 
 
 class TokenLogprob(NamedTuple):
@@ -40,6 +42,7 @@ class Usage:
         reasoning_tokens: how many of those were reasoning, without its tags and without what a budget has forced.
         drafted: tokens that speculation proposed.
         accepted: how many of those were right.
+        forced_tokens: how many of the generated tokens a constraint left no choice for, so that none was sampled.
     """
 
     prompt_tokens: int = 0
@@ -48,6 +51,7 @@ class Usage:
     reasoning_tokens: int = 0
     drafted: int = 0
     accepted: int = 0
+    forced_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,8 @@ class Chunk:
         logprob: the token's log-probability, if asked for.
         top_logprobs: the most likely tokens in its place as (id, log-probability), if asked for.
         reasoning: text of the reasoning.
-        finish_reason: why the completion ends here, on the last chunk only. "end": the model ended it. "stop": a stop
+        finish_reason: why the completion ends here, on the last chunk only. "end": the model ended it, or what was
+            constrained is complete. "stop": a stop
             string or token was reached. "length": `max_tokens`, or the context is full. "cancelled": it was stopped.
         context_full: whether "length" means a full context.
         usage: on the last chunk.
@@ -105,7 +110,6 @@ class Completion:
         text: the text, or the answer after the reasoning.
         reasoning: the text between the thinking tags.
         tool_calls: calls of tools; always empty so far.
-        parsed: the structured value; always None so far.
         tokens: the ids of the generated tokens.
         finish_reason: "end", "stop", "length" or "cancelled": see `Chunk`.
         context_full: whether "length" means a full context.
@@ -117,12 +121,13 @@ class Completion:
         model: the name of the model's file.
         created: when, in seconds since 1970.
         is_chat: whether it answers messages, not a raw prompt.
+        constraint: what the text had to be, if anything.
+        is_complete: whether it is that, and not cut off.
     """
 
     text: str
     reasoning: str = ""
     tool_calls: tuple[Any, ...] = ()
-    parsed: Any = None
     tokens: list[int] = field(default_factory=list)
     finish_reason: FinishReason = "length"
     context_full: bool = False
@@ -134,6 +139,22 @@ class Completion:
     model: str = ""
     created: int = 0
     is_chat: bool = False
+    constraint: Constraint | None = None
+    is_complete: bool = True
+
+    @property
+    def parsed(self) -> Any:
+        """The value that the text stands for, if there was a `response_format` or a `constraint`; else None.
+
+        A JSON value, or an instance of the class that was given. Raises `ConstraintError`, which holds the text, if
+        that is incomplete: see `finish_reason`.
+        """
+        if self.constraint is None:
+            return None
+        if not self.is_complete:
+            cut = f"the text was cut off before it was complete (finish_reason {self.finish_reason!r})"
+            raise ConstraintError(cut, text=self.text)
+        return self.constraint.parse(self.text)
 
     @property
     def choices(self) -> "tuple[Completion, ...]":

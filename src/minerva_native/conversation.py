@@ -104,7 +104,10 @@ class Chat:
         self._sequence: TokenSequence | None = None
         self._parked: list[int] = []  # what the sequence held when it was last closed
         self._is_closed = False
-        self._parse("chat", {})
+        self._running: tuple[Request, dict[str, Any]] | None = None  # the turn that is written, and what was said
+        parsed = self._parse("chat", {})
+        if parsed.constraint is not None:  # compiled once
+            self._options |= {"constraint": parsed.constraint, "response_format": None}
 
     # Turns
 
@@ -142,6 +145,8 @@ class Chat:
 
     def _parse(self, caller: str, options: Mapping[str, Any]) -> RequestOptions:
         given = {**self._options, **options}
+        if options.keys() & {"constraint", "response_format"}:
+            given |= {name: options.get(name) for name in ("constraint", "response_format")}
         if given.get("thinking_tags") is None:
             given["thinking_tags"] = self.template.thinking_tags
         return self._llm.options(caller, given)
@@ -173,6 +178,7 @@ class Chat:
 
         def turn(request: Request, begun: Callable[[Draft], object]) -> Iterator[Chunk]:
             before = self._messages
+            self._running = (request, said)
             sequence = self._open()
             tokens = self._held
             is_kept = False
@@ -193,10 +199,12 @@ class Chat:
                     if chunk.finish_reason is not None:
                         answer = draft.completion()
                         is_kept = chunk.finish_reason != "cancelled" or (options.keep_partial and bool(answer.text))
+                        self._running = None
                         if is_kept and self._messages is before:  # nobody has undone it
                             self._messages = [*messages, answer.message]
                     yield chunk
             finally:
+                self._running = None
                 if not is_kept:
                     with suppress(MinervaError):  # the context may be closed
                         sequence.truncate(_common(tokens, list(sequence)))
@@ -263,8 +271,13 @@ class Chat:
         return self._llm.queue.call(work)
 
     def undo(self) -> list[dict[str, Any]]:
-        """Take back the last turn, also one that is running; return its messages."""
+        """Take back the last turn, and return its messages. One that is running is stopped, and nothing else undone."""
         messages = self._messages
+        if (running := self._running) is not None:
+            request, said = running
+            request.stop()
+            self._messages = list(messages)  # another list: see the end of a turn
+            return [said]
         begin = next((at for at in range(len(messages) - 1, -1, -1) if messages[at]["role"] == "user"), len(messages))
         self._messages = messages[:begin]
         return messages[begin:]

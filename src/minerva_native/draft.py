@@ -11,12 +11,13 @@ from ._arguments import cancel_token, flag, integer, many, what
 from .chat import ChatTemplate
 from .completion import Chunk, Completion, Timings, TokenLogprob, Usage
 from .engine.gate import CancelToken
-from .generation import generate
+from .generation import Guide, generate
 from .model import Model
-from .reasoning import ReasoningDecoder, opens_reasoning
+from .reasoning import AfterReasoning, ReasoningDecoder, opens_reasoning
 from .requests import Request, check_timeout
 from .sampling import Sampler, SamplingParams
 from .sequence import Sequence as TokenSequence
+from .structured import Constraint
 
 _SAMPLING = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 
@@ -35,6 +36,9 @@ class RequestOptions:
         echo: begin with the prompt, and with its log-probabilities if they are asked for.
         logprobs: give each token's log-probability.
         top_logprobs: how many of the most likely tokens to name for each; above 0 it implies `logprobs`.
+        response_format: the JSON that the answer shall be: a dict as in OpenAI's API, a JSON schema, a pydantic model,
+            a dataclass or another type. See `Constraint.of_format`, and `Completion.parsed` for the value.
+        constraint: what else the answer shall be: see `Constraint.of`. It begins after the reasoning.
         thinking_tags: the tags around the model's reasoning; by default those of the chat template in a chat, and none
             for a raw prompt.
         reasoning_budget: after this many tokens the reasoning is ended by force; 0 for none. None for no limit.
@@ -54,6 +58,8 @@ class RequestOptions:
     echo: bool = False
     logprobs: bool = False
     top_logprobs: int = 0
+    response_format: Any = None
+    constraint: Any = None
     thinking_tags: tuple[str, str] | None = None
     reasoning_budget: int | None = None
     reasoning_message: str = ""
@@ -85,10 +91,18 @@ class RequestOptions:
         for name in self.chat_template_kwargs:
             if not (isinstance(name, str) and name.isidentifier()) or name in _OF_ENCODING:
                 raise ValueError(f"chat_template_kwargs cannot have {name!r}: only other variables of the template")
+        self._set("constraint", self._read_constraint())
         cancel_token(self.cancel)
         check_timeout(self.timeout)
         if not isinstance(self.sampling, SamplingParams):
             raise TypeError(f"sampling must be SamplingParams, not {what(self.sampling)}")
+
+    def _read_constraint(self) -> Constraint | None:
+        if self.response_format is None and self.constraint is None:
+            return None
+        if self.response_format is not None and self.constraint is not None:
+            raise TypeError("give response_format or constraint, not both")
+        return Constraint.of_format(self.response_format) or Constraint.of(self.constraint)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -156,6 +170,8 @@ class Draft:
             params = params.replace(seed=params.seed + seed_offset)
         sampler = Sampler(params, tokenizer=self._tokenizer)
         self._sampler = sampler if self._reasoning is None else self._reasoning.forcing(sampler)
+        self._guide = self._guided()
+        self._n_forced = 0
         self._texts: list[str] = []
         self._reasonings: list[str] = []
         self._logprobs: list[TokenLogprob] = []
@@ -176,6 +192,17 @@ class Draft:
             message=options.reasoning_message,
         )
 
+    def _guided(self) -> Guide | None:
+        constraint, reasoning = self._options.constraint, self._reasoning
+        if constraint is None:
+            return None
+        guide: Guide = constraint.matcher(self._tokenizer)
+        if reasoning is None:
+            return guide
+        tags = self._options.thinking_tags or ("", "")
+        is_over = opens_reasoning(self._tokenizer.decode(self._sequence[-_TAIL:], special=True), tags[::-1])
+        return AfterReasoning(guide, reasoning, may_begin=self._is_chat and not is_over, tokenizer=self._tokenizer)
+
     def chunks(self) -> Iterator[Chunk]:
         """Write it, and yield every piece; the last one has a `finish_reason`."""
         options, reasoning, has_logprobs = self._options, self._reasoning, self._options.logprobs
@@ -191,18 +218,21 @@ class Draft:
             stop=options.stop,
             cancel=self._request,
             decoder=reasoning,
-            top_logprobs=options.top_logprobs,
+            # Forced tokens have log-probabilities only if others are asked for, too.
+            top_logprobs=options.top_logprobs or int(has_logprobs and self._guide is not None),
+            constraint=self._guide,
         )
         for step in steps:
             chunk = Chunk(step.text, step.token)
             tokens.append(step.token)
             texts.append(step.text)
+            self._n_forced += step.is_forced
             if reasoning is not None and (text := reasoning.take()):
                 chunk.reasoning = text
                 self._reasonings.append(text)
             if has_logprobs:
-                chunk.logprob, chunk.top_logprobs = step.logprob, step.top_logprobs
-                self._logprobs.append(self._entry(step.token, step.logprob, step.top_logprobs))
+                chunk.logprob, chunk.top_logprobs = step.logprob, step.top_logprobs[: options.top_logprobs]
+                self._logprobs.append(self._entry(step.token, step.logprob, chunk.top_logprobs))
             if not self._first_token:
                 self._first_token = time.perf_counter()
             if step.finish_reason is not None:
@@ -226,6 +256,7 @@ class Draft:
             cached_tokens=self._cached_tokens,
             completion_tokens=len(self.tokens),
             reasoning_tokens=self._reasoning.n_tokens if self._reasoning is not None else 0,
+            forced_tokens=self._n_forced,
         )
         chunk.timings = Timings(
             queue=started - request.submitted,
@@ -254,4 +285,6 @@ class Draft:
             model=self._sequence.context.model.path.name,
             created=int(time.time()),
             is_chat=self._is_chat,
+            constraint=self._options.constraint,
+            is_complete=self._guide is None or self._guide.can_end,
         )

@@ -13,6 +13,7 @@
     |   +-- BrokenContextError
     +-- TokenizerError
     +-- SamplingError
+    +-- ConstraintError
     +-- TemplateError
     +-- StateError
     +-- DeviceError
@@ -93,6 +94,19 @@ class TokenizerError(MinervaError):
 
 class SamplingError(MinervaError):
     """No token can be drawn from these logits."""
+
+
+class ConstraintError(MinervaError):
+    """A schema or a grammar cannot be used, or a text that it was to describe is incomplete.
+
+    Attributes:
+        path: where in a JSON schema the trouble is, as a JSON pointer such as "#/properties/name".
+        text: the incomplete text.
+    """
+
+    def __init__(self, message: str, *, path: str = "", text: str = ""):
+        super().__init__(message)
+        self.path, self.text = path, text
 
 
 class TemplateError(MinervaError):

@@ -1,5 +1,6 @@
 """The decode loop: sample a token, give it out, evaluate it, and so on."""
 
+import math
 import operator
 import time
 import weakref
@@ -12,8 +13,9 @@ import numpy.typing as npt
 from ._arguments import cancel_token, integer, many, what
 from .engine.gate import CancelToken
 from .errors import ClosedError, EmptySequenceError, TokenizerError
-from .sampling import Sampler, SamplingParams, logprob
+from .sampling import Sampler, SamplingParams, apply_mask, logprob
 from .sampling import top_logprobs as most_likely
+from .sampling.masks import Mask
 from .sequence import Sequence as TokenSequence
 from .sequence import Tokens
 from .tokenizer import Tokenizer
@@ -35,6 +37,44 @@ class Decoder(Protocol):
         """Return what is left at the end."""
 
 
+class Guide(Protocol):
+    """Says which tokens may come next; `structured.Matcher` is one."""
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """The tokens that it has gone behind."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing may follow."""
+
+    @property
+    def can_end(self) -> bool:
+        """Whether the text may end here."""
+
+    def forced(self) -> int | None:
+        """Return the only way to go on, if there is one."""
+
+    def prepare(self) -> None:
+        """Begin to compute the mask; the model computes meanwhile."""
+
+    def mask(self) -> Mask | None:
+        """Return the mask of the tokens that may come next (see `apply_mask`), or None for any."""
+
+    def consume(self, token: int) -> None:
+        """Go behind a token."""
+
+    def follow(self, tokens: list[int]) -> None:
+        """Go to the place behind these tokens, all since the beginning."""
+
+
+class Constraint(Protocol):
+    """Says what the text may be; `structured.Constraint` is one."""
+
+    def matcher(self, tokenizer: Tokenizer) -> Guide:
+        """Return a guide at the beginning of a text."""
+
+
 FinishReason = Literal["stop", "length", "end", "cancelled"]
 
 
@@ -44,22 +84,27 @@ class Step:
     `text` is what can be shown because of it: empty while a character or a possible stop string is incomplete.
     `seconds` is the time from asking for this step to having it: evaluating the token before it, and sampling.
     `top_logprobs` are the most likely tokens in its place, the best first, as (id, log-probability), if asked for.
+    `is_forced`: the constraint left no choice.
     """
 
-    __slots__ = ("__weakref__", "_logprob", "finish_reason", "seconds", "text", "token", "top_logprobs")
+    __slots__ = ("__weakref__", "_logprob", "finish_reason", "is_forced", "seconds", "text", "token", "top_logprobs")
 
     text: str
     seconds: float
+    _logprob: float | npt.NDArray[np.float32]
 
-    def __init__(self, token: int, logits: npt.NDArray[np.float32]):
-        self.token = token
+    def __init__(self, token: int, logits: npt.NDArray[np.float32] | None, is_forced: bool = False):
+        self.token, self.is_forced = token, is_forced
         self.top_logprobs: Sequence[tuple[int, float]] = ()
         self.finish_reason: FinishReason | None = None
-        self._logprob: float | npt.NDArray[np.float32] = logits  # until it is asked for
+        self._logprob = math.nan if logits is None else logits  # until it is asked for
 
     @property
     def logprob(self) -> float:
-        """The token's log-probability (natural logarithm) by the model's own distribution; computed when asked for."""
+        """The token's log-probability (natural logarithm) by the model's own distribution; computed when asked for.
+
+        NaN for a forced token, whose logits nobody needed, unless `top_logprobs` were asked for.
+        """
         if not isinstance(self._logprob, float):
             self._logprob = logprob(self._logprob, self.token)
         return self._logprob
@@ -77,11 +122,13 @@ def generate(
     cancel: CancelToken | None = None,
     decoder: Decoder | None = None,
     top_logprobs: int = 0,
+    constraint: Constraint | Guide | None = None,
 ) -> Iterator[Step]:
     """Continue a sequence, one token a step, until there is a reason to finish, which the last step names.
 
-    "end": the model chose an end-of-generation token. "stop": the text reached one of the `stop` strings, which is not
-    part of the text, or the model chose a control token that is named there. "length": `max_tokens` tokens were made,
+    "end": the model chose an end-of-generation token, or the text that a constraint describes is complete. "stop": the
+    text reached one of the `stop` strings, which is not part of the text, or the model chose a control token that is
+    named there. "length": `max_tokens` tokens were made,
     or the context is full. "cancelled": `cancel` was set.
     Every step's token is in `sequence.tokens`. The last one is not evaluated unless more is asked of the sequence.
 
@@ -97,13 +144,16 @@ def generate(
             there is no token yet: then it raises `Cancelled`.
         decoder: turns tokens into text; by default `Tokenizer.stream` after the last token.
         top_logprobs: how many of the most likely tokens each step names, with their log-probabilities.
+        constraint: what the text may be. Tokens that it forces are not sampled, and are evaluated together. A guide, as
+            `Constraint.matcher` returns it, stays in step with the sequence, and tells afterwards where it is; give a
+            `fork` of both to go on in two ways.
 
     Raises:
         EmptySequenceError: the sequence has no tokens.
         ContextFullError: not even one token fits.
         TypeError, ValueError: an argument is of the wrong type or out of range.
         Cancelled: the prompt's evaluation was cancelled, or `Context.cancel` was called.
-        ClosedError, SamplingError: see there.
+        ClosedError, ConstraintError, SamplingError: see there.
     """
     if not isinstance(sequence, TokenSequence):
         raise TypeError(f"generate continues a Sequence, not a {type(sequence).__name__}: see Context.sequence")
@@ -126,8 +176,9 @@ def generate(
         raise ClosedError("this Sequence is closed")
     if not len(sequence):
         raise EmptySequenceError("the sequence is empty: extend it with a prompt first (at least a BOS token)")
+    guide = _guide(constraint, sequence.context.model.tokenizer)
     return _decode_loop(
-        sequence, Sampler() if sampler is None else sampler, max_tokens, stop, cancel, decoder, top_logprobs
+        sequence, Sampler() if sampler is None else sampler, max_tokens, stop, cancel, decoder, top_logprobs, guide
     )
 
 
@@ -139,6 +190,7 @@ def _decode_loop(
     cancel: CancelToken | None,
     decoder: Decoder | None,
     top_logprobs: int,
+    guide: Guide | None,
 ) -> Iterator[Step]:
     tokenizer = sequence.context.model.tokenizer
     tokens = sequence.tokens
@@ -152,13 +204,21 @@ def _decode_loop(
         sequence.context.evaluate([sequence], cancel=cancel)
     while count != max_tokens:
         before = time.perf_counter()
-        logits = sequence.logits
-        chosen = sampler(logits, tokens)
+        forced = guide.forced() if guide else None
+        if forced is not None:
+            chosen, logits = forced, sequence.logits if top_logprobs else None
+        elif guide is None:
+            logits = sequence.logits
+            chosen = sampler(logits, tokens)
+        else:
+            guide.prepare()
+            logits = sequence.logits
+            chosen = _masked(sampler, logits, tokens, guide.mask())
         try:
             token = operator.index(chosen)
         except TypeError:
             raise TypeError(f"sampler must return a token id, not {what(chosen)}") from None
-        step = Step(token, logits)
+        step = Step(token, logits, forced is not None)
         # Whatever may fail comes before the token is appended, so that a failure leaves the sequence unchanged.
         if tokenizer.is_end(token):
             step.text, step.finish_reason = "", "end"
@@ -171,7 +231,11 @@ def _decode_loop(
                 raise TypeError(f"decoder must return text from feed(), not {what(step.text)}")
             if matcher and matcher.feed(step):
                 step.finish_reason = "stop"
-        if top_logprobs:
+            if guide:
+                guide.consume(token)
+                if guide.is_complete and step.finish_reason is None:
+                    step.finish_reason = "end"
+        if top_logprobs and logits is not None:
             ids, logprobs = most_likely(logits, top_logprobs)
             step.top_logprobs = list(zip(ids.tolist(), logprobs.tolist(), strict=True))
         is_cancelled = step.finish_reason is None and cancel is not None and cancel.is_set()
@@ -185,14 +249,34 @@ def _decode_loop(
             rest = decoder.flush() if decoder else ""
             step.text += matcher.release() + rest if matcher else rest
         step.seconds = time.perf_counter() - before
+        start = len(tokens) - len(guide.tokens) if guide else 0  # a shift may have moved it
         yield step
         if step.finish_reason is not None:
             return
+        if guide:  # the caller may have changed the sequence
+            guide.follow([*guide.tokens[:-start], *tokens] if start < 0 else tokens[start:])
         # If the caller keeps steps, compute their log-probabilities now: at most two rows of logits live on.
         if previous is not None and (kept := previous()) is not None:
             _ = kept.logprob
         previous = weakref.ref(step)
         del step
+
+
+def _guide(constraint: object, tokenizer: Tokenizer) -> Guide | None:
+    """Return the guide that an argument gives or makes."""
+    guide = constraint.matcher(tokenizer) if hasattr(constraint, "matcher") else constraint
+    if guide is not None and not all(hasattr(guide, name) for name in ("forced", "mask", "consume", "follow")):
+        raise TypeError(f"constraint must be a Constraint, or what its matcher() returns, not {what(constraint)}")
+    return guide  # type: ignore[return-value]
+
+
+def _masked(sampler: Chooser, logits: npt.NDArray[np.float32], tokens: Tokens, mask: Mask | None) -> int:
+    """Return the token that a sampler chooses among those that a mask allows."""
+    if mask is None:
+        return sampler(logits, tokens)
+    if isinstance(sampler, Sampler):
+        return sampler(logits, tokens, mask=mask)
+    return sampler(apply_mask(logits, mask), tokens)
 
 
 def _control_tokens(tokenizer: Tokenizer, names: tuple[str, ...]) -> list[int]:

@@ -140,6 +140,8 @@ class LLM:
         parsed = RequestOptions.of(self.model, caller, options)
         if parsed.reasoning_budget is not None and parsed.thinking_tags is None:
             raise ValueError("reasoning_budget needs thinking_tags=, as no chat template names them here")
+        if parsed.constraint is not None:
+            parsed.constraint.prepare(self.tokenizer)
         return parsed
 
     # Text

@@ -1,11 +1,13 @@
 """Reasoning: tells it from the answer as the text is made, and ends it when its budget is spent."""
 
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from .generation import Chooser
+from .generation import Chooser, Guide
+from .sampling.masks import Mask
 from .sequence import Tokens
 from .tokenizer import Tokenizer
 
@@ -26,6 +28,7 @@ class ReasoningDecoder:
 
     Attributes:
         n_tokens: how many tokens of reasoning the model has made.
+        opening: the tokens of the opening tag.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class ReasoningDecoder:
         self._decoder = tokenizer.stream(after=after)
         self._special = tokenizer.stream(special=True, after=after)
         spelled = [tokenizer.encode(tag, add_special=False, parse_special=True) for tag in tags]
+        self.opening = spelled[0]
         self._hidden = {token for ids in spelled for token in ids if tokenizer.is_control(token)}
         self._end = [*(tokenizer.encode(message, add_special=False) if message else []), *spelled[1]]
         self._forced: deque[int] = deque()
@@ -49,6 +53,11 @@ class ReasoningDecoder:
         self._at_start = inside
         self.n_tokens = 0
         self._watch_budget()
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the next token is reasoning."""
+        return self._inside
 
     def forcing(self, sampler: Chooser) -> Chooser:
         """Return a sampler that chooses the tokens that are forced, and else as another does."""
@@ -110,6 +119,78 @@ class ReasoningDecoder:
     def _watch_budget(self) -> None:
         if self._inside and self._budget is not None and self.n_tokens >= self._budget and not self._forced:
             self._forced.extend(self._end)
+
+
+class AfterReasoning:
+    """A guide for the answer that leaves the reasoning before it free.
+
+    Args:
+        guide: of the answer.
+        reasoning: the decoder that tells them apart.
+        may_begin: whether the model may open the reasoning itself.
+        tokenizer: of the model. No token that ends a generation is allowed inside the reasoning.
+    """
+
+    def __init__(self, guide: Guide, reasoning: ReasoningDecoder, may_begin: bool, tokenizer: Tokenizer):
+        self._guide, self._reasoning = guide, reasoning
+        self._inside = np.array([not tokenizer.is_end(token) for token in range(tokenizer.n_vocab)])
+        self._may_begin = may_begin and bool(reasoning.opening)
+        self._opening: list[int] = []  # what is left of the opening tag
+        self._is_free = False  # whether the token that comes is reasoning
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """The tokens of the answer."""
+        return self._guide.tokens
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the answer is complete."""
+        return self._guide.is_complete
+
+    @property
+    def can_end(self) -> bool:
+        """Whether the answer may end here."""
+        return self._guide.can_end
+
+    def forced(self) -> int | None:
+        """Return the only way to go on, if there is one."""
+        self._is_free = self._reasoning.is_inside
+        if self._opening:
+            return self._opening[0]
+        return None if self._is_free or self._may_begin else self._guide.forced()
+
+    def prepare(self) -> None:
+        """Begin to compute the mask."""
+        if not self._is_free:
+            self._guide.prepare()
+
+    def mask(self) -> Mask | None:
+        """Return the mask of the answer; inside the reasoning all is allowed but to end."""
+        if self._is_free:
+            return self._inside
+        mask = self._guide.mask()
+        if self._may_begin and mask is not None:
+            mask = np.unpackbits(mask.view(np.uint8), bitorder="little").view(np.bool_)
+            mask[self._reasoning.opening[0]] = True
+            mask = np.packbits(mask, bitorder="little")
+        return mask
+
+    def consume(self, token: int) -> None:
+        """Go behind a token."""
+        if self._opening:
+            self._opening.pop(0)
+        elif self._is_free:
+            self._may_begin = False
+        elif self._may_begin and token == self._reasoning.opening[0]:
+            self._opening, self._may_begin = self._reasoning.opening[1:], False
+        else:
+            self._may_begin = False
+            self._guide.consume(token)
+
+    def follow(self, tokens: list[int]) -> None:
+        """Go to the place behind these tokens of the answer."""
+        self._guide.follow(tokens)
 
 
 def opens_reasoning(prompt: str, tags: tuple[str, str]) -> bool:

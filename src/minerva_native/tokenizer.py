@@ -3,10 +3,9 @@
 import codecs
 import functools
 import operator
-import os
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +14,7 @@ import numpy.typing as npt
 from ._arguments import cancel_token, flag, what
 from ._binding import ffi, lib, thrown
 from ._handle import Handle, NoCopy
+from ._stack import StackError, with_stack
 from .errors import Cancelled, TokenizerError
 
 TokenIds = Sequence[int] | npt.NDArray[np.integer[Any]]
@@ -58,10 +58,8 @@ _STACK_BYTES = 256 << 10  # for everything else
 _SHORT_MATCH = 1000  # characters; what may be longer gets a stack of its own
 _LONGEST_MATCH = 2_000_000  # which takes 640 MB
 _SPACE_BESIDE_SPACE = re.compile(r" \s|\s ")
-_stack_size_lock = threading.RLock()  # re-entrant, because a signal handler may encode too
 
 _LONG_TEXT = 1 << 16  # characters; a longer one is encoded in a thread, so that its caller can leave
-_LOOK_SECONDS = 0.01  # how often a caller looks at its cancel token
 _MAX_TEXT_BYTES = 1 << 30  # libllama counts bytes and tokens in 32-bit integers
 
 
@@ -211,7 +209,10 @@ class Tokenizer(NoCopy):
         match = self._longest_match(text)
         stack_bytes = _STACK_BYTES + -(-match * _STACK_BYTES_A_CHARACTER // _STACK_BYTES) * _STACK_BYTES  # whole pages
         if match > _SHORT_MATCH or len(text) > _LONG_TEXT or (match and stack_bytes > lib.minerva_stack_left()):
-            return _in_a_thread(lambda: self._tokenize(data, add_special, parse_special), stack_bytes, cancel)
+            try:
+                return with_stack(lambda: self._tokenize(data, add_special, parse_special), stack_bytes, cancel)
+            except StackError as error:
+                raise TokenizerError(f"{error}; the text needs it, so encode it in pieces") from None
         return self._tokenize(data, add_special, parse_special)
 
     def _longest_match(self, text: str) -> int:
@@ -271,6 +272,17 @@ class Tokenizer(NoCopy):
     def piece(self, token: int, special: bool = False) -> bytes:
         """Return the bytes that a token stands for inside a text (`llama_token_to_piece`)."""
         return self._piece(self.check(token), flag("special", special))
+
+    def pieces(self) -> list[bytes]:
+        """Return what `piece` does with `special`, for every token of the vocabulary in order."""
+        self._require_vocabulary()
+        size = 1 << 10
+        buffer, vocab, found = ffi.new("char[]", size), self._vocab, []
+        with self._model:
+            for token in range(self.n_vocab):
+                count = lib.minerva_token_to_piece(vocab, token, buffer, size, True)
+                found.append(ffi.unpack(buffer, count) if count > 0 else self._piece(token, True) if count else b"")
+        return found
 
     def stream(self, special: bool = False, after: int | None = None) -> "StreamDecoder":
         """Return a decoder that takes one token at a time.
@@ -453,48 +465,6 @@ def _longest_stretch(text: str) -> int:
         blank = 0 if line.replace("/", "").strip() else blank + len(line) + 1
         longest = max(longest, blank)
     return longest + 2 * max(map(len, lines)) + 2
-
-
-def _in_a_thread(function: Callable[[], list[int]], stack_bytes: int, cancel: threading.Event | None) -> list[int]:
-    """Call a function on a thread with a stack of that size; `cancel` and Ctrl-C leave it to finish on its own."""
-    results: list[list[int]] = []
-    errors: list[BaseException] = []
-    done = threading.Event()  # `Thread.join` forgets a thread that runs when Ctrl-C interrupts it
-
-    def work() -> None:
-        try:
-            results.append(function())
-        except BaseException as error:
-            errors.append(error)
-        finally:
-            done.set()
-
-    with _stack_size_lock:
-        before = threading.stack_size()
-        try:
-            threading.stack_size(stack_bytes)
-            threading.Thread(target=work, name="minerva_native encode", daemon=True).start()
-        except RuntimeError:
-            raise TokenizerError(
-                f"the system grants no thread with a stack of {stack_bytes >> 10:,} KB, which the text needs: encode "
-                "it in pieces, or raise the limit of address space or threads"
-            ) from None
-        finally:
-            threading.stack_size(before)
-    while not done.wait(_LOOK_SECONDS):
-        if cancel is not None and cancel.is_set():
-            raise Cancelled("encoding was cancelled")
-    if errors:
-        raise errors.pop()
-    return results[0]
-
-
-# A child of a fork during `_in_a_thread` would find the lock taken, and the wrong size.
-os.register_at_fork(
-    before=_stack_size_lock.acquire,
-    after_in_parent=_stack_size_lock.release,
-    after_in_child=_stack_size_lock.release,
-)
 
 
 def _optional(token: int) -> int | None:

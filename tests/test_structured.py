@@ -1,0 +1,556 @@
+"""Structured output: what is allowed, forced, refused and parsed, and a matcher in step with its sequence."""
+
+import gc
+import json
+import random
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import numpy.typing as npt
+import pydantic
+import pytest
+
+import minerva_native as mn
+from minerva_native import structured
+from minerva_native.grammars import check_ends
+from minerva_native.reasoning import AfterReasoning, ReasoningDecoder
+from minerva_native.schemas import prepare
+from random_schemas import random_schema
+from tiny_models import TinyModel, write_gguf
+
+RECORD = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 99},
+    },
+    "required": ["name", "age"],
+}
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture(scope="module")
+def context(demo: mn.Model) -> Iterator[mn.Context]:
+    with demo.context(n_ctx=1024, n_seq=4, n_threads=1, kv_type="f32", flash_attention="off") as context:
+        yield context
+
+
+@pytest.fixture
+def sequence(context: mn.Context) -> Iterator[mn.Sequence]:
+    with context.sequence() as sequence:
+        sequence.extend(context.model.tokenizer.encode("Once upon a time"))
+        yield sequence
+
+
+@pytest.fixture
+def llm(demo: mn.Model) -> Iterator[mn.LLM]:
+    with mn.LLM(demo, n_ctx=1024, n_threads=1, kv_type="f32", flash_attention="off") as llm:
+        yield llm
+
+
+def written(sequence: mn.Sequence, constraint: Any, seed: int = 1, max_tokens: int = 500, **options: Any) -> str:
+    sampler = mn.Sampler(mn.SamplingParams(temperature=1.0, seed=seed))
+    steps = list(mn.generate(sequence, sampler, max_tokens=max_tokens, constraint=constraint, **options))
+    assert steps[-1].finish_reason == "end"
+    return "".join(step.text for step in steps)
+
+
+def allowed(matcher: mn.Matcher, n_vocab: int) -> set[int]:
+    bits = np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")[:n_vocab]
+    return set(np.flatnonzero(bits).tolist())
+
+
+# What is written
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_kind_of_constraint_is_kept(sequence: mn.Sequence, seed: int) -> None:
+    n = len(sequence)
+
+    def text(constraint: mn.Constraint) -> str:
+        sequence.truncate(n)
+        return written(sequence, constraint, seed)
+
+    assert jsonschema.Draft202012Validator(RECORD).is_valid(json.loads(text(mn.Constraint.json_schema(RECORD))))
+    letters = text(mn.Constraint.regex("[a-f]{4,8}"))
+    assert 4 <= len(letters) <= 8
+    assert set(letters) <= set("abcdef")
+    choices = ["yes", "no", 'a "quoted" one\n', "ชื่อ"]
+    assert text(mn.Constraint.choice(choices)) in choices
+    assert text(mn.Constraint.lark('start: "a" b\nb: "b" | "c" "d"')) in ("ab", "acd")
+    assert text(mn.Constraint.gbnf('root ::= "a" [0-9] other\nother ::= "x" | "yz"'))[2:] in ("x", "yz")
+
+
+def test_many_random_schemas_give_values_that_validate(context: mn.Context) -> None:
+    n_complete = 0
+    for seed in range(120):
+        schema = random_schema(random.Random(seed))
+        constraint = mn.Constraint.json_schema(schema)
+        with context.sequence() as sequence:
+            sequence.extend(context.model.tokenizer.encode("Once upon a time"))
+            sampler = mn.Sampler(mn.SamplingParams(temperature=1.0, seed=seed))
+            steps = list(mn.generate(sequence, sampler, max_tokens=400, constraint=constraint))
+        text = "".join(step.text for step in steps)
+        if steps[-1].finish_reason == "length":  # a list, a number or a string without an end
+            continue
+        jsonschema.Draft202012Validator(schema).validate(constraint.parse(text))
+        n_complete += 1
+    assert n_complete >= 100
+
+
+def test_an_object_has_the_properties_that_are_named_and_no_others(sequence: mn.Sequence) -> None:
+    optional = {"type": "object", "properties": {"a": {"type": "null"}}}
+    assert written(sequence, mn.Constraint.json_schema(optional)) in ("{}", '{"a": null}')
+    assert prepare({**optional, "additionalProperties": True}) == {**optional, "additionalProperties": True}
+    merged = {"allOf": [optional, {"properties": {"b": {"type": "null"}}}]}
+    assert prepare(merged) == merged
+
+
+def test_the_text_ends_when_the_value_is_complete(sequence: mn.Sequence) -> None:
+    step = list(mn.generate(sequence, constraint=mn.Constraint.choice(["yes"])))[-1]
+    assert step.finish_reason == "end"
+    assert not sequence.context.model.tokenizer.is_end(step.token)
+
+
+# Forced tokens
+
+
+def test_forced_tokens_are_evaluated_together(sequence: mn.Sequence) -> None:
+    n_before, text = len(sequence), "The quick brown fox jumps over the lazy dog"
+    stats = sequence.context.stats
+    before = (stats.tokens_evaluated, stats.decode_calls)
+    steps = list(mn.generate(sequence, constraint=mn.Constraint.regex(f"{text} [ab]{{1}}!")))
+    assert "".join(step.text for step in steps) in (f"{text} a!", f"{text} b!")
+    forced = [step.is_forced for step in steps]
+    assert sum(forced) >= len(steps) - 3
+    _ = sequence.logits
+    stats = sequence.context.stats
+    assert stats.tokens_evaluated - before[0] == len(sequence) - n_before
+    assert stats.decode_calls - before[1] <= 4
+
+
+def test_forced_tokens_change_nothing_but_the_work(sequence: mn.Sequence) -> None:
+    class Unforced(structured.Matcher):
+        def forced(self) -> int | None:
+            return None
+
+    # What is forced can be spelled in one way only, token by token, so that the model sees the same either way.
+    texts = []
+    constraint = mn.Constraint.regex("0 ([1-3]) 0 ([4-6]) 0 ([7-9])")
+    for kind in (structured.Matcher, Unforced):
+        matcher = constraint.matcher(sequence.context.model.tokenizer)
+        matcher.__class__ = kind
+        with sequence.fork() as fork:
+            steps = list(mn.generate(fork, mn.SamplingParams.greedy(), constraint=matcher))
+        assert any(step.is_forced for step in steps) == (kind is structured.Matcher)
+        texts.append("".join(step.text for step in steps))
+    assert texts[0] == texts[1]
+
+
+def test_forced_tokens_count_and_stop_at_the_limit(llm: mn.LLM) -> None:
+    answer = llm.complete("Once", constraint=["The quick brown fox jumps over the lazy dog"], max_tokens=5)
+    assert answer.finish_reason == "length"
+    assert answer.usage.completion_tokens == 5
+    assert answer.usage.forced_tokens == 5
+    assert "The quick brown fox".startswith(answer.text.rstrip()) or answer.text.startswith("The quick")
+
+
+def test_forced_tokens_have_log_probabilities_if_they_are_asked_for(llm: mn.LLM) -> None:
+    answer = llm.complete("Once", constraint=["upon a time there was"], logprobs=True)
+    assert answer.usage.forced_tokens > 0
+    assert answer.logprobs is not None
+    scored = llm.score(llm.tokenizer.encode("Once") + answer.tokens).logprobs[-len(answer.tokens) :]
+    assert [one.logprob for one in answer.logprobs] == pytest.approx(scored, abs=1e-3)
+    assert all(one.top == () for one in answer.logprobs)
+
+
+# The mask
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_the_mask_allows_what_leads_to_one_of_the_choices(demo: mn.Model, in_thread: bool) -> None:
+    choices = ["apple", "apple pie", "apricot", "banana", "añejo"]
+    tokenizer = demo.tokenizer
+    matcher = mn.Constraint.choice(choices).matcher(tokenizer, in_thread=in_thread)
+    generator = random.Random(7)
+    for _ in range(20):
+        matcher.rollback(len(matcher.tokens))
+        prefix = b""
+        while not matcher.is_complete:
+            matcher.prepare()
+            is_forced = matcher.forced() is not None  # then only the usual spelling is allowed
+            for token in range(tokenizer.n_vocab):
+                piece = b"" if tokenizer.is_control(token) else tokenizer.piece(token)
+                leads = piece and any(choice.encode().startswith(prefix + piece) for choice in choices)
+                ends = tokenizer.is_end(token) and prefix.decode(errors="replace") in choices
+                is_allowed = token in allowed(matcher, tokenizer.n_vocab)
+                assert is_allowed == bool(leads or ends) or (is_forced and not is_allowed), (prefix, piece)
+            possible = [t for t in allowed(matcher, tokenizer.n_vocab) if not tokenizer.is_end(t)]
+            token = generator.choice(possible)
+            matcher.consume(token)
+            prefix += tokenizer.piece(token)
+        assert prefix.decode() in choices
+
+
+def test_functions_that_choose_see_masked_logits(sequence: mn.Sequence) -> None:
+    seen: list[npt.NDArray[np.float32]] = []
+
+    def chooser(logits: npt.NDArray[np.float32], tokens: Sequence[int]) -> int:
+        seen.append(logits)
+        return int(logits.argmax())
+
+    steps = list(mn.generate(sequence, chooser, constraint=mn.Constraint.regex("[xyz]{3}")))
+    assert len("".join(step.text for step in steps)) == 3
+    assert all(np.isneginf(logits).sum() > logits.size / 2 for logits in seen)
+    assert all(step.logprob < 0 for step in steps if not step.is_forced)
+
+
+# In step with the sequence
+
+
+def test_the_matcher_follows_a_sequence_that_goes_back(sequence: mn.Sequence) -> None:
+    constraint = mn.Constraint.regex("[a-z]{20}")
+    n, reasons = len(sequence), []
+    for step in mn.generate(sequence, mn.SamplingParams(temperature=1.0, seed=3), constraint=constraint):
+        reasons.append(step.finish_reason)
+        if len(reasons) in (4, 9):
+            sequence.rewind(2)
+    assert len(sequence.context.model.tokenizer.decode(sequence[n:]).strip()) == 20
+    assert reasons[-1] == "end"
+
+
+def test_tokens_that_the_caller_adds_count(sequence: mn.Sequence) -> None:
+    tokenizer = sequence.context.model.tokenizer
+    n, constraint = len(sequence), mn.Constraint.regex("[ab]+c[xyz]{2}")
+    for at, _ in enumerate(mn.generate(sequence, mn.SamplingParams(temperature=1.0, seed=3), constraint=constraint)):
+        if at == 0:
+            sequence.truncate(n)
+            sequence.extend(tokenizer.encode("abc", add_special=False))
+    assert tokenizer.decode(sequence[n:]).strip()[:3] == "abc"
+    assert len(tokenizer.decode(sequence[n:]).strip()) == 5
+
+
+def test_tokens_that_the_caller_adds_against_the_constraint_are_an_error(sequence: mn.Sequence) -> None:
+    steps = mn.generate(sequence, constraint=mn.Constraint.regex("[a-z]{20}"))
+    next(steps)
+    sequence.extend(sequence.context.model.tokenizer.encode("7", add_special=False))
+    with pytest.raises(mn.ConstraintError, match="does not allow token"):
+        next(steps)
+
+
+def test_forks_go_their_own_ways(sequence: mn.Sequence) -> None:
+    matcher = mn.Constraint.json_schema(RECORD).matcher(sequence.context.model.tokenizer)
+    n = len(sequence)
+    steps = mn.generate(sequence, mn.SamplingParams(temperature=1.0, seed=5), constraint=matcher)
+    while len(matcher.tokens) < 5:
+        next(steps)
+    texts = set()
+    for seed in range(6):
+        with sequence.fork() as fork:
+            written(fork, matcher.fork(), seed)
+            text = sequence.context.model.tokenizer.decode(fork[n:])
+            jsonschema.validate(json.loads(text), RECORD)
+            texts.add(text)
+    assert len(texts) > 3
+    assert len(matcher.tokens) == 5
+    for _ in steps:
+        pass
+    jsonschema.validate(json.loads(sequence.context.model.tokenizer.decode(sequence[n:])), RECORD)
+
+
+def test_a_matcher_goes_back_from_the_end(demo: mn.Model) -> None:
+    matcher = mn.Constraint.choice(["yes", "yesterday"]).matcher(demo.tokenizer)
+    ids = demo.tokenizer.encode("yesterday", add_special=False)
+    for token in ids:
+        matcher.consume(token)
+    assert matcher.is_complete
+    matcher.rollback(len(ids))
+    assert not matcher.is_complete
+    assert not matcher.can_end
+    assert list(matcher.tokens) == []
+    with pytest.raises(ValueError, match="cannot go back by 1"):
+        matcher.rollback(1)
+    matcher.follow(ids)
+    assert matcher.is_complete
+
+
+# After the reasoning
+
+
+class Script:
+    """A chooser of the tokens of a text; it fails if one of them is masked."""
+
+    def __init__(self, ids: list[int]):
+        self._ids = iter(ids)
+
+    def __call__(self, logits: npt.NDArray[np.float32], tokens: Sequence[int]) -> int:
+        token = next(self._ids)
+        assert logits[token] > -np.inf, token
+        return token
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_the_constraint_begins_after_the_reasoning(sequence: mn.Sequence, opens: bool) -> None:
+    tokenizer, tags = sequence.context.model.tokenizer, ("<think>", "</think>")
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special=False)
+
+    guide = mn.Constraint.choice(["yes", "no"]).matcher(tokenizer)
+    reasoning = ReasoningDecoder(tokenizer, tags, after=sequence[-1], inside=opens)
+    after = AfterReasoning(guide, reasoning, may_begin=not opens, tokenizer=tokenizer)
+    opening = [] if opens else encode("<think>")[:1]  # the rest is forced
+    script = [*opening, *encode("Is it 7? Perhaps."), *encode("</think>"), *encode("no")]
+    steps = list(mn.generate(sequence, Script(script), decoder=reasoning, constraint=after))
+    assert "".join(step.text for step in steps) == "no"
+    assert reasoning.take() == "Is it 7? Perhaps."
+    assert steps[-1].finish_reason == "end"
+
+
+def test_a_model_that_does_not_think_answers_within_the_constraint(llm: mn.LLM) -> None:
+    answer = llm.chat_completion(HELLO, thinking_tags=("<think>", "</think>"), constraint=["yes", "no"], seed=1)
+    assert answer.text in ("yes", "no")
+    answer = llm.complete("<think>", thinking_tags=("<think>", "</think>"), constraint=["yes"], reasoning_budget=4)
+    assert answer.reasoning
+    assert answer.parsed == "yes"
+
+
+# `LLM`
+
+
+class Person(pydantic.BaseModel):
+    name: str = pydantic.Field(max_length=10)
+    age: int = pydantic.Field(ge=0, le=120)
+
+
+OPENAI = {"type": "json_schema", "json_schema": {"name": "person", "strict": True, "schema": RECORD}}
+
+
+def test_a_response_format_gives_a_parsed_value(llm: mn.LLM) -> None:
+    options: dict[str, Any] = {"temperature": 1.0, "seed": 1}
+    person = llm.chat_completion(HELLO, response_format=Person, **options).parsed
+    assert isinstance(person, Person)
+    for form in (OPENAI, RECORD, {"type": "json_object", "schema": RECORD}):
+        answer = llm.chat_completion(HELLO, response_format=form, **options)
+        assert answer.finish_reason == "end"
+        jsonschema.validate(answer.parsed, RECORD)
+    assert llm.complete("a", response_format={"type": "text"}, max_tokens=3).parsed is None
+    with llm.chat(response_format=Person) as chat:
+        assert isinstance(chat.send("Hello", **options).parsed, Person)
+        assert chat.send("Hello", constraint=["yes"]).parsed == "yes"
+        assert isinstance(chat.send("Hello", **options).parsed, Person)
+    chunks = list(llm.stream("a", constraint=["yes", "no"]))
+    assert "".join(chunk.text for chunk in chunks) in ("yes", "no")
+
+
+def test_a_value_that_is_cut_off_raises_with_the_text(llm: mn.LLM) -> None:
+    answer = llm.complete("a", response_format=RECORD, max_tokens=4)
+    assert answer.finish_reason == "length"
+    with pytest.raises(mn.ConstraintError, match="cut off before it was complete") as caught:
+        _ = answer.parsed
+    assert caught.value.text == answer.text
+    with pytest.raises(mn.ConstraintError, match="cut off"):
+        _ = llm.complete("a", constraint={"regex": "[a-z]{99}"}, max_tokens=2).parsed
+    with mn.LLM(llm.model, n_ctx=64, n_threads=1) as small:
+        long = {"type": "array", "items": {"type": "string"}, "minItems": 99}
+        full = small.complete("Once upon", response_format=long)
+        assert full.finish_reason == "length"
+        assert full.context_full
+        with pytest.raises(mn.ConstraintError):
+            _ = full.parsed
+
+
+def test_undo_in_the_middle_of_a_value_leaves_a_sound_chat(llm: mn.LLM) -> None:
+    with llm.chat(response_format=RECORD, temperature=1.0, seed=3) as chat:
+        first = chat.send("Hello")
+        stream = chat.stream("again")
+        for _ in range(4):
+            next(stream)
+        chat.undo()
+        stream.close()
+        assert [message["content"] for message in chat.messages] == ["Hello", first.text]
+        again = chat.send("again")
+        jsonschema.validate(again.parsed, RECORD)
+    messages = [*HELLO, first.message, {"role": "user", "content": "again"}]
+    alone = llm.chat_completion(messages, response_format=RECORD, temperature=1.0, seed=3)
+    assert alone.text == again.text
+
+
+def test_threads_get_what_one_thread_gets(llm: mn.LLM) -> None:
+    constraints = [{"json_schema": RECORD}, ["yes", "no"], {"regex": "[a-z]{3,9}"}, {"gbnf": 'root ::= "a" | "b"'}]
+
+    def ask(at: int) -> str:
+        constraint = constraints[at % len(constraints)]
+        return llm.complete(f"Once {at}", constraint=constraint, temperature=1.0, seed=at, max_tokens=60).text
+
+    alone = list(map(ask, range(12)))
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(ask, range(12))) == alone
+
+
+def test_a_request_can_be_cancelled_inside_a_value(llm: mn.LLM) -> None:
+    stop = threading.Event()
+    stream = llm.stream("a", response_format={"type": "array", "items": {"type": "string"}}, cancel=stop)
+    reasons = []
+    for at, chunk in enumerate(stream):
+        reasons.append(chunk.finish_reason)
+        if at == 3:
+            stop.set()
+    assert reasons[-1] == "cancelled"
+    assert llm.complete("a", constraint=["yes"]).parsed == "yes"
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("schema", "path", "message"),
+    [
+        ({"properties": {"a": {"type": "array", "items": {"not": {}}}}}, "#/properties/a/items", "not"),
+        ({"anyOf": [{"type": "null"}, {"type": "array", "uniqueItems": True}]}, "#/anyOf/1", "uniqueItems"),
+        ({"$defs": {"a/b": {"type": "strin"}}, "$ref": "#/$defs/a~1b"}, "#/$defs/a~1b", "Invalid type"),
+        ({"properties": {"a": {"$ref": "https://example.com/a"}}}, "#/properties/a", "nothing is fetched"),
+        ({"properties": {"a": {"$ref": "#/$defs/gone"}}}, "#/properties/a", "has no #/\\$defs/gone"),
+        ({"type": "integer", "minimum": 3, "maximum": 2}, "#", "minimum"),
+        ({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "#", "nothing finite"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, "#/", "finite"),
+        ({"type": "array", "minItems": 1, "items": {"$ref": "#"}}, "#", "nothing finite"),
+        ({"enum": []}, "#", "empty"),
+        (False, "#", "empty"),
+        ({"type": "string", "pattern": "(?=a)b"}, "#", "look-around"),
+        ({"enum": [float("nan")]}, "", "not made of JSON values"),
+    ],
+)
+def test_a_schema_that_cannot_be_kept_is_refused_with_its_path(schema: Any, path: str, message: str) -> None:
+    with pytest.raises(mn.ConstraintError, match=message) as caught:
+        mn.Constraint.json_schema(schema)
+    assert caught.value.path.startswith(path)
+
+
+def test_what_is_optional_and_infinite_is_left_out(sequence: mn.Sequence) -> None:
+    endless = {"type": "object", "properties": {"again": {"$ref": "#/$defs/endless"}}, "required": ["again"]}
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "null"}, "b": {"$ref": "#/$defs/endless"}},
+        "required": ["a"],
+        "$defs": {"endless": endless},
+    }
+    assert written(sequence, mn.Constraint.json_schema(schema)) == '{"a": null}'
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: mn.Constraint.lark('start: "a" start'), "never ends"),
+        (lambda: mn.Constraint.lark('start: a\na: ("x" | b)  b\nb: "c" a'), "never ends"),
+        (lambda: mn.Constraint.gbnf('root ::= "a" other\nother ::= "b" other'), "never ends"),
+        (lambda: mn.Constraint.lark("start: missing"), 'unknown name: "missing"'),
+        (lambda: mn.Constraint.gbnf("root = a"), "not GBNF"),
+        (lambda: mn.Constraint.gbnf("root ::= " + "(" * 100_000), "nested too deeply"),
+        (lambda: mn.Constraint.regex("(a"), "unclosed group"),
+        (lambda: mn.Constraint.regex("(" * 50_000 + "a" + ")" * 50_000), "regex"),
+        (lambda: mn.Constraint.choice([]), "a choice"),
+        (lambda: mn.Constraint.lark('start: "' + "a" * 1_100_000 + '"'), "characters"),
+        (lambda: mn.Constraint.lark("".join(f'r{at}: "a"\n' for at in range(6_000)) + "start: r0"), "6,001 rules"),
+        (lambda: mn.Constraint.json_schema({"enum": ["a" * 1_100_000]}), "characters"),
+    ],
+)
+def test_a_grammar_that_cannot_be_kept_is_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(mn.ConstraintError, match=message):
+        make()
+
+
+def test_deep_and_long_schemas_are_refused_or_compiled_on_a_stack_that_holds_them(demo: mn.Model) -> None:
+    deep: dict[str, Any] = {"type": "integer"}
+    for _ in range(101):
+        deep = {"type": "array", "items": deep}
+    with pytest.raises(mn.ConstraintError, match="100 levels"):
+        mn.Constraint.json_schema(deep)
+    for _ in range(100_000):
+        deep = {"items": deep}
+    with pytest.raises(mn.ConstraintError, match="100 levels"):
+        mn.Constraint.json_schema(deep)
+    del deep
+    chain = "start: r0\n" + "".join(f"r{at}: r{at + 1}\n" for at in range(4_900)) + 'r4900: "a"'
+    definitions = {f"r{at}": {"$ref": f"#/$defs/r{at + 1}"} for at in range(1_900)}
+    schema = {"$ref": "#/$defs/r0", "$defs": {**definitions, "r1900": {"type": "null"}}}
+    for constraint in (mn.Constraint.lark(chain), mn.Constraint.json_schema(schema)):
+        assert len(allowed(constraint.matcher(demo.tokenizer), demo.tokenizer.n_vocab)) > 0
+    with pytest.raises(mn.ConstraintError, match="references"):
+        mn.Constraint.json_schema({"$defs": {f"r{at}": {"$ref": "#"} for at in range(2_100)}})
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        'start: "a" | start "b"',
+        'start: "a" x?\nx: "b" x',
+        'start: x*\nx: "b" x',
+        "start: [x]\nx: x",
+        'start: /a(b|c)/ x ~ 0..3 "\\"" // x: "a"\nx: x',
+        'start: x{0,3} <|end|> %json {"a": "}"}\nx: x',
+        "start: (/[^/]/ | x)+ | ()\nx: x",
+        'start[capture]: part\npart.2: "x"i\n%ignore /\\s+/',
+        "something else !!",
+    ],
+)
+def test_grammars_that_end_are_not_suspected(grammar: str) -> None:
+    check_ends(grammar)
+
+
+def test_wrong_arguments_are_named(llm: mn.LLM, sequence: mn.Sequence) -> None:
+    with pytest.raises(TypeError, match="not both"):
+        llm.complete("a", response_format=RECORD, constraint=["a"])
+    with pytest.raises(TypeError, match="constraint must be a Constraint"):
+        llm.complete("a", constraint="[a-z]")
+    with pytest.raises(ValueError, match="one of json_schema, regex"):
+        llm.complete("a", constraint={"rgex": "a"})
+    with pytest.raises(TypeError, match="response_format must be"):
+        llm.complete("a", response_format="json")
+    with pytest.raises(TypeError, match="a schema must be"):
+        llm.complete("a", response_format=7)
+    with pytest.raises(mn.ConstraintError, match="#/properties/a: Unimplemented"):
+        llm.complete("a", response_format={"type": "object", "properties": {"a": {"not": {}}}})
+    with pytest.raises(TypeError, match="constraint must be a Constraint, or"):
+        mn.generate(sequence, constraint=7)  # type: ignore[arg-type]
+
+
+def test_a_constraint_on_a_closed_model_or_without_a_vocabulary_is_an_error(tmp_path: Path) -> None:
+    keys: dict[str, Any] = {f"llama.{key}": value for key, value in TinyModel().hyperparameters.items()}
+    keys["tokenizer.ggml.model"] = "none"
+    with mn.Model.load(write_gguf(tmp_path / "none.gguf", "llama", keys), vocab_only=True) as model:
+        for _ in range(2):
+            with pytest.raises(mn.TokenizerError, match="no vocabulary"):
+                mn.Constraint.choice(["a"]).matcher(model.tokenizer)
+    with mn.Model.demo() as model:
+        tokenizer = model.tokenizer
+    with pytest.raises(mn.ClosedError):
+        mn.Constraint.choice(["a"]).matcher(tokenizer)
+
+
+def test_without_llguidance_the_error_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['llguidance'] = None; import minerva_native as mn\n"
+        "try: mn.Constraint.regex('a')\n"
+        "except mn.MinervaError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install 'minerva-native[structured]'" in done.stdout
+
+
+def test_a_model_let_go_is_freed(demo: mn.Model) -> None:
+    model = mn.Model.load(mn.DEMO_PATH)
+    mn.Constraint.choice(["a"]).matcher(model.tokenizer)
+    ref = weakref.ref(model.tokenizer)
+    model.close()
+    del model
+    gc.collect()
+    assert ref() is None
