@@ -43,6 +43,7 @@ LAYERS = {
     "reasoning": 8,
     "grammars": 8,
     "schemas": 8,
+    "typed": 8,
     "structured": 8,
     "draft": 8,
     "conversation": 8,

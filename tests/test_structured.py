@@ -1,16 +1,20 @@
 """Structured output: what is allowed, forced, refused and parsed, and a matcher in step with its sequence."""
 
+import dataclasses
+import datetime
+import enum
 import gc
 import json
 import random
 import subprocess
 import sys
 import threading
+import uuid
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired, Optional, TypedDict
 
 import jsonschema
 import numpy as np
@@ -23,6 +27,7 @@ from minerva_native import structured
 from minerva_native.grammars import check_ends
 from minerva_native.reasoning import AfterReasoning, ReasoningDecoder
 from minerva_native.schemas import prepare
+from minerva_native.typed import build, schema_of
 from random_schemas import random_schema
 from tiny_models import TinyModel, write_gguf
 
@@ -349,6 +354,87 @@ def test_a_response_format_gives_a_parsed_value(llm: mn.LLM) -> None:
         assert isinstance(chat.send("Hello", **options).parsed, Person)
     chunks = list(llm.stream("a", constraint=["yes", "no"]))
     assert "".join(chunk.text for chunk in chunks) in ("yes", "no")
+
+
+class Colour(enum.Enum):
+    RED = "red"
+    GREEN = "green"
+
+
+@dataclasses.dataclass
+class Tree:
+    """It contains itself."""
+
+    colour: Colour
+    height: Annotated[float, "in metres"]
+    planted: datetime.date
+    branches: "list[Tree]" = dataclasses.field(default_factory=list)
+
+
+class Place(TypedDict):
+    at: tuple[int, int]
+    trees: NotRequired[dict[str, Tree]]
+
+
+class Pair(NamedTuple):
+    first: Literal["a", 1, None]
+    second: bool | None = None
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "expected"),
+    [
+        (
+            Tree,
+            {"colour": "red", "height": 2, "planted": "2024-02-29"},
+            Tree(Colour.RED, 2.0, datetime.date(2024, 2, 29)),
+        ),
+        (
+            Place,
+            {"at": [1, 2], "trees": {"a": {"colour": "green", "height": 1.5, "planted": "1999-01-01", "branches": []}}},
+            {"at": (1, 2), "trees": {"a": Tree(Colour.GREEN, 1.5, datetime.date(1999, 1, 1), [])}},
+        ),
+        (Pair, {"first": 1}, Pair(1)),
+        (list[Pair], [{"first": None, "second": True}], [Pair(None, True)]),
+        (set[int], [1, 2, 2], {1, 2}),
+        (int | str | list[float], [1, 2.5], [1.0, 2.5]),
+        (Optional[Person], {"name": "Ann", "age": 3}, Person(name="Ann", age=3)),  # noqa: UP045
+        (dict[str, uuid.UUID], {"a": "0" * 32}, {"a": uuid.UUID(int=0)}),
+        (tuple[bool, ...], [True], (True,)),
+    ],
+)
+def test_types_have_schemas_and_values_become_their_instances(kind: Any, value: Any, expected: Any) -> None:
+    schema = schema_of(kind)
+    jsonschema.Draft202012Validator(schema).validate(value)
+    built = mn.Constraint.json_schema(kind).parse(json.dumps(value))
+    assert built == expected
+    assert type(built) is type(expected)
+    wrong = [
+        value
+        for value in ([[]], "wrong", {"other": 1}, -0.5, [1, 2])
+        if not jsonschema.Draft202012Validator(schema).is_valid(value)
+    ]
+    assert len(wrong) > 2
+    for value in wrong:
+        with pytest.raises(mn.ConstraintError):
+            build(kind, value)
+
+
+def test_a_type_without_a_schema_is_an_error() -> None:
+    for kind in (dict[int, str], complex, list[threading.Lock], int.__add__):
+        with pytest.raises(TypeError, match=r"schema|keys"):
+            mn.Constraint.json_schema(kind)
+
+
+def test_descriptions_are_in_the_schema() -> None:
+    assert schema_of(Tree)["$defs"]["Tree"]["properties"]["height"] == {"type": "number", "description": "in metres"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_answer_is_an_instance_of_the_class_that_was_asked_for(llm: mn.LLM, seed: int) -> None:
+    pair = llm.complete("a", response_format=Pair, temperature=1.0, seed=seed).parsed
+    assert isinstance(pair, Pair)
+    assert pair.first in ("a", 1, None)
 
 
 def test_a_value_that_is_cut_off_raises_with_the_text(llm: mn.LLM) -> None:

@@ -11,7 +11,7 @@ from ._arguments import cancel_token, flag, integer, many, what
 from .chat import ChatTemplate
 from .completion import Chunk, Completion, Timings, TokenLogprob, Usage
 from .engine.gate import CancelToken
-from .generation import Guide, generate
+from .generation import Guide, generate, guide_of
 from .model import Model
 from .reasoning import AfterReasoning, ReasoningDecoder, opens_reasoning
 from .requests import Request, check_timeout
@@ -193,11 +193,8 @@ class Draft:
         )
 
     def _guided(self) -> Guide | None:
-        constraint, reasoning = self._options.constraint, self._reasoning
-        if constraint is None:
-            return None
-        guide: Guide = constraint.matcher(self._tokenizer)
-        if reasoning is None:
+        guide, reasoning = guide_of(self._options.constraint, self._sequence), self._reasoning
+        if guide is None or reasoning is None:
             return guide
         tags = self._options.thinking_tags or ("", "")
         is_over = opens_reasoning(self._tokenizer.decode(self._sequence[-_TAIL:], special=True), tags[::-1])

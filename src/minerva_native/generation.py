@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._arguments import cancel_token, integer, many, what
+from .devices import available_cpus
 from .engine.gate import CancelToken
 from .errors import ClosedError, EmptySequenceError, TokenizerError
 from .sampling import Sampler, SamplingParams, apply_mask, logprob
@@ -71,7 +72,7 @@ class Guide(Protocol):
 class Constraint(Protocol):
     """Says what the text may be; `structured.Constraint` is one."""
 
-    def matcher(self, tokenizer: Tokenizer) -> Guide:
+    def matcher(self, tokenizer: Tokenizer, *, in_thread: bool = False) -> Guide:
         """Return a guide at the beginning of a text."""
 
 
@@ -176,7 +177,7 @@ def generate(
         raise ClosedError("this Sequence is closed")
     if not len(sequence):
         raise EmptySequenceError("the sequence is empty: extend it with a prompt first (at least a BOS token)")
-    guide = _guide(constraint, sequence.context.model.tokenizer)
+    guide = guide_of(constraint, sequence)
     return _decode_loop(
         sequence, Sampler() if sampler is None else sampler, max_tokens, stop, cancel, decoder, top_logprobs, guide
     )
@@ -262,9 +263,12 @@ def _decode_loop(
         del step
 
 
-def _guide(constraint: object, tokenizer: Tokenizer) -> Guide | None:
-    """Return the guide that an argument gives or makes."""
-    guide = constraint.matcher(tokenizer) if hasattr(constraint, "matcher") else constraint
+def guide_of(constraint: Constraint | Guide | None, sequence: TokenSequence) -> Guide | None:
+    """Return the guide that `constraint=` is or makes; masks are computed in a thread if a core is free for it."""
+    guide: object = constraint
+    if hasattr(constraint, "matcher"):
+        context = sequence.context
+        guide = constraint.matcher(context.model.tokenizer, in_thread=available_cpus() > context.n_threads)
     if guide is not None and not all(hasattr(guide, name) for name in ("forced", "mask", "consume", "follow")):
         raise TypeError(f"constraint must be a Constraint, or what its matcher() returns, not {what(constraint)}")
     return guide  # type: ignore[return-value]

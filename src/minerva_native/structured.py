@@ -25,6 +25,7 @@ from .errors import ConstraintError, MinervaError, TokenizerError
 from .grammars import check_ends, check_size
 from .schemas import Schema, blame, prepare
 from .tokenizer import Tokenizer
+from .typed import build, is_typed, schema_of
 
 if TYPE_CHECKING:
     import llguidance
@@ -210,6 +211,7 @@ class Matcher:
     def __init__(self, engine: "llguidance.LLMatcher", n_vocab: int, in_thread: bool):
         self._engine, self._n_vocab, self._in_thread = engine, n_vocab, in_thread
         self._mask = np.zeros(-(-n_vocab // 32), np.int32)
+        self._nothing = self._mask.tobytes()
         self._address, self._size = self._mask.ctypes.data, self._mask.nbytes
         self._is_current = False  # whether the mask is that of this place
         self._computing: _Job | None = None
@@ -233,7 +235,8 @@ class Matcher:
         self._wait()
         if not self._is_current:
             self._compute()
-        if not self._mask.any():
+            self._wait()  # raises what went wrong
+        if self._mask.tobytes() == self._nothing:
             raise ConstraintError("the constraint allows no token here")
         return self._mask
 
@@ -470,6 +473,8 @@ def _mask_thread() -> _MaskThread:
 
 def _typed(kind: Any) -> tuple[Schema, Callable[[str], Any]]:
     """Return the schema of a type, and what makes an instance from JSON."""
-    if hasattr(kind, "model_json_schema") and hasattr(kind, "model_validate_json"):
+    if hasattr(kind, "model_validate_json"):  # pydantic reads JSON more leniently than Python's values
         return kind.model_json_schema(), kind.model_validate_json
-    raise TypeError(f"a schema must be a dict, a pydantic model or a type, not {what(kind)}")
+    if not is_typed(kind):
+        raise TypeError(f"a schema must be a dict or a type, not {what(kind)}")
+    return schema_of(kind), lambda text: build(kind, json.loads(text))

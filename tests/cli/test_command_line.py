@@ -80,6 +80,25 @@ def test_a_stop_text_ends_the_generation_and_is_not_shown() -> None:
     assert run(*SHORT, "-n", "40", "--temp", "0", "--stop", word).stdout == (whole[: whole.index(word)] + "\n")
 
 
+def test_generate_and_chat_keep_to_a_schema_or_a_grammar(tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {"ready": {"type": "boolean"}}, "required": ["ready"]}
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    (tmp_path / "words.gbnf").write_text('root ::= "yes" | "no"')
+    for given in (("-j", json.dumps(schema)), ("--json-schema-file", str(tmp_path / "schema.json"))):
+        result = run(*SHORT, *given)
+        assert isinstance(json.loads(result.stdout)["ready"], bool)
+        assert "stopped: complete" in result.stderr
+    for given in (("--grammar", 'root ::= "yes" | "no"'), ("--grammar-file", str(tmp_path / "words.gbnf"))):
+        assert run(*SHORT, *given).stdout.strip() in ("yes", "no")
+    answer = run("chat", "-t", "1", "-st", "-p", "Ready?", "-j", json.dumps(schema), "--json")
+    assert isinstance(json.loads(json.loads(answer.stdout)["text"])["ready"], bool)
+    wrong = {"-j": "{", "--json-schema": '{"not": {}}', "--grammar": "root = a", "--grammar-file": "/nonexistent"}
+    for option, value in wrong.items():
+        result = run(*SHORT, option, value)
+        assert (result.returncode, result.stdout) == (1, "")
+        assert len(result.stderr.splitlines()) == 1
+
+
 def test_tokenize_shows_tokens() -> None:
     ids = json.loads(run("tokenize", "-p", "One day", "--json").stdout)
     assert "".join(ids["pieces"][1:]) == "One day"

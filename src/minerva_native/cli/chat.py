@@ -17,7 +17,17 @@ from .answers import Answer, InAFile, Log, OnATerminal
 from .editing import History, line_editor, without_echo
 from .generate import DEFAULT_N_CTX, FLAGS, end_biases, limit
 from .messages import as_json, say
-from .options import add_json, add_model, add_sampling, file_name, load_model, sampling, utf8
+from .options import (
+    add_constraint,
+    add_json,
+    add_model,
+    add_sampling,
+    constraint,
+    file_name,
+    load_model,
+    sampling,
+    utf8,
+)
 from .session import Session, completions, ctrl_c
 
 __all__ = ["FLAGS"]
@@ -60,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-fa", "--flash-attn", default="auto", choices=("on", "off", "auto"), help="flash attention (auto)")
     add("--swa-full", action="store_true", help="keep all tokens in sliding-window layers, not just the window")
     add_sampling(parser)
+    add_constraint(parser)
     add("--stop", action="append", type=utf8, default=[], metavar="TEXT", help="stop before this text; can be repeated")
     add("--ignore-eos", action="store_true", help="never choose a token that ends the answer")
     add("--timings", action="store_true", help="show counts and times after each answer")
@@ -132,6 +143,7 @@ def settings(options: argparse.Namespace, llm: mn.LLM) -> dict[str, Any]:
         **sampling(options),
         "max_tokens": options.predict,
         "stop": options.stop,
+        "constraint": constraint(options),
         "reasoning_budget": options.reasoning_budget,
         "chat_template_kwargs": options.chat_template_kwargs,
     }

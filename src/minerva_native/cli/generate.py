@@ -14,12 +14,14 @@ from .options import (
     CONTEXT_FLAGS,
     LOADING_FLAGS,
     SAMPLING_FLAGS,
+    add_constraint,
     add_context,
     add_json,
     add_loading,
     add_model,
     add_sampling,
     add_text,
+    constraint,
     load_model,
     of_context,
     read_text,
@@ -87,6 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--context-shift", action="store_true", help="if the context is full, discard the older half and go on")
     add("--keep", type=int, default=4, metavar="N", help="tokens at the start that are never discarded (4)")
     add_sampling(parser)
+    add_constraint(parser)
     add("--stop", action="append", type=utf8, default=[], metavar="TEXT", help="stop before this text; can be repeated")
     add("--ignore-eos", action="store_true", help="never choose a token that ends the generation")
     add_json(parser)
@@ -96,6 +99,7 @@ def run(options: argparse.Namespace) -> int:
     """Generate; the exit status is 130 if Ctrl-C interrupted it."""
     clock = Clock()
     stop = [unescaped(text, "--stop") for text in options.stop] if options.escape else options.stop
+    shape = constraint(options)
     with load_model(options) as model:
         given = sampling(options) | ({"logit_bias": end_biases(model)} if options.ignore_eos else {})
         sampler = mn.Sampler(mn.SamplingParams.from_model(model, **given))
@@ -123,7 +127,7 @@ def run(options: argparse.Namespace) -> int:
             try:
                 with prefilling(options.quiet) as on_progress:
                     clock.prefill(sequence, ids, on_progress)
-                for step in mn.generate(sequence, sampler, max_tokens=options.predict, stop=stop):
+                for step in mn.generate(sequence, sampler, max_tokens=options.predict, stop=stop, constraint=shape):
                     clock.tick()
                     if clock.n_tokens == 1 and not options.quiet:
                         hint(step, lacks_template, model)
@@ -137,6 +141,8 @@ def run(options: argparse.Namespace) -> int:
                 finish_reason = "cancelled"
             context_full = finish_reason == "length" and clock.n_tokens != options.predict
             match finish_reason:
+                case "end" if not model.tokenizer.is_end(sequence[-1]):
+                    why = "complete"
                 case "end":
                     why = f"end token {name_of(sequence[-1], model)}"
                 case "length":

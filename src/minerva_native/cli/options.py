@@ -1,12 +1,14 @@
 """The options that subcommands share, under llama.cpp's names."""
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import minerva_native as mn
 from minerva_native import DEMO_PATH, Model
 
 _MAX_TEXT_BYTES = 1 << 28
@@ -231,6 +233,41 @@ def add_text(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-escape", action="store_false", dest="escape", help=no)
     special = "treat the names of special tokens in the text, such as <|im_start|>, as those tokens"
     parser.add_argument("--parse-special", action="store_true", help=special)
+
+
+def add_constraint(parser: argparse.ArgumentParser) -> None:
+    """Add `--grammar`, `--json-schema` and their files."""
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument(
+        "-j", "--json-schema", type=utf8, metavar="SCHEMA", help="the answer is JSON that this schema describes"
+    )
+    one.add_argument(
+        "-jf", "--json-schema-file", type=file_name, metavar="FILE", help="the same, with the schema in a file"
+    )
+    one.add_argument(
+        "--grammar", type=utf8, metavar="GBNF", help="the answer is a text of this grammar, in llama.cpp's notation"
+    )
+    one.add_argument("--grammar-file", type=file_name, metavar="FILE", help="the same, with the grammar in a file")
+
+
+def constraint(options: argparse.Namespace) -> mn.Constraint | None:
+    """Return what the answer shall be; None for anything."""
+    schema, grammar = options.json_schema, options.grammar
+    if options.json_schema_file is not None:
+        schema = Path(options.json_schema_file).read_text(encoding="utf-8")
+    if options.grammar_file is not None:
+        grammar = Path(options.grammar_file).read_text(encoding="utf-8")
+    if grammar is not None:
+        return mn.Constraint.gbnf(grammar)
+    if schema is None:
+        return None
+    try:
+        parsed = json.loads(schema)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the JSON schema is not JSON: {error}") from None
+    if not isinstance(parsed, dict | bool):
+        raise ValueError("the JSON schema is neither an object nor true or false")
+    return mn.Constraint.json_schema(parsed)
 
 
 def read_text(options: argparse.Namespace) -> str:

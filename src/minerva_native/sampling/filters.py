@@ -54,7 +54,7 @@ def top_k(candidates: Candidates, k: int, scratch: Scratch | None = None) -> Can
         return candidates.sorted()
     if size < COLUMNS_FROM:
         largest_logit(candidates)
-        return _top_of(candidates, (candidates.logits >= _kth_bound(candidates.logits, k)).nonzero()[0], k)
+        return _top_of(candidates, _reaching(candidates.logits, _kth_bound(candidates.logits, k), k), k)
     scratch = scratch or Scratch()
     return _top_k_columns(candidates, k, column_maxima(candidates.logits, scratch), scratch)
 
@@ -63,8 +63,21 @@ def _top_k_columns(candidates: Candidates, k: int, maxima: Floats, scratch: Scra
     logits = candidates.logits
     check_largest(maximum(maxima))
     if 2 * k > maxima.size:
-        return _top_of(candidates, (logits >= _kth_bound(logits, k)).nonzero()[0], k)
-    return _top_of(candidates, at_least(logits, _kth_bound(maxima, k), maxima, scratch), k)
+        return _top_of(candidates, _reaching(logits, _kth_bound(logits, k), k), k)
+    bound = _kth_bound(maxima, k)
+    index = at_least(logits, bound, maxima, scratch) if bound > -np.inf else _reaching(logits, bound, k)
+    return _top_of(candidates, index, k)
+
+
+def _reaching(logits: Floats, bound: float, k: int) -> Ids:
+    """Return the ascending positions of logits >= `bound`; of those that are -inf, only as many as k needs."""
+    if bound > -np.inf:
+        return (logits >= bound).nonzero()[0]
+    (above,) = (logits > bound).nonzero()  # few, if a mask leaves few
+    if above.size >= k:
+        return above
+    (level,) = (logits == bound).nonzero()
+    return np.sort(np.concatenate((above, level[: k - above.size])))
 
 
 def _kth_bound(values: Floats, k: int) -> float:

@@ -1,0 +1,202 @@
+"""Python types as JSON schemas, and JSON values as instances of them."""
+
+import dataclasses
+import datetime
+import enum
+import inspect
+import types
+import typing
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from ._arguments import what
+from .errors import ConstraintError
+
+Schema = dict[str, Any]
+
+_SIMPLE: dict[Any, Schema] = {
+    str: {"type": "string"},
+    int: {"type": "integer"},
+    float: {"type": "number"},
+    bool: {"type": "boolean"},
+    None: {"type": "null"},
+    types.NoneType: {"type": "null"},
+    Any: {},
+    object: {},
+    dict: {"type": "object"},
+    list: {"type": "array"},
+    datetime.datetime: {"type": "string", "format": "date-time"},
+    datetime.date: {"type": "string", "format": "date"},
+    datetime.time: {"type": "string", "format": "time"},
+    uuid.UUID: {"type": "string", "format": "uuid"},
+}
+
+
+def schema_of(kind: Any) -> Schema:
+    """Return the JSON schema of a type.
+
+    Args:
+        kind: a simple type, `list[...]`, `tuple[...]`, `set[...]`, `dict[str, ...]`, `Literal`, a union, an enum, a
+            date or time, a dataclass, a `TypedDict`, a `NamedTuple`, or a pydantic model, and these within each other.
+            The strings in `Annotated` are descriptions.
+
+    Raises:
+        TypeError: there is no schema for it.
+    """
+    definitions: dict[str, Schema] = {}
+    schema = _schema(kind, definitions)
+    return {**schema, "$defs": definitions} if definitions else schema
+
+
+def build(kind: Any, value: Any) -> Any:
+    """Return a JSON value as an instance of a type, as `schema_of` describes it.
+
+    Raises:
+        ConstraintError: the value is not of that type.
+    """
+    try:
+        return _build(kind, value)
+    except ConstraintError:
+        raise
+    except Exception as error:  # of the class that is built
+        raise ConstraintError(f"{value!r} cannot be made {_name(kind)}: {error}") from None
+
+
+def is_typed(kind: Any) -> bool:
+    """Return whether something is a type that a schema may be taken from."""
+    return isinstance(kind, type) or get_origin(kind) is not None or kind in (None, Any)
+
+
+def _schema(kind: Any, definitions: dict[str, Schema]) -> Schema:
+    try:
+        if kind in _SIMPLE:
+            return dict(_SIMPLE[kind])
+    except TypeError:  # not hashable
+        raise TypeError(f"there is no JSON schema for {what(kind)}") from None
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is typing.Annotated:
+        schema = _schema(arguments[0], definitions)
+        texts = [text for text in arguments[1:] if isinstance(text, str)]
+        return {**schema, "description": " ".join(texts)} if texts else schema
+    if origin in (typing.Required, typing.NotRequired):
+        return _schema(arguments[0], definitions)
+    if origin is Literal:
+        return {"enum": list(arguments)}
+    if origin in (Union, types.UnionType):
+        return {"anyOf": [_schema(one, definitions) for one in arguments]}
+    if origin is tuple and arguments[-1:] != (...,):
+        prefix = [_schema(one, definitions) for one in arguments]
+        return {"type": "array", "prefixItems": prefix, "items": False, "minItems": len(prefix)}
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        if arguments[0] is not str:
+            raise TypeError(f"the keys of {_name(kind)} must be str: JSON has no others")
+        return {"type": "object", "additionalProperties": _schema(arguments[1], definitions)}
+    if isinstance(origin, type) and issubclass(origin, Sequence | set | frozenset):
+        return {"type": "array", "items": _schema(arguments[0], definitions)}
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return {"enum": [member.value for member in kind]}
+    if hasattr(kind, "model_json_schema"):
+        own = kind.model_json_schema(ref_template="#/$defs/{model}")
+        definitions.update(own.pop("$defs", {}))
+        return dict(own)
+    fields = _fields(kind)
+    if fields is None:
+        raise TypeError(f"there is no JSON schema for {_name(kind)}")
+    name = kind.__name__
+    if name not in definitions:
+        definitions[name] = {}  # it may contain itself
+        properties = {key: _schema(hint, definitions) for key, (hint, _) in fields.items()}
+        required = [key for key, (_, is_required) in fields.items() if is_required]
+        definitions[name] |= {"type": "object", "properties": properties, "required": required}
+        definitions[name] |= {"additionalProperties": False}
+    return {"$ref": f"#/$defs/{name}"}
+
+
+def _fields(kind: Any) -> dict[str, tuple[Any, bool]] | None:
+    """Return the fields of a class: their types, and whether they are required; None if it has none."""
+    if not isinstance(kind, type):
+        return None
+    if dataclasses.is_dataclass(kind):
+        hints, missing = get_type_hints(kind, include_extras=True), dataclasses.MISSING
+        return {
+            field.name: (hints[field.name], field.default is missing and field.default_factory is missing)
+            for field in dataclasses.fields(kind)
+            if field.init
+        }
+    if typing.is_typeddict(kind):
+        hints = get_type_hints(kind, include_extras=True)
+        required: frozenset[str] = kind.__required_keys__  # type: ignore[attr-defined]
+        return {name: (hint, name in required) for name, hint in hints.items()}
+    if issubclass(kind, tuple) and hasattr(kind, "_fields"):
+        hints = get_type_hints(kind, include_extras=True)
+        parameters = inspect.signature(kind).parameters
+        return {name: (hint, parameters[name].default is inspect.Parameter.empty) for name, hint in hints.items()}
+    return None
+
+
+def _build(kind: Any, value: Any) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (typing.Annotated, typing.Required, typing.NotRequired):
+        return _build(arguments[0], value)
+    if origin in (Union, types.UnionType):
+        return _build_one_of(arguments, value)
+    if kind in (Any, object):
+        return value
+    if origin is Literal:
+        _require(any(value == one and type(value) is type(one) for one in arguments), kind, value)
+        return value
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return kind(value)
+    if hasattr(kind, "model_validate"):
+        return kind.model_validate(value)
+    if kind in (datetime.datetime, datetime.date, datetime.time):
+        return kind.fromisoformat(value)
+    if kind is uuid.UUID:
+        return uuid.UUID(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind in (None, types.NoneType):
+        _require(value is None, kind, value)
+        return None
+    if isinstance(origin, type):
+        return _build_several(kind, origin, arguments, value)
+    fields = _fields(kind)
+    if fields is None:
+        _require(type(value) is kind, kind, value)
+        return value
+    _require(isinstance(value, dict) and value.keys() <= fields.keys(), kind, value)
+    _require(all(name in value for name, (_, is_required) in fields.items() if is_required), kind, value)
+    return kind(**{name: _build(fields[name][0], inner) for name, inner in value.items()})
+
+
+def _build_several(kind: Any, origin: type, arguments: tuple[Any, ...], value: Any) -> Any:
+    if issubclass(origin, Mapping):
+        _require(isinstance(value, dict), kind, value)
+        return {name: _build(arguments[1], inner) for name, inner in value.items()}
+    _require(isinstance(value, list), kind, value)
+    if origin is tuple and arguments[-1:] != (...,):
+        _require(len(value) == len(arguments), kind, value)
+        return tuple(_build(one, inner) for one, inner in zip(arguments, value, strict=True))
+    items = [_build(arguments[0], inner) for inner in value]
+    return origin(items) if origin in (tuple, set, frozenset) else items
+
+
+def _build_one_of(kinds: tuple[Any, ...], value: Any) -> Any:
+    """Return the value as the first of several types that it is."""
+    exact = [kind for kind in kinds if isinstance(kind, type) and type(value) is kind]
+    for kind in [*exact, *kinds]:
+        try:
+            return _build(kind, value)
+        except Exception:  # of the class that is tried
+            continue
+    raise ConstraintError(f"{value!r} is none of {', '.join(map(_name, kinds))}")
+
+
+def _require(condition: bool, kind: Any, value: Any) -> None:
+    if not condition:
+        raise ConstraintError(f"{value!r} is not {_name(kind)}")
+
+
+def _name(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) and get_origin(kind) is None else str(kind)
