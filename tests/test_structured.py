@@ -5,6 +5,7 @@ import datetime
 import enum
 import gc
 import json
+import os
 import random
 import subprocess
 import sys
@@ -39,6 +40,7 @@ RECORD = {
     },
     "required": ["name", "age"],
 }
+REAL_MODEL = os.environ.get("MINERVA_REAL_MODEL", "")
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
@@ -94,21 +96,36 @@ def test_every_kind_of_constraint_is_kept(sequence: mn.Sequence, seed: int) -> N
     assert text(mn.Constraint.gbnf('root ::= "a" [0-9] other\nother ::= "x" | "yz"'))[2:] in ("x", "yz")
 
 
-def test_many_random_schemas_give_values_that_validate(context: mn.Context) -> None:
+def check_random_schemas(model: mn.Model, n: int) -> None:
+    """Check that every value is valid. What has no end (a list, a number, a text) may be cut off, and says so."""
     n_complete = 0
-    for seed in range(120):
-        schema = random_schema(random.Random(seed))
-        constraint = mn.Constraint.json_schema(schema)
-        with context.sequence() as sequence:
-            sequence.extend(context.model.tokenizer.encode("Once upon a time"))
+    with model.context(n_ctx=1024) as context, context.sequence() as sequence:
+        prompt = model.tokenizer.encode("A value as JSON:")
+        for seed in range(n):
+            schema = random_schema(random.Random(seed))
+            constraint = mn.Constraint.json_schema(schema)
+            sequence.assign(prompt)
             sampler = mn.Sampler(mn.SamplingParams(temperature=1.0, seed=seed))
             steps = list(mn.generate(sequence, sampler, max_tokens=400, constraint=constraint))
-        text = "".join(step.text for step in steps)
-        if steps[-1].finish_reason == "length":  # a list, a number or a string without an end
-            continue
-        jsonschema.Draft202012Validator(schema).validate(constraint.parse(text))
-        n_complete += 1
-    assert n_complete >= 100
+            if steps[-1].finish_reason == "length":
+                continue
+            text = "".join(step.text for step in steps)
+            jsonschema.Draft202012Validator(schema).validate(constraint.parse(text))
+            n_complete += 1
+    print(f"{n} schemas: {n_complete} complete and valid values, {n - n_complete} cut off at 400 tokens")
+    assert n_complete > 0.8 * n
+
+
+def test_many_random_schemas_give_values_that_validate(demo: mn.Model) -> None:
+    """MINERVA_RANDOM_SCHEMAS=1000 for the long form."""
+    check_random_schemas(demo, int(os.environ.get("MINERVA_RANDOM_SCHEMAS", "120")))
+
+
+@pytest.mark.real_model
+@pytest.mark.skipif(not REAL_MODEL, reason="MINERVA_REAL_MODEL names no file: see CONTRIBUTING.md")
+def test_a_real_model_keeps_to_random_schemas() -> None:
+    with mn.Model.load(REAL_MODEL) as model:
+        check_random_schemas(model, int(os.environ.get("MINERVA_RANDOM_SCHEMAS", "30")))
 
 
 def test_an_object_has_the_properties_that_are_named_and_no_others(sequence: mn.Sequence) -> None:
@@ -595,6 +612,8 @@ def test_grammars_that_end_are_not_suspected(grammar: str) -> None:
 def test_wrong_arguments_are_named(llm: mn.LLM, sequence: mn.Sequence) -> None:
     with pytest.raises(TypeError, match="not both"):
         llm.complete("a", response_format=RECORD, constraint=["a"])
+    with pytest.raises(ValueError, match="echo has no place"):
+        llm.complete("a", echo=True, constraint=["a"])
     with pytest.raises(TypeError, match="constraint must be a Constraint"):
         llm.complete("a", constraint="[a-z]")
     with pytest.raises(ValueError, match="one of json_schema, regex"):
@@ -630,6 +649,21 @@ def test_without_llguidance_the_error_says_what_to_install() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install 'minerva-native[structured]'" in done.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_child_of_a_fork_makes_its_own_matchers(demo: mn.Model) -> None:
+    constraint = mn.Constraint.choice(["a"])
+    constraint.prepare(demo.tokenizer)  # its thread does not exist in the child
+    matcher = constraint.matcher(demo.tokenizer, in_thread=True)
+    matcher.prepare()
+    matcher.mask()
+    child = os.fork()
+    if child == 0:
+        fresh = constraint.matcher(demo.tokenizer, in_thread=True)
+        fresh.prepare()
+        os._exit(0 if fresh.mask().any() else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_model_let_go_is_freed(demo: mn.Model) -> None:

@@ -102,6 +102,8 @@ class RequestOptions:
             return None
         if self.response_format is not None and self.constraint is not None:
             raise TypeError("give response_format or constraint, not both")
+        if self.echo:
+            raise ValueError("echo has no place beside a response_format or a constraint: the prompt is not part of it")
         return Constraint.of_format(self.response_format) or Constraint.of(self.constraint)
 
     def _set(self, name: str, value: object) -> None:

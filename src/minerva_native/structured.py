@@ -351,6 +351,10 @@ class _Vocabularies:
     """The vocabularies of models as the engine wants them, each made once."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin again: a child of a fork has neither the threads nor who holds the lock."""
         self._made: weakref.WeakKeyDictionary[Tokenizer, _Job] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
 
@@ -461,6 +465,7 @@ class _MaskThread:
 
 
 _vocabularies = _Vocabularies()
+os.register_at_fork(after_in_child=_vocabularies.forget)
 _masks: _MaskThread | None = None
 
 
