@@ -340,8 +340,10 @@ def server(arguments: argparse.Namespace) -> None:
                 text=True,
             )
 
-            def by_peer(kind: str, peer: "subprocess.Popen[str]" = peer) -> tuple[float, int]:
-                assert peer.stdin and peer.stdout  # noqa: PT018
+            def by_peer(kind: str) -> tuple[float, int]:
+                assert peer is not None
+                assert peer.stdin is not None
+                assert peer.stdout is not None
                 peer.stdin.write(kind + "\n")
                 peer.stdin.flush()
                 seconds, n, _ = json.loads(peer.stdout.readline())

@@ -116,7 +116,7 @@ def test_options_of_the_chat_are_defaults_for_its_turns(llm: mn.LLM) -> None:
         llm.chat(temprature=1)
     with pytest.raises(TypeError, match=r"send\(\) has no argument 'temprature'"):
         chat.send("x", temprature=1)
-    with pytest.raises(TypeError, match="message must be a str or a dict, not None"):
+    with pytest.raises(TypeError, match="message must be a str, a dict or a list of dicts, not None"):
         chat.send(None)  # type: ignore[arg-type]
 
 
@@ -272,7 +272,7 @@ def test_messages_are_copies(llm: mn.LLM) -> None:
 
 
 def test_a_saved_chat_goes_on_where_it_was(llm: mn.LLM, tmp_path: Path) -> None:
-    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    tools = [{"type": "function", "function": {"name": "look", "description": "Look.", "parameters": {}}}]
     chat = llm.chat(system="Sei freundlich: äöü", tools=tools, **BRIEF)
     chat.send("Hello")
     chat.save(tmp_path / "chat.json")

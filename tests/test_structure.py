@@ -45,6 +45,8 @@ LAYERS = {
     "schemas": 8,
     "typed": 8,
     "structured": 8,
+    "tools": 8,
+    "calling": 8,
     "draft": 8,
     "conversation": 8,
     "llm": 9,

@@ -426,15 +426,12 @@ def test_types_have_schemas_and_values_become_their_instances(kind: Any, value: 
     built = mn.Constraint.json_schema(kind).parse(json.dumps(value))
     assert built == expected
     assert type(built) is type(expected)
-    wrong = [
-        value
-        for value in ([[]], "wrong", {"other": 1}, -0.5, [1, 2])
-        if not jsonschema.Draft202012Validator(schema).is_valid(value)
-    ]
+    others: list[Any] = [[[]], "wrong", {"other": 1}, -0.5, [1, 2]]
+    wrong = [other for other in others if not jsonschema.Draft202012Validator(schema).is_valid(other)]
     assert len(wrong) > 2
-    for value in wrong:
+    for other in wrong:
         with pytest.raises(mn.ConstraintError):
-            build(kind, value)
+            build(kind, other)
 
 
 def test_a_type_without_a_schema_is_an_error() -> None:
@@ -589,6 +586,19 @@ def test_deep_and_long_schemas_are_refused_or_compiled_on_a_stack_that_holds_the
         assert len(allowed(constraint.matcher(demo.tokenizer), demo.tokenizer.n_vocab)) > 0
     with pytest.raises(mn.ConstraintError, match="references"):
         mn.Constraint.json_schema({"$defs": {f"r{at}": {"$ref": "#"} for at in range(2_100)}})
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        {"regex": "(a{1000}){1000}"},
+        {"json_schema": {"type": "object", "properties": {f"k{at}": {"type": "null"} for at in range(3_000)}}},
+    ],
+)
+def test_a_constraint_that_is_too_complex_ends_with_an_error_that_says_so(llm: mn.LLM, constraint: Any) -> None:
+    with pytest.raises(mn.ConstraintError, match=r"too many|max is"):
+        llm.complete("a", constraint=constraint, max_tokens=20)
+    assert llm.complete("a", constraint=["yes"]).parsed == "yes"
 
 
 @pytest.mark.parametrize(

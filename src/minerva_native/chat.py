@@ -1,7 +1,9 @@
 """Chat templates: from messages to a prompt, and to token ids that no message can forge."""
 
+import contextlib
 import dataclasses
 import functools
+import json
 import re
 import traceback
 import weakref
@@ -182,6 +184,30 @@ class ChatTemplate:
             del ids[0]
         return ids
 
+    def with_arguments(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Return messages with the arguments of calls as this template wants them: as a dict, or as JSON text.
+
+        OpenAI's API has them as text; most templates write a dict as JSON themselves, and would write a text as a
+        string in quotes.
+        """
+        if not any(isinstance(message, Mapping) and message.get("tool_calls") for message in messages):
+            return messages
+        return [_with_arguments(message, self._wants_dicts) for message in messages]
+
+    @functools.cached_property
+    def _wants_dicts(self) -> bool:
+        call = {"name": "probe_name", "arguments": {"probe_key": "probe_value"}}
+        calls = [{"id": "123456789", "type": "function", "function": call}]
+        said: Message = {"role": "assistant", "content": "", "tool_calls": calls}
+        messages: list[Message] = [{"role": "user", "content": "a"}, said]
+        parameters = {"type": "object", "properties": {}}
+        tool = {"type": "function", "function": {"name": "probe_name", "description": "", "parameters": parameters}}
+        for tools in ([tool], None):
+            with contextlib.suppress(TemplateError):
+                text = self.render(messages, tools)
+                return "{'probe_key'" not in text
+        return True
+
     def _chosen(self, tools: Sequence[Mapping[str, Any]] | None) -> "ChatTemplate":
         return self._for_tools if tools and self._for_tools is not None else self
 
@@ -284,6 +310,23 @@ def _message(message: object, number: int) -> dict[str, Any]:
     if reasoning is not None:
         data = {"thinking": reasoning, **data, "reasoning_content": reasoning}
     return data
+
+
+def _with_arguments(message: Message, as_dicts: bool) -> Message:
+    calls = message.get("tool_calls") if isinstance(message, Mapping) else None
+    if not isinstance(calls, list | tuple) or not all(isinstance(call, Mapping) for call in calls):
+        return message
+    changed = []
+    for call in calls:
+        function = call.get("function")
+        arguments = function.get("arguments") if isinstance(function, Mapping) else None
+        if as_dicts and isinstance(arguments, str):
+            with contextlib.suppress(ValueError, RecursionError):
+                arguments = json.loads(arguments)
+        elif not as_dicts and isinstance(arguments, Mapping):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        changed.append({**call, "function": {**function, "arguments": arguments}} if arguments is not None else call)
+    return {**message, "tool_calls": changed}
 
 
 def _tool(tool: object, number: int) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from .errors import ConstraintError
 from .generation import FinishReason
 from .structured import Constraint
+from .tools import CallDelta, ToolCall
 
 
 class TokenLogprob(NamedTuple):
@@ -81,6 +82,9 @@ class Chunk:
         logprob: the token's log-probability, if asked for.
         top_logprobs: the most likely tokens in its place as (id, log-probability), if asked for.
         reasoning: text of the reasoning.
+        tool_calls: calls of tools that are complete now.
+        tool_call_deltas: pieces of calls, complete or not, for who shows them as they come.
+        tool_error: what was wrong with a call; its text is in `text`, unless it was cut off.
         finish_reason: why the completion ends here, on the last chunk only. "end": the model ended it, or what was
             constrained is complete. "stop": a stop
             string or token was reached. "length": `max_tokens`, or the context is full. "cancelled": it was stopped.
@@ -95,6 +99,9 @@ class Chunk:
     logprob: float | None = None
     top_logprobs: Sequence[tuple[int, float]] = ()
     reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_deltas: tuple[CallDelta, ...] = ()
+    tool_error: str = ""
     finish_reason: FinishReason | None = None
     context_full: bool = False
     usage: Usage | None = None
@@ -109,7 +116,8 @@ class Completion:
     Attributes:
         text: the text, or the answer after the reasoning.
         reasoning: the text between the thinking tags.
-        tool_calls: calls of tools; always empty so far.
+        tool_calls: calls of tools: `ToolCall.name` with `ToolCall.arguments`.
+        tool_error: what was wrong with calls that are none; their text is in `text`, unless they were cut off.
         tokens: the ids of the generated tokens.
         finish_reason: "end", "stop", "length" or "cancelled": see `Chunk`.
         context_full: whether "length" means a full context.
@@ -127,7 +135,8 @@ class Completion:
 
     text: str
     reasoning: str = ""
-    tool_calls: tuple[Any, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_error: str = ""
     tokens: list[int] = field(default_factory=list)
     finish_reason: FinishReason = "length"
     context_full: bool = False
@@ -165,12 +174,13 @@ class Completion:
     def message(self) -> dict[str, Any]:
         """The answer as a message of a conversation."""
         reasoning = {"reasoning_content": self.reasoning} if self.reasoning else {}
-        return {"role": "assistant", "content": self.text, **reasoning}
+        calls = {"tool_calls": [call.to_dict() for call in self.tool_calls]} if self.tool_calls else {}
+        return {"role": "assistant", "content": self.text, **reasoning, **calls}
 
     def to_dict(self) -> dict[str, Any]:
         """Return it in the shape of OpenAI's API: a chat completion, or a completion of a raw prompt.
 
-        "end" is "stop" there.
+        "end" is "stop" there, and "tool_calls" if there are some.
         """
         kind = "chat.completion" if self.is_chat else "text_completion"
         generated = sum(choice.usage.completion_tokens for choice in self.choices)
@@ -203,7 +213,8 @@ class Completion:
                 "token_logprobs": [one.logprob for one in self.logprobs],
                 "top_logprobs": [{other.text: other.logprob for other in one.top} for one in self.logprobs],
             }
-        reason = "stop" if self.finish_reason == "end" else self.finish_reason
+        ended = "tool_calls" if self.tool_calls else "stop"
+        reason = ended if self.finish_reason == "end" else self.finish_reason
         return {"index": index, **content, "finish_reason": reason, "logprobs": logprobs}
 
     def _repr_markdown_(self) -> str:

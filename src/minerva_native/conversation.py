@@ -1,5 +1,6 @@
 """A conversation: messages, and a sequence that grows with them."""
 
+import asyncio
 import json
 import logging
 import os
@@ -11,7 +12,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar
 from weakref import ref
 
-from ._arguments import file_path, what
+from ._arguments import file_path, integer, what
+from .calling import ToolGiven, arun_tool, described, result_message, run_tool
 from .chat import ChatTemplate, Message
 from .completion import Chunk, Completion
 from .context import Context
@@ -20,6 +22,7 @@ from .errors import ClosedError, ContextFullError, MinervaError, SequencesInUseE
 from .requests import AsyncStream, Request, Stream
 from .sequence import Sequence as TokenSequence
 from .tokenizer import Tokenizer
+from .tools import Tool, ToolCall
 
 if TYPE_CHECKING:
     from .llm import LLM
@@ -95,27 +98,29 @@ class Chat:
         llm: "LLM",
         template: ChatTemplate,
         messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] = (),
+        tools: Sequence[ToolGiven] = (),
         options: Mapping[str, Any] | None = None,
     ):
-        self.template, self.tools = template, list(checked_tools(tools) or ())
+        self.template = template
+        self._tools, self.tools = described(tools)
+        self._results: list[dict[str, Any]] = []  # of calls, while others of the same answer have none yet
         self._llm, self._options = llm, dict(options or {})
         self._messages = [dict(message) for message in messages]
         self._sequence: TokenSequence | None = None
         self._parked: list[int] = []  # what the sequence held when it was last closed
         self._is_closed = False
-        self._running: tuple[Request, dict[str, Any]] | None = None  # the turn that is written, and what was said
+        self._running: tuple[Request, list[dict[str, Any]]] | None = None  # the turn that is written, what was said
         parsed = self._parse("chat", {})
         if parsed.constraint is not None:  # compiled once
             self._options |= {"constraint": parsed.constraint, "response_format": None}
 
     # Turns
 
-    def send(self, message: str | Message, **options: Any) -> Completion:
+    def send(self, message: str | Message | Sequence[Message], **options: Any) -> Completion:
         """Say something and return the answer; both are in `messages` then.
 
         Args:
-            message: what the user says, or a message of any role.
+            message: what the user says, or a message of any role, or several.
             options: the keywords of `LLM.complete`.
 
         Raises:
@@ -133,7 +138,7 @@ class Chat:
         parsed = self._parse("stream", options)
         return self._llm.queue.stream(self._streaming(message, parsed), **parsed.limits)
 
-    async def asend(self, message: str | Message, **options: Any) -> Completion:
+    async def asend(self, message: str | Message | Sequence[Message], **options: Any) -> Completion:
         """Do what `send` does, without blocking the event loop."""
         parsed = self._parse("asend", options)
         return await self._llm.queue.acall(self._completing(message, parsed), **parsed.limits)
@@ -151,7 +156,9 @@ class Chat:
             given["thinking_tags"] = self.template.thinking_tags
         return self._llm.options(caller, given)
 
-    def _completing(self, message: str | Message, options: RequestOptions) -> Callable[[Request], Iterator[Completion]]:
+    def _completing(
+        self, message: str | Message | Sequence[Message], options: RequestOptions
+    ) -> Callable[[Request], Iterator[Completion]]:
         turn = self._turn(message, options)
 
         def work(request: Request) -> Iterator[Completion]:
@@ -166,24 +173,25 @@ class Chat:
         turn = self._turn(message, options)
         return lambda request: turn(request, lambda draft: None)
 
+    @property
+    def _given_tools(self) -> list[ToolGiven]:
+        return [tool if tool.function else one for tool, one in zip(self._tools, self.tools, strict=True)]
+
     def _turn(
-        self, message: str | Message, options: RequestOptions
+        self, message: str | Message | Sequence[Message], options: RequestOptions
     ) -> Callable[[Request, Callable[[Draft], object]], Iterator[Chunk]]:
-        if isinstance(message, str):
-            said: dict[str, Any] = {"role": "user", "content": message}
-        elif isinstance(message, Mapping):
-            said = dict(message)
-        else:
-            raise TypeError(f"message must be a str or a dict, not {what(message)}")
+        said = self._results + _said(message)
+        use = options.tools_of(self._tools, self.template, self._llm.tokenizer)
 
         def turn(request: Request, begun: Callable[[Draft], object]) -> Iterator[Chunk]:
             before = self._messages
             self._running = (request, said)
+            shown = self.tools if use is not None else []
             sequence = self._open()
             tokens = self._held
             is_kept = False
             try:
-                messages, n_evaluated = self._evaluate(sequence, [*before, said], options, request)
+                messages, n_evaluated = self._evaluate(sequence, [*before, *said], shown, options, request)
                 self._parked = []
                 draft = Draft(
                     sequence,
@@ -191,7 +199,8 @@ class Chat:
                     request,
                     cached_tokens=len(sequence) - n_evaluated,
                     is_chat=True,
-                    dropped_turns=_n_turns(before) + 1 - _n_turns(messages),
+                    tools=use,
+                    dropped_turns=_n_turns([*before, *said]) - _n_turns(messages),
                 )
                 begun(draft)
                 self._llm.chats.leave_room(self._llm.context, options.max_tokens, keep=self)
@@ -201,7 +210,7 @@ class Chat:
                         is_kept = chunk.finish_reason != "cancelled" or (options.keep_partial and bool(answer.text))
                         self._running = None
                         if is_kept and self._messages is before:  # nobody has undone it
-                            self._messages = [*messages, answer.message]
+                            self._messages, self._results = [*messages, answer.message], []
                     yield chunk
             finally:
                 self._running = None
@@ -212,7 +221,12 @@ class Chat:
         return turn
 
     def _evaluate(
-        self, sequence: TokenSequence, messages: list[dict[str, Any]], options: RequestOptions, request: Request
+        self,
+        sequence: TokenSequence,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]],
+        options: RequestOptions,
+        request: Request,
     ) -> tuple[list[dict[str, Any]], int]:
         """Bring the sequence up to the prompt; return the messages that fit, and how many tokens were evaluated."""
         context = self._llm.context
@@ -220,7 +234,7 @@ class Chat:
         room = n_cells // 4 if options.max_tokens is None else min(options.max_tokens, n_cells // 4)
         length = None
         while True:
-            ids = self._prompt(messages, options)
+            ids = self._prompt(messages, tools, options)
             is_shorter = length is None or len(ids) < length
             length = len(ids)
             fewer = self._fewer(messages) if is_shorter and length + room > n_cells else None
@@ -235,9 +249,11 @@ class Chat:
             _logger.warning("the context is full: a chat goes on with %d of %d messages", len(fewer), len(messages))
             messages = fewer
 
-    def _prompt(self, messages: list[dict[str, Any]], options: RequestOptions) -> list[int]:
-        tokenizer = self._llm.tokenizer
-        ids = self.template.encode(tokenizer, messages, self.tools or None, **options.chat_template_kwargs)
+    def _prompt(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], options: RequestOptions
+    ) -> list[int]:
+        tokenizer, said = self._llm.tokenizer, self.template.with_arguments(messages)
+        ids = self.template.encode(tokenizer, said, tools or None, **options.chat_template_kwargs)
         return respelled(tokenizer, self._held, ids)
 
     def _fewer(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
@@ -248,6 +264,92 @@ class Chat:
         if callable(on_full):
             return [dict(message) for message in on_full([dict(message) for message in messages])]
         return _without_oldest_turn(messages)
+
+    # Calls of tools
+
+    def send_tool_result(self, call: ToolCall | str, result: object, **options: Any) -> Completion | None:
+        """Give the result of a call of the last answer to the model.
+
+        When every call of that answer has its result, the model goes on.
+
+        Args:
+            call: the call, or its id.
+            result: a str as it is, anything else as JSON.
+            options: the keywords of `LLM.complete`.
+
+        Returns:
+            The next answer, or None while other calls have no result.
+
+        Raises:
+            ValueError: the last answer has no such call, or it has a result.
+        """
+        waiting = self._add_result(call, result)
+        return None if waiting else self.send([], **options)
+
+    def run(
+        self, message: str | Message, tools: Sequence[ToolGiven] | None = None, max_rounds: int = 10, **options: Any
+    ) -> Completion:
+        """Do what `send` does, run the functions that the model calls, and go on until it answers.
+
+        A function that fails gives its message to the model. Functions run on the calling thread, one after another.
+
+        Args:
+            message: see `send`.
+            tools: functions, for this turn and later ones; by default those of the chat.
+            max_rounds: after so many answers with calls the model has to answer without.
+            options: the keywords of `LLM.complete`.
+
+        Raises:
+            TypeError: a tool that is called has no function.
+        """
+        self._begin_run(tools, max_rounds)
+        answer = self.send(message, **options)
+        for number in range(max_rounds):
+            if not answer.tool_calls:
+                break
+            for call in answer.tool_calls:
+                self._add_result(call, run_tool(self._tool(call), call))
+            answer = self.send([], **options | ({"tool_choice": "none"} if number == max_rounds - 1 else {}))
+        return answer
+
+    async def arun(
+        self, message: str | Message, tools: Sequence[ToolGiven] | None = None, max_rounds: int = 10, **options: Any
+    ) -> Completion:
+        """Do what `run` does, without blocking the event loop; coroutines are awaited, other tools run in threads."""
+        self._begin_run(tools, max_rounds)
+        answer = await self.asend(message, **options)
+        for number in range(max_rounds):
+            if not answer.tool_calls:
+                break
+            results = await asyncio.gather(*(arun_tool(self._tool(call), call) for call in answer.tool_calls))
+            for call, result in zip(answer.tool_calls, results, strict=True):
+                self._add_result(call, result)
+            answer = await self.asend([], **options | ({"tool_choice": "none"} if number == max_rounds - 1 else {}))
+        return answer
+
+    def _begin_run(self, tools: Sequence[ToolGiven] | None, max_rounds: int) -> None:
+        integer("max_rounds", max_rounds, 1)
+        if tools is not None:
+            self._tools, self.tools = described(tools)
+
+    def _tool(self, call: ToolCall) -> Tool:
+        tool = next((tool for tool in self._tools if tool.name == call.name), None)
+        if tool is None or tool.function is None:
+            raise TypeError(f"the tool {call.name!r} has no function: give run() functions, or use send_tool_result")
+        return tool
+
+    def _add_result(self, call: ToolCall | str, result: object) -> list[str]:
+        """Add the result of a call; return the ids of the calls that wait for theirs."""
+        last = self._messages[-1] if self._messages else {}
+        calls = {one["id"]: one["function"]["name"] for one in last.get("tool_calls", ())}
+        given = [one["tool_call_id"] for one in self._results]
+        call_id = call.id if isinstance(call, ToolCall) else call
+        if call_id not in calls:
+            raise ValueError(f"the last answer has no call {call_id!r}")
+        if call_id in given:
+            raise ValueError(f"the call {call_id!r} has its result already")
+        self._results.append(result_message(call_id, calls[call_id], result))
+        return [one for one in calls if one not in (*given, call_id)]
 
     # What it is
 
@@ -277,16 +379,16 @@ class Chat:
             request, said = running
             request.stop()
             self._messages = list(messages)  # another list: see the end of a turn
-            return [said]
+            return said
         begin = next((at for at in range(len(messages) - 1, -1, -1) if messages[at]["role"] == "user"), len(messages))
-        self._messages = messages[:begin]
+        self._messages, self._results = messages[:begin], []
         return messages[begin:]
 
     def fork(self) -> "Chat":
         """Return a chat with the same messages, which goes its own way. What is cached is shared, not copied."""
         self._check_open()
-        forked = Chat(self._llm, self.template, self._messages, self.tools, self._options)
-        forked._parked = self._held
+        forked = Chat(self._llm, self.template, self._messages, self._given_tools, self._options)
+        forked._parked, forked._results = self._held, list(self._results)
         return forked
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -359,11 +461,15 @@ class Chat:
         return "<Chat: closed>" if self._is_closed else f"<Chat of {len(self._messages)} messages>"
 
 
-def checked_tools(tools: Sequence[Mapping[str, Any]] | None) -> Sequence[Mapping[str, Any]] | None:
-    """Return tools; raise `TypeError` for what is no list of dicts."""
-    if tools is not None and not (isinstance(tools, list | tuple) and all(isinstance(tool, Mapping) for tool in tools)):
-        raise TypeError(f"tools must be a list of dicts, not {what(tools)}")
-    return tools
+def _said(message: object) -> list[dict[str, Any]]:
+    """Return the messages that a turn begins with."""
+    if isinstance(message, str):
+        return [{"role": "user", "content": message}]
+    if isinstance(message, Mapping):
+        return [dict(message)]
+    if isinstance(message, list | tuple) and all(isinstance(one, Mapping) for one in message):
+        return [dict(one) for one in message]
+    raise TypeError(f"message must be a str, a dict or a list of dicts, not {what(message)}")
 
 
 def read_chat(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str]:

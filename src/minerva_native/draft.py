@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from ._arguments import cancel_token, flag, integer, many, what
+from .calling import CallDecoder, ToolUse, read_choice
 from .chat import ChatTemplate
 from .completion import Chunk, Completion, Timings, TokenLogprob, Usage
 from .engine.gate import CancelToken
@@ -18,6 +19,8 @@ from .requests import Request, check_timeout
 from .sampling import Sampler, SamplingParams
 from .sequence import Sequence as TokenSequence
 from .structured import Constraint
+from .tokenizer import Tokenizer
+from .tools import ParsedPiece, Tool, ToolCall
 
 _SAMPLING = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 
@@ -39,6 +42,8 @@ class RequestOptions:
         response_format: the JSON that the answer shall be: a dict as in OpenAI's API, a JSON schema, a pydantic model,
             a dataclass or another type. See `Constraint.of_format`, and `Completion.parsed` for the value.
         constraint: what else the answer shall be: see `Constraint.of`. It begins after the reasoning.
+        tool_choice: in a chat with tools "auto" (the default), "none", "required", or the name of the one to call.
+        parallel_tool_calls: whether an answer may have more than one call of a tool.
         thinking_tags: the tags around the model's reasoning; by default those of the chat template in a chat, and none
             for a raw prompt.
         reasoning_budget: after this many tokens the reasoning is ended by force; 0 for none. None for no limit.
@@ -60,6 +65,8 @@ class RequestOptions:
     top_logprobs: int = 0
     response_format: Any = None
     constraint: Any = None
+    tool_choice: Any = "auto"
+    parallel_tool_calls: bool = True
     thinking_tags: tuple[str, str] | None = None
     reasoning_budget: int | None = None
     reasoning_message: str = ""
@@ -92,6 +99,8 @@ class RequestOptions:
             if not (isinstance(name, str) and name.isidentifier()) or name in _OF_ENCODING:
                 raise ValueError(f"chat_template_kwargs cannot have {name!r}: only other variables of the template")
         self._set("constraint", self._read_constraint())
+        self._set("tool_choice", read_choice(self.tool_choice))
+        self._set("parallel_tool_calls", flag("parallel_tool_calls", self.parallel_tool_calls))
         cancel_token(self.cancel)
         check_timeout(self.timeout)
         if not isinstance(self.sampling, SamplingParams):
@@ -105,6 +114,15 @@ class RequestOptions:
         if self.echo:
             raise ValueError("echo has no place beside a response_format or a constraint: the prompt is not part of it")
         return Constraint.of_format(self.response_format) or Constraint.of(self.constraint)
+
+    def tools_of(self, tools: Sequence[Tool], template: ChatTemplate, tokenizer: Tokenizer) -> ToolUse | None:
+        """Return how the answer may call tools; None if it may not."""
+        use = ToolUse.of(tools, self.tool_choice, self.parallel_tool_calls, template, tokenizer)
+        if use is not None and self.constraint is not None:
+            raise TypeError(
+                "an answer cannot have a response_format or a constraint and call tools: tool_choice='none'"
+            )
+        return use
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -144,6 +162,7 @@ class Draft:
         cached_tokens: how many tokens of the prompt were not evaluated.
         is_chat: whether the prompt is messages.
         dropped_turns: see `Completion`.
+        tools: which tools the answer may call, and how.
         echoed: the prompt's text and log-probabilities, if they come first.
         seed_offset: added to the seed, if there is one, so that several answers to one prompt differ.
     """
@@ -157,6 +176,7 @@ class Draft:
         cached_tokens: int,
         is_chat: bool = False,
         dropped_turns: int = 0,
+        tools: ToolUse | None = None,
         echoed: tuple[str, list[TokenLogprob]] | None = None,
         seed_offset: int = 0,
     ):
@@ -167,16 +187,22 @@ class Draft:
         self._prefilled = time.perf_counter()
         self._first_token = 0.0
         self._reasoning = self._decoder()
+        self._calls = self._call_decoder(tools)
         params = options.sampling
         if params.seed is not None and seed_offset:
             params = params.replace(seed=params.seed + seed_offset)
         sampler = Sampler(params, tokenizer=self._tokenizer)
         self._sampler = sampler if self._reasoning is None else self._reasoning.forcing(sampler)
-        self._guide = self._guided()
+        constraint = options.constraint
+        if tools is not None:
+            constraint = constraint or tools.constraint
+        self._guide = self._guided(constraint)
         self._n_forced = 0
         self._texts: list[str] = []
         self._reasonings: list[str] = []
         self._logprobs: list[TokenLogprob] = []
+        self._tool_calls: list[ToolCall] = []
+        self._tool_errors: list[str] = []
         self.tokens: list[int] = []
         self.last = Chunk(finish_reason="length")
 
@@ -194,8 +220,14 @@ class Draft:
             message=options.reasoning_message,
         )
 
-    def _guided(self) -> Guide | None:
-        guide, reasoning = guide_of(self._options.constraint, self._sequence), self._reasoning
+    def _call_decoder(self, tools: ToolUse | None) -> CallDecoder | None:
+        if tools is None:
+            return None
+        tail = self._tokenizer.decode(self._sequence[-_TAIL:], special=True)
+        return tools.decoder(self._tokenizer, tail, self._options.thinking_tags, self._sequence[-1], self._reasoning)
+
+    def _guided(self, constraint: Constraint | None) -> Guide | None:
+        guide, reasoning = guide_of(constraint, self._sequence), self._reasoning
         if guide is None or reasoning is None:
             return guide
         tags = self._options.thinking_tags or ("", "")
@@ -216,7 +248,7 @@ class Draft:
             max_tokens=options.max_tokens,
             stop=options.stop,
             cancel=self._request,
-            decoder=reasoning,
+            decoder=reasoning if self._calls is None else self._calls,
             # Forced tokens have log-probabilities only if others are asked for, too.
             top_logprobs=options.top_logprobs or int(has_logprobs and self._guide is not None),
             constraint=self._guide,
@@ -226,7 +258,9 @@ class Draft:
             tokens.append(step.token)
             texts.append(step.text)
             self._n_forced += step.is_forced
-            if reasoning is not None and (text := reasoning.take()):
+            if self._calls is not None:
+                self._add_calls(chunk, self._calls.take())
+            elif reasoning is not None and (text := reasoning.take()):
                 chunk.reasoning = text
                 self._reasonings.append(text)
             if has_logprobs:
@@ -241,6 +275,15 @@ class Draft:
         if not tokens:  # none was asked for
             self._finish(self.last)
             yield self.last
+
+    def _add_calls(self, chunk: Chunk, piece: ParsedPiece) -> None:
+        if piece.reasoning:
+            chunk.reasoning = piece.reasoning
+            self._reasonings.append(piece.reasoning)
+        chunk.tool_calls, chunk.tool_call_deltas = tuple(piece.calls), tuple(piece.deltas)
+        chunk.tool_error = piece.error or ""
+        self._tool_calls += piece.calls
+        self._tool_errors += [error.message for error in piece.errors]
 
     def _entry(self, token: int, logprob: float, top: Sequence[tuple[int, float]]) -> TokenLogprob:
         others = tuple(TokenLogprob(other, self._tokenizer.piece(other, special=True), value) for other, value in top)
@@ -274,6 +317,8 @@ class Draft:
         return Completion(
             text="".join(self._texts),
             reasoning="".join(self._reasonings),
+            tool_calls=tuple(self._tool_calls),
+            tool_error="; ".join(self._tool_errors),
             tokens=self.tokens,
             finish_reason=last.finish_reason or "cancelled",
             context_full=last.context_full,

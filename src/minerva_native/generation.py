@@ -266,7 +266,7 @@ def _decode_loop(
 def guide_of(constraint: Constraint | Guide | None, sequence: TokenSequence) -> Guide | None:
     """Return the guide that `constraint=` is or makes; masks are computed in a thread if a core is free for it."""
     guide: object = constraint
-    if hasattr(constraint, "matcher"):
+    if constraint is not None and hasattr(constraint, "matcher"):
         context = sequence.context
         guide = constraint.matcher(context.model.tokenizer, in_thread=available_cpus() > context.n_threads)
     if guide is not None and not all(hasattr(guide, name) for name in ("forced", "mask", "consume", "follow")):

@@ -13,10 +13,11 @@ from types import TracebackType
 from typing import Any, Literal, NamedTuple, NoReturn, Self, overload
 
 from ._arguments import integer, many, path, what
+from .calling import ToolGiven, described
 from .chat import ChatTemplate, Message
 from .completion import Chunk, Completion, TokenLogprob
 from .context import Context
-from .conversation import Chat, OpenChats, WhenFull, checked_tools, read_chat
+from .conversation import Chat, OpenChats, WhenFull, read_chat
 from .draft import Draft, RequestOptions
 from .engine.gate import CancelToken
 from .errors import EmptySequenceError, MinervaError, SequencesInUseError, TemplateError
@@ -191,7 +192,7 @@ class LLM:
         self,
         system: str | None = None,
         template: str | ChatTemplate | None = None,
-        tools: Sequence[Mapping[str, Any]] = (),
+        tools: Sequence[ToolGiven] = (),
         **options: Any,
     ) -> Chat:
         """Return a new conversation.
@@ -199,7 +200,7 @@ class LLM:
         Args:
             system: the system prompt.
             template: a chat template, if not the LLM's.
-            tools: descriptions of functions (dicts), as in OpenAI's API.
+            tools: what the model may call: functions with type hints, or descriptions (dicts) as in OpenAI's API.
             options: defaults for its turns: the fields of `RequestOptions` and `SamplingParams`.
 
         Raises:
@@ -224,7 +225,7 @@ class LLM:
     def chat_completion(
         self,
         messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[ToolGiven] | None = None,
         n: int = 1,
         stream: Literal[False] = False,
         **options: Any,
@@ -233,7 +234,7 @@ class LLM:
     def chat_completion(
         self,
         messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[ToolGiven] | None = None,
         n: int = 1,
         *,
         stream: Literal[True],
@@ -242,7 +243,7 @@ class LLM:
     def chat_completion(
         self,
         messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[ToolGiven] | None = None,
         n: int = 1,
         stream: bool = False,
         **options: Any,
@@ -251,7 +252,7 @@ class LLM:
 
         Args:
             messages: dicts as OpenAI's API has them.
-            tools: descriptions of functions (dicts).
+            tools: what the model may call: functions with type hints, or descriptions (dicts) as in OpenAI's API.
             n: how many answers to make; the others are `Completion.alternatives`. With a seed each takes the next one.
             stream: return an iterator over the pieces of the one answer.
             options: see `complete`.
@@ -264,7 +265,7 @@ class LLM:
     async def achat_completion(
         self,
         messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[ToolGiven] | None = None,
         n: int = 1,
         **options: Any,
     ) -> Completion:
@@ -273,7 +274,7 @@ class LLM:
         return await self.queue.acall(lambda request: iter([_together(work(request))]), **parsed.limits)
 
     def achat_completion_stream(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None, **options: Any
+        self, messages: Sequence[Message], tools: Sequence[ToolGiven] | None = None, **options: Any
     ) -> AsyncStream[Chunk]:
         """Do what `chat_completion` does with `stream=True`, as an asynchronous iterator."""
         work, parsed = self._answering("achat_completion_stream", messages, tools, 1, options)
@@ -362,24 +363,30 @@ class LLM:
         self,
         caller: str,
         messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None,
+        tools: Sequence[ToolGiven] | None,
         n: int,
         options: Mapping[str, Any],
     ) -> tuple[Callable[[Request], Iterator[Draft]], RequestOptions]:
         """Return what yields a draft of each answer, and the options."""
         template = self._chosen(None)
         parsed = self.options(caller, {"thinking_tags": template.thinking_tags, **options})
-        n, tools = integer("n", n, 1, _MOST_ANSWERS), checked_tools(tools)
+        n = integer("n", n, 1, _MOST_ANSWERS)
+        read, descriptions = described(tools or ())
+        use = parsed.tools_of(read, template, self.tokenizer)
 
         def work(request: Request) -> Iterator[Draft]:
-            ids = template.encode(self.tokenizer, messages, tools, **parsed.chat_template_kwargs)
+            shown = descriptions if use is not None else []
+            said = template.with_arguments(messages)
+            ids = template.encode(self.tokenizer, said, shown or None, **parsed.chat_template_kwargs)
             with self._evaluated(ids, request) as (sequence, cached):
                 self.chats.leave_room(self.context, parsed.max_tokens)
                 for number in range(n):
                     is_last = number == n - 1
                     answer = sequence if is_last else self.chats.with_room(sequence.fork)
                     try:
-                        yield Draft(answer, parsed, request, cached_tokens=cached, is_chat=True, seed_offset=number)
+                        yield Draft(
+                            answer, parsed, request, cached_tokens=cached, is_chat=True, tools=use, seed_offset=number
+                        )
                     finally:
                         if not is_last:
                             answer.close()

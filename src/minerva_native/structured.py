@@ -217,6 +217,7 @@ class Matcher:
         self._computing: _Job | None = None
         self._forced: deque[int] | None = None
         self.tokens: array[int] = array("i")
+        self._wait()  # raises what the compiler had to say
         self._look()
 
     @property
@@ -255,7 +256,9 @@ class Matcher:
         else:
             self._forced = None
         if not self._engine.consume_token(token):
-            raise ConstraintError(f"the constraint does not allow token {token} here")
+            raise ConstraintError(
+                f"the constraint does not allow token {token} here ({_first_lines(self._engine.get_error())})"
+            )
         self.tokens.append(token)
         self._is_current = False
         self._look()

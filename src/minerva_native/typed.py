@@ -170,7 +170,7 @@ def _build(kind: Any, value: Any) -> Any:
     return kind(**{name: _build(fields[name][0], inner) for name, inner in value.items()})
 
 
-def _build_several(kind: Any, origin: type, arguments: tuple[Any, ...], value: Any) -> Any:
+def _build_several(kind: Any, origin: Any, arguments: tuple[Any, ...], value: Any) -> Any:
     if issubclass(origin, Mapping):
         _require(isinstance(value, dict), kind, value)
         return {name: _build(arguments[1], inner) for name, inner in value.items()}

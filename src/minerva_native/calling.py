@@ -1,0 +1,205 @@
+"""Calls of tools in an answer: what a request allows, and the decoder that takes them from the text."""
+
+import asyncio
+import dataclasses
+import functools
+import inspect
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, TypeAlias
+
+from ._arguments import what
+from .chat import ChatTemplate
+from .errors import ConstraintError, MinervaError
+from .reasoning import ReasoningDecoder
+from .schemas import prepare
+from .structured import Constraint
+from .tokenizer import Tokenizer
+from .tools import CallParser, ParsedPiece, Tool, ToolCall, ToolFormat, as_text, read_tools
+
+ToolGiven: TypeAlias = Any  # mypy calls the items of a list of different functions "function", which is no Callable
+"""A tool as callers give it: a function with type hints, a dict as in OpenAI's API, or a `Tool`."""
+
+_logger = logging.getLogger("minerva_native")
+
+_CHOICES = ("auto", "none", "required")
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """The tools of a request, and how its answer may call them.
+
+    Attributes:
+        tools: by name.
+        format: how the model writes a call.
+        constraint: what the answer has to be so that every call is one of a tool; None if that cannot be said.
+    """
+
+    tools: Mapping[str, Tool]
+    format: ToolFormat
+    constraint: Constraint | None
+
+    @classmethod
+    def of(
+        cls, tools: Sequence[Tool], choice: str, is_parallel: bool, template: ChatTemplate, tokenizer: Tokenizer
+    ) -> Self | None:
+        """Return how an answer may call tools; None if it may not.
+
+        Args:
+            tools: what may be called.
+            choice: "auto", "none", "required", or the name of the one tool to call.
+            is_parallel: whether an answer may have more than one call.
+            template: of the chat; it shows how the model writes calls.
+            tokenizer: of the model.
+
+        Raises:
+            ValueError: there is no such tool.
+            ConstraintError: a call is required, and the format or a tool's schema cannot be constrained.
+        """
+        if choice not in _CHOICES and choice not in {tool.name for tool in tools}:
+            raise ValueError(f"tool_choice is {choice!r}, but there is no tool of that name")
+        if not tools or choice == "none":
+            return None
+        tool_format = ToolFormat.of(template.text)
+        is_required = choice != "auto"
+        name = choice if choice not in _CHOICES else None
+        try:
+            constraint = _constraint(tool_format, tuple(tools), is_required, is_parallel, name, tokenizer)
+        except MinervaError as error:
+            if is_required:
+                raise
+            _logger.info("calls of tools are not constrained: %s", error)
+            constraint = None
+        if constraint is None and is_required:
+            raise ConstraintError(
+                f"the format {tool_format.name!r} cannot be made to call a tool: use tool_choice='auto'"
+            )
+        return cls({tool.name: tool for tool in tools}, tool_format, constraint)
+
+    def decoder(
+        self,
+        tokenizer: Tokenizer,
+        tail: str,
+        tags: tuple[str, str] | None,
+        after: int,
+        reasoning: ReasoningDecoder | None,
+    ) -> "CallDecoder":
+        """Return a decoder of an answer; `tail` is the end of its prompt."""
+        parser = self.format.parser(list(self.tools.values()), reasoning=tags, prompt=tail)
+        return CallDecoder(tokenizer, parser, after, reasoning)
+
+
+class CallDecoder:
+    """A decoder for `generate` whose text is the content of an answer; reasoning and calls are taken from it.
+
+    Args:
+        tokenizer: of the model.
+        parser: of the answer.
+        after: the last token of the prompt.
+        reasoning: what watches the reasoning and its budget, if there are tags for it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, parser: CallParser, after: int, reasoning: ReasoningDecoder | None):
+        self._parser, self._watching = parser, reasoning
+        self._decoder = tokenizer.stream(special=True, after=after)
+        self._piece = ParsedPiece()
+
+    def feed(self, token: int) -> str:
+        """Return the content that a token adds."""
+        if self._watching is not None:
+            self._watching.feed(token)
+            self._watching.take()
+        return self._add(self._parser.feed(self._decoder.feed(token)))
+
+    def flush(self) -> str:
+        """Return what is left of the content at the end."""
+        rest = self._decoder.flush()
+        content = self._add(self._parser.feed(rest)) if rest else ""
+        return content + self._add(self._parser.flush())
+
+    def take(self) -> ParsedPiece:
+        """Return what there is beside the content since the last call."""
+        piece, self._piece = self._piece, ParsedPiece()
+        return piece
+
+    def _add(self, piece: ParsedPiece) -> str:
+        own = self._piece
+        own.reasoning += piece.reasoning
+        own.calls += piece.calls
+        own.deltas += piece.deltas
+        own.errors += piece.errors
+        return piece.content
+
+
+def read_choice(choice: object) -> str:
+    """Return `tool_choice` as a word or the name of a tool; OpenAI's dict names one."""
+    if isinstance(choice, Mapping):
+        function = choice.get("function", choice)
+        choice = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(choice, str) or not choice:
+        raise TypeError(f'tool_choice must be "auto", "none", "required" or the name of a tool, not {what(choice)}')
+    return choice
+
+
+def run_tool(tool: Tool, call: ToolCall) -> str:
+    """Run a tool, and return its result as text for the model, or what went wrong."""
+    if inspect.iscoroutinefunction(tool.function):
+        raise TypeError(f"the tool {tool.name!r} is a coroutine: use arun")
+    try:
+        return tool.call(call.arguments)
+    except Exception as error:  # whatever a function raises, the model hears of it
+        return _failure(tool, error)
+
+
+async def arun_tool(tool: Tool, call: ToolCall) -> str:
+    """Do what `run_tool` does, without blocking the event loop."""
+    try:
+        if inspect.iscoroutinefunction(tool.function):
+            return as_text(await tool.function(**tool.bind(call.arguments)))
+        return await asyncio.to_thread(tool.call, call.arguments)
+    except Exception as error:
+        return _failure(tool, error)
+
+
+def _failure(tool: Tool, error: Exception) -> str:
+    _logger.info("the tool %s failed: %r", tool.name, error)
+    return f"error: {type(error).__name__}: {error}"
+
+
+def described(tools: Iterable[ToolGiven]) -> tuple[tuple[Tool, ...], list[dict[str, Any]]]:
+    """Return tools, and their descriptions for a chat template."""
+    read = read_tools(tools)
+    return read, [tool.to_dict() for tool in read]
+
+
+def _constraint(
+    tool_format: ToolFormat,
+    tools: tuple[Tool, ...],
+    is_required: bool,
+    is_parallel: bool,
+    name: str | None,
+    tokenizer: Tokenizer,
+) -> Constraint | None:
+    tokens = {token.text: token.id for token in tokenizer.special_tokens if not token.in_every_text}
+    ready = [dataclasses.replace(tool, parameters=_prepared(tool)) for tool in tools]
+    grammar = tool_format.grammar(ready, required=is_required, parallel=is_parallel, name=name, tokens=tokens)
+    return None if grammar is None else _compiled(grammar)
+
+
+def _prepared(tool: Tool) -> dict[str, Any]:
+    try:
+        schema = prepare(tool.parameters)
+    except ConstraintError as error:
+        raise ConstraintError(f"the parameters of the tool {tool.name!r}: {error}", path=error.path) from None
+    return schema if isinstance(schema, dict) else {}
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(grammar: str) -> Constraint:
+    return Constraint.lark(grammar)
+
+
+def result_message(call_id: str, name: str, result: object) -> dict[str, Any]:
+    """Return the message that gives a tool's result to the model."""
+    return {"role": "tool", "tool_call_id": call_id, "name": name, "content": as_text(result)}
