@@ -18,6 +18,7 @@ import pytest
 import minerva_native as mn
 from minerva_native import draft
 from minerva_native.sequence import Tokens
+from minerva_native.tools import ToolFormat
 
 QWEN = "Qwen-Qwen2.5-7B-Instruct.jinja"
 
@@ -279,6 +280,28 @@ def test_a_chat_with_calls_is_saved_and_forked(llm: mn.LLM, dictate: Callable[..
 
 
 # Templates
+
+
+def test_a_required_call_comes_in_the_format_of_every_upstream_template(demo: mn.Model, llama_cpp_source: Path) -> None:
+    formats = set()
+    with mn.LLM(demo, n_ctx=8192, n_threads=1) as llm:
+        for path in sorted((llama_cpp_source / "models" / "templates").glob("*.jinja")):
+            template = mn.ChatTemplate(path.read_text(encoding="utf-8"))
+            tool_format = ToolFormat.of(template.text).name
+            if tool_format == "gpt-oss":
+                continue  # its reasoning is a message, which nothing makes the built-in model end
+            budget = {"reasoning_budget": 8} if template.thinking_tags else {}
+            options: dict[str, Any] = {"temperature": 1.0, "seed": 0, "max_tokens": 400, "parallel_tool_calls": False}
+            options["chat_template_kwargs"] = {"functions": "", "datetime": "now"}
+            with llm.chat(template=template, tools=[get_weather, choose], **options) as chat:
+                try:
+                    answer = chat.send("Hello", tool_choice="required", **budget)
+                except mn.TemplateError:
+                    continue  # it wants other tools
+            assert [made.name in ("get_weather", "choose") for made in answer.tool_calls] == [True], path.name
+            assert (answer.text, answer.tool_error, answer.finish_reason) == ("", "", "end"), path.name
+            formats.add(tool_format)
+    assert len(formats) >= 13
 
 
 def test_every_upstream_template_gets_arguments_as_it_wants_them(llama_cpp_source: Path) -> None:

@@ -41,8 +41,8 @@ def test_an_example_is_short_says_what_it_shows_and_is_named_in_the_readme(path:
     assert f"examples/{path.name}" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_there_are_fifteen_and_each_is_run_here() -> None:
-    assert len(EXAMPLES) == 15
+def test_there_are_seventeen_and_each_is_run_here() -> None:
+    assert len(EXAMPLES) == 17
     text = Path(__file__).read_text(encoding="utf-8")
     assert [path.stem for path in EXAMPLES if f'"{path.stem}"' not in text] == []
 
@@ -171,3 +171,17 @@ def test_lipogram(tmp_path: Path) -> None:
     out = run(tmp_path, "lipogram")
     assert "o" not in out.lower()
     assert len(out) > 40
+
+
+def test_record(tmp_path: Path) -> None:
+    out = run(tmp_path, "record")
+    assert re.match(r"Hero\(animal='\w+', mood='\w+', friend='?\w+'?\)\n", out)
+    forced, made = map(int, re.findall(r"(\d+) of (\d+)", out)[0])
+    assert 15 < forced < made
+
+
+def test_tools(tmp_path: Path) -> None:
+    out = run(tmp_path, "tools")
+    assert [line.split()[0] for line in out.splitlines() if line][:3] == ["user", "assistant", "tool"]
+    assert "'name': 'roll'" in out
+    assert 1 <= int(re.findall(r"^tool (\d+)$", out, re.MULTILINE)[0]) <= 20

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from .draft import RequestOptions
     from .llm import LLM
     from .structured import Constraint, Matcher
+    from .tools import Tool, ToolCall
 
 __version__ = "0.1.0"
 
@@ -104,6 +105,8 @@ __all__ = [
     "TemplateError",
     "Tokenizer",
     "TokenizerError",
+    "Tool",
+    "ToolCall",
     "__version__",
     "available_cpus",
     "build_info",
@@ -123,6 +126,8 @@ _LAZY = {  # modules that import more than numpy and the binding, or are not nee
     "LLM": ".llm",
     "Matcher": ".structured",
     "RequestOptions": ".draft",
+    "Tool": ".tools",
+    "ToolCall": ".tools",
 }
 
 
