@@ -17,7 +17,8 @@ def roll(sides: Literal[4, 6, 20]) -> int:
     return random.randint(1, sides)
 
 
-with mn.LLM(*(sys.argv[1:] or [mn.DEMO_PATH]), n_ctx=1024, template=None if sys.argv[1:] else TEMPLATE) as llm:
+path, template = (sys.argv[1], None) if len(sys.argv) > 1 else (mn.DEMO_PATH, TEMPLATE)
+with mn.LLM(path, n_ctx=1024, template=template) as llm:
     chat = llm.chat(max_tokens=60, temperature=0, parallel_tool_calls=False)
     chat.run("Roll a die with 6 sides.", tools=[roll], tool_choice="required", max_rounds=1)
     for message in chat.messages:

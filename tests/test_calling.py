@@ -224,7 +224,7 @@ def test_run_calls_functions_until_there_is_an_answer(llm: mn.LLM, dictate: Call
     assert answer.text == "Done."
     results = [message["content"] for message in chat.messages if message["role"] == "tool"]
     assert results[:2] == ["5", "error: ValueError: 13 brings bad luck"]
-    assert results[2].startswith("error: ValueError: a ")
+    assert results[2].startswith("error: ValueError: a: ")
 
 
 def test_run_has_a_bound(llm: mn.LLM, dictate: Callable[..., None]) -> None:

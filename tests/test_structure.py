@@ -43,7 +43,7 @@ LAYERS = {
     "reasoning": 8,
     "grammars": 8,
     "schemas": 8,
-    "typed": 8,
+    "typed": 1,
     "structured": 8,
     "tools": 8,
     "calling": 8,

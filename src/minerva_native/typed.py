@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import enum
 import inspect
+import re
 import types
 import typing
 import uuid
@@ -33,18 +34,21 @@ _SIMPLE: dict[Any, Schema] = {
 }
 
 
-def schema_of(kind: Any) -> Schema:
+def schema_of(kind: Any, definitions: dict[str, Schema] | None = None) -> Schema:
     """Return the JSON schema of a type.
 
     Args:
         kind: a simple type, `list[...]`, `tuple[...]`, `set[...]`, `dict[str, ...]`, `Literal`, a union, an enum, a
             date or time, a dataclass, a `TypedDict`, a `NamedTuple`, or a pydantic model, and these within each other.
-            The strings in `Annotated` are descriptions.
+            The strings in `Annotated` are descriptions, and so is what a class's docstring says of its attributes.
+        definitions: where the schemas of classes go; by default into the schema's "$defs".
 
     Raises:
         TypeError: there is no schema for it.
     """
-    definitions: dict[str, Schema] = {}
+    if definitions is not None:
+        return _schema(kind, definitions)
+    definitions = {}
     schema = _schema(kind, definitions)
     return {**schema, "$defs": definitions} if definitions else schema
 
@@ -61,6 +65,54 @@ def build(kind: Any, value: Any) -> Any:
         raise
     except Exception as error:  # of the class that is built
         raise ConstraintError(f"{value!r} cannot be made {_name(kind)}: {error}") from None
+
+
+def plain(value: object) -> Any:
+    """Return a value as JSON has it: instances of classes as dicts, enums as their values, dates as texts."""
+    if isinstance(value, enum.Enum):
+        return plain(value.value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {each.name: plain(getattr(value, each.name)) for each in dataclasses.fields(value)}
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    if isinstance(value, datetime.datetime | datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, uuid.UUID):
+        return str(value)
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return plain(value._asdict())
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(each) for each in value]
+    return value
+
+
+_SECTION = re.compile(r"(Args|Arguments|Parameters|Returns?|Yields|Raises|Examples?|Notes?|Attributes):\s*$")
+_ARGUMENT = re.compile(r"\*{0,2}(\w+)\s*(?:\([^)]*\))?:\s*(.*)")
+
+
+def docstring(text: str) -> tuple[str, dict[str, str]]:
+    """Return the description in a docstring of Google's style, and those of the arguments."""
+    lines = text.splitlines()
+    first = next((n for n, line in enumerate(lines) if _SECTION.match(line)), len(lines))
+    found: dict[str, str] = {}
+    section, name, indent = "", "", None
+    for line in lines[first:]:
+        if heading := _SECTION.match(line):
+            section, indent, name = heading[1], None, ""
+            continue
+        if section not in ("Args", "Arguments", "Parameters") or not line.strip():
+            continue
+        depth = len(line) - len(line.lstrip())
+        indent = depth if indent is None else indent
+        argument = _ARGUMENT.match(line.strip())
+        if depth <= indent and argument:
+            name = argument[1]
+            found[name] = argument[2].strip()
+        elif name:
+            found[name] = f"{found[name]} {line.strip()}".strip()
+    return "\n".join(lines[:first]).strip(), {name: text for name, text in found.items() if text}
 
 
 def is_typed(kind: Any) -> bool:
@@ -106,7 +158,11 @@ def _schema(kind: Any, definitions: dict[str, Schema]) -> Schema:
     name = kind.__name__
     if name not in definitions:
         definitions[name] = {}  # it may contain itself
-        properties = {key: _schema(hint, definitions) for key, (hint, _) in fields.items()}
+        described = docstring(inspect.getdoc(kind) or "")[1]
+        properties = {
+            key: _schema(hint, definitions) | ({"description": described[key]} if key in described else {})
+            for key, (hint, _) in fields.items()
+        }
         required = [key for key, (_, is_required) in fields.items() if is_required]
         definitions[name] |= {"type": "object", "properties": properties, "required": required}
         definitions[name] |= {"additionalProperties": False}
@@ -156,6 +212,8 @@ def _build(kind: Any, value: Any) -> Any:
         return uuid.UUID(value)
     if kind is float and type(value) is int:
         return float(value)
+    if kind is int and type(value) is float and value.is_integer():
+        return int(value)
     if kind in (None, types.NoneType):
         _require(value is None, kind, value)
         return None

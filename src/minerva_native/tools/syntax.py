@@ -349,7 +349,7 @@ class TaggedCall(Syntax):
 
     def _ends(self, keys: list[str]) -> Markers:
         """Return what ends a value: its tag, or the next one if it was forgotten."""
-        ends = {self.value_end: (self.key_open, self.end)}
+        ends: dict[str, tuple[str, ...]] = {self.value_end: (self.key_open, self.end)}
         if self.pad:
             ends[self.pad + self.value_end] = (self.key_open, self.end)
         if heads := tuple(self._head(key) for key in keys):
