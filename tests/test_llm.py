@@ -115,7 +115,7 @@ def test_what_is_dropped_is_closed(demo: mn.Model) -> None:
         ({"n_parallel": 2}, mn.MinervaError, "n_parallel is 1 so far"),
         ({"n_parallel": 0}, ValueError, "n_parallel"),
         ({"cache_dir": "/tmp"}, mn.MinervaError, "cache_dir= does nothing yet"),
-        ({"speculate": True}, mn.MinervaError, "speculate= does nothing yet"),
+        ({"speculate": True}, TypeError, 'speculate must be "lookup"'),
     ],
 )
 def test_wrong_arguments_are_named(

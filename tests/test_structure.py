@@ -47,6 +47,7 @@ LAYERS = {
     "structured": 8,
     "tools": 8,
     "calling": 8,
+    "speculative": 8,
     "draft": 8,
     "conversation": 8,
     "llm": 9,

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from .conversation import Chat
     from .draft import RequestOptions
     from .llm import LLM
+    from .speculative import DraftModel, Lookup, Speculation
     from .structured import Constraint, Matcher
     from .tools import Tool, ToolCall
 
@@ -84,7 +85,9 @@ __all__ = [
     "DecodeError",
     "Device",
     "DeviceError",
+    "DraftModel",
     "EmptySequenceError",
+    "Lookup",
     "Matcher",
     "Memory",
     "MinervaError",
@@ -98,6 +101,7 @@ __all__ = [
     "SamplingParams",
     "Sequence",
     "SequencesInUseError",
+    "Speculation",
     "StateError",
     "Stats",
     "Step",
@@ -126,6 +130,9 @@ _LAZY = {  # modules that import more than numpy and the binding, or are not nee
     "LLM": ".llm",
     "Matcher": ".structured",
     "RequestOptions": ".draft",
+    "DraftModel": ".speculative",
+    "Lookup": ".speculative",
+    "Speculation": ".speculative",
     "Tool": ".tools",
     "ToolCall": ".tools",
 }

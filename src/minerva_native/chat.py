@@ -190,8 +190,8 @@ class ChatTemplate:
         OpenAI's API has them as text; most templates write a dict as JSON themselves, and would write a text as a
         string in quotes.
         """
-        if not any(isinstance(message, Mapping) and message.get("tool_calls") for message in messages):
-            return messages
+        if not isinstance(messages, list | tuple) or not any(map(_has_calls, messages)):
+            return messages  # if they are no messages, `render` says so
         return [_with_arguments(message, self._wants_dicts) for message in messages]
 
     @functools.cached_property
@@ -310,6 +310,10 @@ def _message(message: object, number: int) -> dict[str, Any]:
     if reasoning is not None:
         data = {"thinking": reasoning, **data, "reasoning_content": reasoning}
     return data
+
+
+def _has_calls(message: object) -> bool:
+    return isinstance(message, Mapping) and bool(message.get("tool_calls"))
 
 
 def _with_arguments(message: Message, as_dicts: bool) -> Message:

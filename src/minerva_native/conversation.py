@@ -200,6 +200,7 @@ class Chat:
                     cached_tokens=len(sequence) - n_evaluated,
                     is_chat=True,
                     tools=use,
+                    speculation=self._llm.speculation(),
                     dropped_turns=_n_turns([*before, *said]) - _n_turns(messages),
                 )
                 begun(draft)

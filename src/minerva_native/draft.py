@@ -18,6 +18,7 @@ from .reasoning import AfterReasoning, ReasoningDecoder, opens_reasoning
 from .requests import Request, check_timeout
 from .sampling import Sampler, SamplingParams
 from .sequence import Sequence as TokenSequence
+from .speculative import Speculation
 from .structured import Constraint
 from .tokenizer import Tokenizer
 from .tools import ParsedPiece, Tool, ToolCall
@@ -163,6 +164,7 @@ class Draft:
         is_chat: whether the prompt is messages.
         dropped_turns: see `Completion`.
         tools: which tools the answer may call, and how.
+        speculation: guesses tokens.
         echoed: the prompt's text and log-probabilities, if they come first.
         seed_offset: added to the seed, if there is one, so that several answers to one prompt differ.
     """
@@ -177,6 +179,7 @@ class Draft:
         is_chat: bool = False,
         dropped_turns: int = 0,
         tools: ToolUse | None = None,
+        speculation: Speculation | None = None,
         echoed: tuple[str, list[TokenLogprob]] | None = None,
         seed_offset: int = 0,
     ):
@@ -184,6 +187,7 @@ class Draft:
         self._tokenizer = sequence.context.model.tokenizer
         self._prompt_tokens, self._cached_tokens = len(sequence), cached_tokens
         self._is_chat, self._dropped_turns, self._echoed = is_chat, dropped_turns, echoed
+        self._speculation = speculation
         self._prefilled = time.perf_counter()
         self._first_token = 0.0
         self._reasoning = self._decoder()
@@ -252,6 +256,7 @@ class Draft:
             # Forced tokens have log-probabilities only if others are asked for, too.
             top_logprobs=options.top_logprobs or int(has_logprobs and self._guide is not None),
             constraint=self._guide,
+            speculate=self._speculation,
         )
         for step in steps:
             chunk = Chunk(step.text, step.token)
@@ -298,6 +303,8 @@ class Draft:
             cached_tokens=self._cached_tokens,
             completion_tokens=len(self.tokens),
             reasoning_tokens=self._reasoning.n_tokens if self._reasoning is not None else 0,
+            drafted=self._speculation.drafted if self._speculation else 0,
+            accepted=self._speculation.accepted if self._speculation else 0,
             forced_tokens=self._n_forced,
         )
         chunk.timings = Timings(

@@ -76,6 +76,35 @@ class Constraint(Protocol):
         """Return a guide at the beginning of a text."""
 
 
+class Source(Protocol):
+    """A sequence, or something like one that has logits sooner."""
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """The tokens so far."""
+
+    @property
+    def logits(self) -> npt.NDArray[np.float32]:
+        """The logits after the last token."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether one more token would not fit."""
+
+    def append(self, token: int) -> None:
+        """Add a token."""
+
+
+class Speculation(Protocol):
+    """Guesses tokens and evaluates them ahead; `speculative.Speculation` is one."""
+
+    def over(self, sequence: TokenSequence) -> Source:
+        """Return the sequence with what is evaluated ahead."""
+
+    def end(self) -> None:
+        """Take back what was guessed and not drawn."""
+
+
 FinishReason = Literal["stop", "length", "end", "cancelled"]
 
 
@@ -124,6 +153,7 @@ def generate(
     decoder: Decoder | None = None,
     top_logprobs: int = 0,
     constraint: Constraint | Guide | None = None,
+    speculate: Speculation | None = None,
 ) -> Iterator[Step]:
     """Continue a sequence, one token a step, until there is a reason to finish, which the last step names.
 
@@ -148,6 +178,8 @@ def generate(
         constraint: what the text may be. Tokens that it forces are not sampled, and are evaluated together. A guide, as
             `Constraint.matcher` returns it, stays in step with the sequence, and tells afterwards where it is; give a
             `fork` of both to go on in two ways.
+        speculate: guesses what comes, to evaluate several tokens in one pass; the text is the same. The sequence may
+            not be changed between steps then.
 
     Raises:
         EmptySequenceError: the sequence has no tokens.
@@ -177,10 +209,19 @@ def generate(
         raise ClosedError("this Sequence is closed")
     if not len(sequence):
         raise EmptySequenceError("the sequence is empty: extend it with a prompt first (at least a BOS token)")
-    guide = guide_of(constraint, sequence)
-    return _decode_loop(
-        sequence, Sampler() if sampler is None else sampler, max_tokens, stop, cancel, decoder, top_logprobs, guide
-    )
+    if speculate is not None and not (hasattr(speculate, "over") and hasattr(speculate, "end")):
+        raise TypeError(f"speculate must be a Speculation, not {what(speculate)}")
+    sampler, guide = Sampler() if sampler is None else sampler, guide_of(constraint, sequence)
+    steps = _decode_loop(sequence, sampler, max_tokens, stop, cancel, decoder, top_logprobs, guide, speculate)
+    return steps if speculate is None else _to_the_end(steps, speculate)
+
+
+def _to_the_end(steps: Iterator[Step], speculate: Speculation) -> Iterator[Step]:
+    """Yield steps, and take guesses back even if nobody asks for the last one."""
+    try:
+        yield from steps
+    finally:
+        speculate.end()
 
 
 def _decode_loop(
@@ -192,9 +233,11 @@ def _decode_loop(
     decoder: Decoder | None,
     top_logprobs: int,
     guide: Guide | None,
+    speculate: Speculation | None,
 ) -> Iterator[Step]:
     tokenizer = sequence.context.model.tokenizer
-    tokens = sequence.tokens
+    source = sequence if speculate is None else speculate.over(sequence)
+    tokens = source.tokens
     if decoder is None and tokenizer.type != "none":  # without a vocabulary there are tokens, and no text
         decoder = tokenizer.stream(after=next(iter(tokens[-1:]), None))  # it may have been emptied since the call
     matcher = _StopMatcher(stop) if stop else None
@@ -207,13 +250,13 @@ def _decode_loop(
         before = time.perf_counter()
         forced = guide.forced() if guide else None
         if forced is not None:
-            chosen, logits = forced, sequence.logits if top_logprobs else None
+            chosen, logits = forced, source.logits if top_logprobs else None
         elif guide is None:
-            logits = sequence.logits
+            logits = source.logits
             chosen = sampler(logits, tokens)
         else:
             guide.prepare()
-            logits = sequence.logits
+            logits = source.logits
             chosen = _masked(sampler, logits, tokens, guide.mask())
         try:
             token = operator.index(chosen)
@@ -240,15 +283,17 @@ def _decode_loop(
             ids, logprobs = most_likely(logits, top_logprobs)
             step.top_logprobs = list(zip(ids.tolist(), logprobs.tolist(), strict=True))
         is_cancelled = step.finish_reason is None and cancel is not None and cancel.is_set()
-        sequence.append(token)
+        source.append(token)
         count += 1
         if is_cancelled:
             step.finish_reason = "cancelled"
-        elif step.finish_reason is None and (count == max_tokens or sequence.is_full):
+        elif step.finish_reason is None and (count == max_tokens or source.is_full):
             step.finish_reason = "length"
         if step.finish_reason is not None and step.finish_reason != "stop":
             rest = decoder.flush() if decoder else ""
             step.text += matcher.release() + rest if matcher else rest
+        if speculate is not None and step.finish_reason is not None:
+            speculate.end()
         step.seconds = time.perf_counter() - before
         start = len(tokens) - len(guide.tokens) if guide else 0  # a shift may have moved it
         yield step

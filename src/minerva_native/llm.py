@@ -26,6 +26,7 @@ from .options import ContextOptions
 from .requests import AsyncStream, Request, RequestQueue, Stream
 from .sampling import logprob
 from .sequence import Sequence as TokenSequence
+from .speculative import DraftModel, Speculation
 from .tokenizer import TokenIds, Tokenizer
 
 Prompt = str | TokenIds
@@ -72,7 +73,8 @@ class LLM:
             oldest turns after the system prompt. A function gets the messages and returns fewer.
         n_parallel: how many requests are served at once; only 1 so far.
         cache_dir: not there yet.
-        speculate: not there yet.
+        speculate: guesses tokens, to evaluate several in one pass. "lookup" guesses that the text repeats, a smaller
+            `Model` of the same vocabulary writes drafts; or a function of the tokens and a number for so many guesses.
         options: those of `Model.load` and `ContextOptions`; `n_seq` is 8 by default.
 
     Attributes:
@@ -98,12 +100,11 @@ class LLM:
         on_full: WhenFull = "error",
         n_parallel: int = 1,
         cache_dir: str | os.PathLike[str] | None = None,
-        speculate: object = None,
+        speculate: Any = None,
         **options: Any,
     ):
-        for name, value in (("cache_dir", cache_dir), ("speculate", speculate)):
-            if value is not None:
-                raise MinervaError(f"{name}= does nothing yet: leave it out")
+        if cache_dir is not None:
+            raise MinervaError("cache_dir= does nothing yet: leave it out")
         if integer("n_parallel", n_parallel, 1) > 1:
             raise MinervaError("n_parallel is 1 so far: requests are served one after another")
         if not callable(on_full) and not (isinstance(on_full, str) and on_full in ("error", "drop_turns")):
@@ -124,17 +125,25 @@ class LLM:
             self.model = model
         else:
             self.model = owned = Model.load(path("model", model), **loading)
+        drafter = None
         try:
             self.context = Context(self.model, context_options)
+            if isinstance(speculate, Model):
+                speculate = drafter = DraftModel(speculate, self.context.n_ctx, n_threads=self.context.n_threads)
+            self._speculate = speculate
+            if (speculation := self.speculation()) is not None:
+                speculation.check(self.context)
             self.template = _template_of(self.model) if template is None else template
         except BaseException:
+            if drafter is not None:
+                drafter.close()
             if owned is not None:
                 owned.close()
             raise
         self.tokenizer: Tokenizer = self.model.tokenizer
         self.on_full = on_full
         self.queue, self.chats = RequestQueue(), OpenChats()
-        self._close = weakref.finalize(self, _close, self.queue, self.context, owned)
+        self._close = weakref.finalize(self, _close, self.queue, self.context, drafter, owned)
 
     def options(self, caller: str, options: Mapping[str, Any]) -> RequestOptions:
         """Return the options of a call, checked; `caller` is its name, for messages."""
@@ -144,6 +153,10 @@ class LLM:
         if parsed.constraint is not None:
             parsed.constraint.prepare(self.tokenizer)
         return parsed
+
+    def speculation(self) -> Speculation | None:
+        """Return what guesses tokens of one answer, if that was asked for."""
+        return None if self._speculate is None else Speculation(self._speculate)
 
     # Text
 
@@ -385,7 +398,14 @@ class LLM:
                     answer = sequence if is_last else self.chats.with_room(sequence.fork)
                     try:
                         yield Draft(
-                            answer, parsed, request, cached_tokens=cached, is_chat=True, tools=use, seed_offset=number
+                            answer,
+                            parsed,
+                            request,
+                            cached_tokens=cached,
+                            is_chat=True,
+                            tools=use,
+                            speculation=self.speculation(),
+                            seed_offset=number,
                         )
                     finally:
                         if not is_last:
@@ -407,7 +427,9 @@ class LLM:
                     (self.tokenizer.decode(ids), []) if options.echo else None
                 )
                 self.chats.leave_room(self.context, options.max_tokens)
-                yield Draft(sequence, options, request, cached_tokens=cached, echoed=echoed)
+                yield Draft(
+                    sequence, options, request, cached_tokens=cached, speculation=self.speculation(), echoed=echoed
+                )
             return
         with self._sequence() as sequence:
             scores = self.chats.with_room(lambda: sequence.score(ids, cancel=request)).tolist()
@@ -508,9 +530,11 @@ class LLM:
         return f"<LLM {self.model.path.name}: {'closed' if self.closed else f'n_ctx={self.context.n_ctx}'}>"
 
 
-def _close(queue: RequestQueue, context: Context, model: Model | None) -> None:
+def _close(queue: RequestQueue, context: Context, drafter: DraftModel | None, model: Model | None) -> None:
     queue.close()
     context.close()
+    if drafter is not None:
+        drafter.close()
     if model is not None:
         model.close()
 

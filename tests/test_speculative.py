@@ -1,0 +1,198 @@
+"""Speculative decoding: the same text with fewer passes, whatever the guesses are."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+import minerva_native as mn
+from tiny_models import TinyModel
+
+PROMPT = "Once upon a time, there was a little girl named Emma. One day,"
+
+
+@pytest.fixture(scope="module")
+def context(demo: mn.Model) -> Iterator[mn.Context]:
+    with demo.context(n_ctx=1024, n_seq=2, n_threads=1, kv_type="f32", flash_attention="off") as context:
+        yield context
+
+
+@pytest.fixture
+def sequence(context: mn.Context) -> Iterator[mn.Sequence]:
+    with context.sequence() as sequence:
+        sequence.extend(context.model.tokenizer.encode(PROMPT))
+        yield sequence
+
+
+def written(sequence: mn.Sequence, params: mn.SamplingParams, n: int = 80, **options: Any) -> list[int]:
+    """Return the tokens, and leave the sequence as it was."""
+    before = len(sequence)
+    steps = list(
+        mn.generate(sequence, mn.Sampler(params, tokenizer=sequence.context.model.tokenizer), max_tokens=n, **options)
+    )
+    tokens = [step.token for step in steps]
+    assert sequence[before:] == tokens
+    sequence.truncate(before)
+    return tokens
+
+
+class Oracle:
+    """Guesses what is known to come, with an error now and then."""
+
+    def __init__(self, start: int, tokens: list[int], wrong_every: int = 0):
+        self._start, self._tokens, self._wrong_every = start, tokens, wrong_every
+        self.n_asked = 0
+
+    def draft(self, tokens: Sequence[int], n: int) -> list[int]:
+        self.n_asked += 1
+        at = len(tokens) - self._start
+        guess = self._tokens[at : at + n]
+        if self._wrong_every:
+            guess = [5 if (at + k) % self._wrong_every == 0 else token for k, token in enumerate(guess)]
+        return guess
+
+
+GREEDY = mn.SamplingParams.greedy()
+DRAWN = mn.SamplingParams(temperature=0.9, top_p=0.95, repeat_penalty=1.1, repeat_last_n=32, seed=7)
+
+
+@pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("wrong_every", [0, 7, 2, 1])
+def test_the_text_is_the_same_whatever_is_guessed(
+    sequence: mn.Sequence, params: mn.SamplingParams, wrong_every: int
+) -> None:
+    plain = written(sequence, params)
+    speculation = mn.Speculation(Oracle(len(sequence), plain, wrong_every), max_loss=math.inf)
+    assert written(sequence, params, speculate=speculation) == plain
+    if wrong_every == 0:
+        assert speculation.accepted > 0.7 * len(plain)
+    assert speculation.accepted <= speculation.drafted
+
+
+def test_right_guesses_save_passes(sequence: mn.Sequence) -> None:
+    plain = written(sequence, GREEDY)
+    n_calls = sequence.context.stats.decode_calls
+    speculation = mn.Speculation(Oracle(len(sequence), plain), max_loss=math.inf)
+    written(sequence, GREEDY, speculate=speculation)
+    assert sequence.context.stats.decode_calls - n_calls < 20 < len(plain)
+
+
+def test_wrong_guesses_come_to_an_end(sequence: mn.Sequence) -> None:
+    oracle = Oracle(len(sequence), [5] * 1000)
+    plain = written(sequence, GREEDY, n=300)
+    speculation = mn.Speculation(oracle)
+    assert written(sequence, GREEDY, n=300, speculate=speculation) == plain
+    assert speculation.accepted < 10
+    assert oracle.n_asked < 100
+
+
+def test_lookup_finds_what_is_repeated() -> None:
+    lookup = mn.Lookup([[91, 92, 93, 94]])
+    text = [1, 2, 3, 4, 5, 6, 7, 1, 2, 3]
+    assert lookup.draft(text, 3) == [4, 5, 6]
+    assert lookup.draft([*text, 4, 5], 99) == [6, 7, 1, 2, 3, 4, 5]
+    assert lookup.draft([8, 8, 9], 3) == []  # another text
+    assert lookup.draft([8, 91, 92, 93], 3) == [94]  # of the document, and not beyond its end
+    assert lookup.draft([1, 2, 3], 3) == []  # what was read before is forgotten
+    longer = [9, 1, 2, 3, 50, 8, 1, 2, 3, 60, 9, 1, 2, 3]
+    assert mn.Lookup().draft(longer, 1) == [50]  # the longest match, not the last one
+
+
+def test_lookup_speculates_where_the_text_repeats(demo: mn.Model) -> None:
+    tokenizer = demo.tokenizer
+    with demo.context(n_ctx=1024, n_threads=1, kv_type="f32", flash_attention="off") as context:
+        sequence = context.sequence()
+        sequence.extend(tokenizer.encode(PROMPT))
+        story = written(sequence, GREEDY, n=120)
+        sequence.extend(story)
+        sequence.extend(tokenizer.encode(PROMPT))
+        plain = written(sequence, GREEDY)
+        speculation = mn.Speculation("lookup", max_loss=math.inf)
+        assert written(sequence, GREEDY, speculate=speculation) == plain
+        assert speculation.drafted > 0
+
+
+def test_a_model_can_draft(sequence: mn.Sequence, demo: mn.Model, tiny: mn.Model) -> None:
+    plain = written(sequence, GREEDY)
+    with mn.DraftModel(demo, n_ctx=512, n_threads=1, kv_type="f32", flash_attention="off") as drafter:
+        speculation = mn.Speculation(drafter, max_loss=math.inf)
+        assert written(sequence, GREEDY, speculate=speculation) == plain
+        assert speculation.drafted > 0
+        assert speculation.accepted == pytest.approx(speculation.drafted, abs=33)  # the last draft may be cut off
+    with mn.DraftModel(tiny) as other, pytest.raises(ValueError, match="another vocabulary"):
+        mn.Speculation(other).over(sequence)
+
+
+def test_stop_strings_limits_and_constraints_are_kept_in_the_middle_of_a_guess(sequence: mn.Sequence) -> None:
+    tokenizer = sequence.context.model.tokenizer
+    plain = written(sequence, GREEDY)
+    word = tokenizer.decode(plain[40:44]).strip()
+
+    def all_of(**options: Any) -> list[tuple[Any, ...]]:
+        n = len(sequence)
+        steps = list(mn.generate(sequence, GREEDY, **options))
+        sequence.truncate(n)
+        return [(step.token, step.text, step.finish_reason, round(step.logprob, 3)) for step in steps]
+
+    for options in ({"stop": [word]}, {"max_tokens": 43}, {"max_tokens": 60, "top_logprobs": 2}):
+        with_guesses = all_of(speculate=mn.Speculation(Oracle(len(sequence), plain), math.inf), **options)
+        assert with_guesses == all_of(**options)
+    constraint = mn.Constraint.regex("[a-z ,.]{60}")
+    kept = written(sequence, DRAWN, constraint=constraint)
+    speculation = mn.Speculation(Oracle(len(sequence), kept), math.inf)
+    assert written(sequence, DRAWN, constraint=constraint, speculate=speculation) == kept
+
+
+def test_guesses_are_taken_back_when_the_caller_leaves(sequence: mn.Sequence) -> None:
+    plain = written(sequence, GREEDY)
+    before = len(sequence)
+    steps = mn.generate(sequence, GREEDY, speculate=mn.Speculation(Oracle(before, plain), math.inf))
+    taken = [next(steps).token for _ in range(20)]
+    assert len(sequence) >= before + 20
+    steps.close()  # type: ignore[attr-defined]
+    assert sequence[before:] == taken
+
+
+def test_a_full_context_ends_at_the_same_token(demo: mn.Model) -> None:
+    with demo.context(n_ctx=64, n_threads=1, kv_type="f32", flash_attention="off") as context:
+        sequence = context.sequence()
+        sequence.extend(demo.tokenizer.encode(PROMPT))
+        plain = written(sequence, GREEDY, n=999)
+        assert (
+            written(sequence, GREEDY, n=999, speculate=mn.Speculation(Oracle(len(sequence), plain * 2), math.inf))
+            == plain
+        )
+
+
+def test_what_cannot_speculate_says_so(demo: mn.Model, load_tiny: Any) -> None:
+    with demo.context(n_ctx=64, on_full="shift") as context, context.sequence() as sequence:
+        sequence.extend([1, 2])
+        with pytest.raises(mn.OptionError, match="on_full='error'"):
+            next(mn.generate(sequence, speculate=mn.Speculation()))
+        with pytest.raises(TypeError, match="speculate must be a Speculation"):
+            mn.generate(sequence, speculate="lookup")  # type: ignore[arg-type]
+    recurrent = load_tiny(TinyModel(architecture="mamba"))
+    with pytest.raises(mn.OptionError, match="which a recurrent memory cannot"):
+        mn.LLM(recurrent, n_ctx=64, speculate="lookup")
+    with pytest.raises(ValueError, match='must be "lookup"'):
+        mn.LLM(demo, n_ctx=64, speculate="look")
+    with pytest.raises(TypeError, match="must be"):
+        mn.LLM(demo, n_ctx=64, speculate=7)
+
+
+@pytest.mark.parametrize("speculate", ["lookup", "model", "function"])
+def test_an_llm_speculates_and_counts(demo: mn.Model, speculate: str) -> None:
+    options: dict[str, Any] = {"n_ctx": 512, "n_threads": 1, "kv_type": "f32", "flash_attention": "off"}
+    with mn.LLM(demo, **options) as llm:
+        plain = llm.complete(PROMPT, max_tokens=80, temperature=0)
+        chat = llm.chat(temperature=0, max_tokens=40).send("Tell me a story.")
+    ways: dict[str, Any] = {"lookup": "lookup", "model": demo, "function": lambda tokens, n: plain.tokens[-n:]}
+    with mn.LLM(demo, speculate=ways[speculate], **options) as llm:
+        answer = llm.complete(PROMPT, max_tokens=80, temperature=0)
+        assert answer.text == plain.text
+        assert llm.chat(temperature=0, max_tokens=40).send("Tell me a story.").text == chat.text
+        assert answer.usage.accepted <= answer.usage.drafted
+        if speculate == "model":
+            assert answer.usage.accepted > 0  # it costs as much as the model itself, so there are few drafts
+    assert plain.usage.drafted == 0
