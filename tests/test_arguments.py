@@ -170,6 +170,10 @@ REQUEST: dict[str, Any] = {
     "reasoning_budget": 3,
     "reasoning_message": "",
     "keep_partial": False,
+    "response_format": None,
+    "constraint": None,
+    "tool_choice": "auto",
+    "parallel_tool_calls": True,
     "chat_template_kwargs": {},
     "cancel": None,
     "timeout": None,
@@ -320,6 +324,33 @@ CALLS: dict[str, Call] = {
         },
         reads_files=True,
         also=("on_full", "template"),
+    ),
+    "Constraint.json_schema": fixed(mn.Constraint.json_schema, {"schema": {"type": "null"}}),
+    "Constraint.regex": fixed(mn.Constraint.regex, {"pattern": "a"}, "regular expression"),
+    "Constraint.choice": fixed(mn.Constraint.choice, {"texts": ["a", "b"]}, "choice"),
+    "Constraint.lark": fixed(mn.Constraint.lark, {"grammar": 'start: "a"'}),
+    "Constraint.gbnf": fixed(mn.Constraint.gbnf, {"grammar": 'root ::= "a"'}),
+    "Constraint.of": fixed(mn.Constraint.of, {"given": ["a"]}, "constraint", "choice", "regular expression"),
+    "Constraint.of_format": fixed(mn.Constraint.of_format, {"given": {"type": "json_object"}}, "schema", "format"),
+    "Constraint.matcher": Call(
+        lambda room: mn.Constraint.choice(["a"]).matcher,
+        lambda room: {"tokenizer": room.model.tokenizer, "in_thread": False},
+    ),
+    "Matcher.consume": Call(
+        lambda room: mn.Constraint.regex("(?s:.*)").matcher(room.model.tokenizer).consume, lambda room: {"token": 40}
+    ),
+    "Matcher.rollback": Call(
+        lambda room: mn.Constraint.regex("a*").matcher(room.model.tokenizer).rollback, lambda room: {"n": 0}
+    ),
+    "Matcher.follow": Call(
+        lambda room: mn.Constraint.regex("(?s:.*)").matcher(room.model.tokenizer).follow,
+        lambda room: {"tokens": [40]},
+        also=TOKEN_IDS,
+    ),
+    "Speculation": fixed(mn.Speculation, {"drafter": "lookup", "max_loss": 0.1}, "speculate"),
+    "Lookup": fixed(mn.Lookup, {"documents": [[1, 2]]}),
+    "DraftModel": Call(
+        lambda room: close_after(mn.DraftModel), lambda room: {"model": room.model, "n_ctx": 64, "n_threads": 1}
     ),
     "LLM.complete": Call(
         lambda room: room.llm.complete, lambda room: {"prompt": "Once", **REQUEST}, also=("messages", *REQUEST)

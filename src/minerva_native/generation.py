@@ -5,7 +5,7 @@ import operator
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -80,8 +80,8 @@ class Source(Protocol):
     """A sequence, or something like one that has logits sooner."""
 
     @property
-    def tokens(self) -> Sequence[int]:
-        """The tokens so far."""
+    def tokens(self) -> Any:
+        """The tokens so far, as `Tokens` or a view like them."""
 
     @property
     def logits(self) -> npt.NDArray[np.float32]:

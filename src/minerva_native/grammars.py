@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 
+from ._arguments import what
 from .errors import ConstraintError
 
 MOST_RULES = 5_000
@@ -29,8 +30,14 @@ class _UnknownNotationError(Exception):
     """Something that this module does not read: then the engine is the judge."""
 
 
-def check_size(text: str) -> None:
-    """Raise `ConstraintError` for a grammar that is too large."""
+def check_text(name: str, text: object) -> None:
+    """Raise `TypeError` for what is no text, and `ConstraintError` for a grammar that is too large."""
+    if not isinstance(text, str):
+        raise TypeError(f"{name} must be a str, not {what(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConstraintError(f"{name} has a lone surrogate at index {error.start}") from None
     if len(text) > _MOST_CHARACTERS:
         raise ConstraintError(f"the grammar has {len(text):,} characters; at most {_MOST_CHARACTERS:,} are allowed")
     n_rules = len(re.findall(r"^\s*[?!]?[A-Za-z_][\w-]*[^:\n\"'/]*:", text, re.MULTILINE))

@@ -384,7 +384,7 @@ class LLM:
         template = self._chosen(None)
         parsed = self.options(caller, {"thinking_tags": template.thinking_tags, **options})
         n = integer("n", n, 1, _MOST_ANSWERS)
-        read, descriptions = described(tools or ())
+        read, descriptions = described(() if tools is None else tools)
         use = parsed.tools_of(read, template, self.tokenizer)
 
         def work(request: Request) -> Iterator[Draft]:

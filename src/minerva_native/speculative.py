@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from ._arguments import many, number, what
+from ._arguments import integer, many, number, what
 from .context import Context
 from .errors import ContextFullError, OptionError
 from .model import Model
@@ -48,7 +48,10 @@ class Lookup:
         self._text: list[int] = []
         self._places: dict[tuple[int, ...], list[int]] = {}
         for document in many("documents", documents):
-            self._read([*document, -1])  # what is no token ends a document
+            tokens = list(many("documents", document))
+            if not all(isinstance(token, int) for token in tokens):
+                raise TypeError(f"documents must be lists of token ids, not {what(document)}")
+            self._read([*tokens, -1])  # what is no token ends a document
         self._n_documents = len(self._text)
 
     def draft(self, tokens: Sequence[int], n: int) -> list[int]:
@@ -100,7 +103,8 @@ class DraftModel:
         if not isinstance(model, Model):
             raise TypeError(f"a draft model must be a Model, not {what(model)}")
         self.model = model
-        self.context: Context = model.context(n_ctx=min(n_ctx, model.n_ctx_train), **options)
+        n_ctx = min(integer("n_ctx", n_ctx, 1), model.n_ctx_train)
+        self.context: Context = model.context(n_ctx=n_ctx, **options)
         self._sequence = self.context.sequence()
 
     def check(self, tokenizer: Tokenizer) -> None:

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from ._arguments import many, what
+from ._arguments import flag, integer, many, what
 from ._stack import with_stack
 from .errors import ConstraintError, MinervaError, TokenizerError
-from .grammars import check_ends, check_size
+from .grammars import check_ends, check_text
 from .schemas import Schema, blame, prepare
-from .tokenizer import Tokenizer
+from .tokenizer import TokenIds, Tokenizer
 from .typed import build, is_typed, schema_of
 
 if TYPE_CHECKING:
@@ -85,9 +85,7 @@ class Constraint:
         """Allow the texts that a regular expression matches as a whole; its syntax is that of Rust's `regex`."""
         if isinstance(pattern, re.Pattern):
             pattern = pattern.pattern
-        if not isinstance(pattern, str):
-            raise TypeError(f"a regular expression must be a str, not {what(pattern)}")
-        check_size(pattern)
+        check_text("a regular expression", pattern)
         return cls(_checked(_engine().LLMatcher.grammar_from_regex(pattern)), f"/{pattern}/", str)
 
     @classmethod
@@ -101,9 +99,7 @@ class Constraint:
     @classmethod
     def lark(cls, grammar: str) -> Self:
         """Allow the texts of a grammar in Lark's notation, as llguidance extends it; it begins with `start`."""
-        if not isinstance(grammar, str):
-            raise TypeError(f"a grammar must be a str, not {what(grammar)}")
-        check_size(grammar)
+        check_text("a grammar", grammar)
         checked = _checked(_engine().LLMatcher.grammar_from_lark(grammar))
         check_ends(grammar)
         return cls(checked, "a grammar", str)
@@ -111,9 +107,7 @@ class Constraint:
     @classmethod
     def gbnf(cls, grammar: str) -> Self:
         """Allow the texts of a grammar in llama.cpp's notation (GBNF), which begins with `root`."""
-        if not isinstance(grammar, str):
-            raise TypeError(f"a grammar must be a str, not {what(grammar)}")
-        check_size(grammar)
+        check_text("a grammar", grammar)
         from llguidance.gbnf_to_lark import gbnf_to_lark
 
         try:
@@ -143,7 +137,9 @@ class Constraint:
             makers |= {"lark": cls.lark, "gbnf": cls.gbnf}
             if len(given) == 1 and (name := next(iter(given))) in makers:
                 return makers[name](given[name])
-            raise ValueError(f"constraint must be a dict of one of {', '.join(makers)}, not of {', '.join(given)}")
+            raise ValueError(
+                f"constraint must be a dict of one of {', '.join(makers)}, not of {', '.join(map(repr, given))}"
+            )
         raise TypeError(f"constraint must be a Constraint, such as Constraint.regex(...), not {what(given)}")
 
     @classmethod
@@ -156,8 +152,8 @@ class Constraint:
         """
         if given is None or isinstance(given, cls):
             return given
-        if isinstance(given, str):
-            raise TypeError(f"response_format must be a dict or a class, not {what(given)}: use constraint= for others")
+        if not isinstance(given, Mapping | bool) and not is_typed(given):
+            raise TypeError(f"response_format must be a dict or a type, not {what(given)}: use constraint= for others")
         kind = given.get("type") if isinstance(given, Mapping) else None
         if kind == "text":
             return None
@@ -177,13 +173,17 @@ class Constraint:
     def matcher(self, tokenizer: Tokenizer, *, in_thread: bool = False) -> "Matcher":
         """Return a matcher at the beginning of a text.
 
+        Raises `ConstraintError` if the vocabulary has no token that ends a generation.
+
         Args:
             tokenizer: of the model. Its vocabulary is read once, which takes a fraction of a second.
             in_thread: compute each mask in a thread while the model computes. It pays if there is a free core.
         """
-        vocabulary = _vocabularies.get(tokenizer)
+        if not isinstance(tokenizer, Tokenizer):
+            raise TypeError(f"tokenizer must be a Tokenizer, not {what(tokenizer)}")
+        in_thread, vocabulary = flag("in_thread", in_thread), _vocabularies.get(tokenizer)
         engine = _with_stack(lambda: _engine().LLMatcher(vocabulary, self._grammar, log_level=0))
-        return Matcher(engine, tokenizer.n_vocab, in_thread)
+        return Matcher(engine, tokenizer, in_thread)
 
     def parse(self, text: str) -> Any:
         """Return the value that a text stands for: of JSON the value, or an instance of the type that was given.
@@ -208,9 +208,9 @@ class Matcher:
         is_complete: whether the text is complete, so that nothing may follow.
     """
 
-    def __init__(self, engine: "llguidance.LLMatcher", n_vocab: int, in_thread: bool):
-        self._engine, self._n_vocab, self._in_thread = engine, n_vocab, in_thread
-        self._mask = np.zeros(-(-n_vocab // 32), np.int32)
+    def __init__(self, engine: "llguidance.LLMatcher", tokenizer: Tokenizer, in_thread: bool):
+        self._engine, self._tokenizer, self._in_thread = engine, tokenizer, in_thread
+        self._mask = np.zeros(-(-tokenizer.n_vocab // 32), np.int32)
         self._nothing = self._mask.tobytes()
         self._address, self._size = self._mask.ctypes.data, self._mask.nbytes
         self._is_current = False  # whether the mask is that of this place
@@ -250,6 +250,8 @@ class Matcher:
 
     def consume(self, token: int) -> None:
         """Go behind a token; raise `ConstraintError` if it is not allowed."""
+        if type(token) is not int or not 0 <= token < self._tokenizer.n_vocab:
+            token = self._tokenizer.check(token)
         self._wait()
         if self._forced and self._forced[0] == token:
             self._forced.popleft()
@@ -265,6 +267,7 @@ class Matcher:
 
     def rollback(self, n: int) -> None:
         """Go back by `n` tokens. Raises `ValueError` if there are not so many."""
+        n = integer("n", n)
         if not 0 <= n <= len(self.tokens):
             raise ValueError(f"cannot go back by {n}: the matcher has {len(self.tokens)} tokens")
         self._wait()
@@ -274,10 +277,11 @@ class Matcher:
             self._is_current, self._forced = False, None
             self._look()
 
-    def follow(self, tokens: list[int]) -> None:
+    def follow(self, tokens: TokenIds) -> None:
         """Become the matcher of other tokens, going back only as far as they differ."""
         if self.tokens.tolist() == tokens:
             return
+        tokens = self._tokenizer.as_array(tokens).tolist()
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.tokens, tokens, strict=False)))
         self.rollback(len(self.tokens) - same)
         for token in tokens[same:]:
@@ -286,7 +290,7 @@ class Matcher:
     def fork(self) -> "Matcher":
         """Return a matcher at the same place, which goes its own way."""
         self._wait()
-        branch = Matcher(self._engine.deep_copy(), self._n_vocab, self._in_thread)
+        branch = Matcher(self._engine.deep_copy(), self._tokenizer, self._in_thread)
         branch.tokens = self.tokens[:]
         return branch
 

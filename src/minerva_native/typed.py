@@ -117,7 +117,7 @@ def docstring(text: str) -> tuple[str, dict[str, str]]:
 
 def is_typed(kind: Any) -> bool:
     """Return whether something is a type that a schema may be taken from."""
-    return isinstance(kind, type) or get_origin(kind) is not None or kind in (None, Any)
+    return isinstance(kind, type) or get_origin(kind) is not None or kind is None or kind is Any
 
 
 def _schema(kind: Any, definitions: dict[str, Schema]) -> Schema:

@@ -118,7 +118,7 @@ def _of_dict(tool: Mapping[str, Any]) -> Tool:
 
 def _of_function(function: object) -> Tool:
     if not callable(function) or isinstance(function, type):
-        raise TypeError(f"a tool must be a function or a dict, not {what(function)}")
+        raise TypeError(f"tools must be functions or dicts, not {what(function)}")
     name = getattr(function, "__name__", None)
     if name is None or name == "<lambda>":
         raise TypeError("a tool must have a name: write a function with def, not a lambda or a partial")
