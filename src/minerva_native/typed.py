@@ -102,7 +102,7 @@ def docstring(text: str) -> tuple[str, dict[str, str]]:
         if heading := _SECTION.match(line):
             section, indent, name = heading[1], None, ""
             continue
-        if section not in ("Args", "Arguments", "Parameters") or not line.strip():
+        if section not in ("Args", "Arguments", "Parameters", "Attributes") or not line.strip():
             continue
         depth = len(line) - len(line.lstrip())
         indent = depth if indent is None else indent

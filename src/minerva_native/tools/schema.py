@@ -14,8 +14,10 @@ from .calls import to_json
 
 _SCALARS: dict[object, str] = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
 
+NAME = re.compile(r"[^\s<>\[\]{}()\"'=｜|,;]+")
+"""What a tool may be called: no character with which a format could go on after a name."""
+
 _MAX_NAME = 256
-_NAME = re.compile(r"[^\s<>\[\]{}()\"'=｜|,;]+")
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def read_tools(tools: Iterable[Callable[..., object] | Mapping[str, Any] | Tool]
 def _check_name(name: object) -> str:
     if not isinstance(name, str) or not name:
         raise TypeError("a tool must have a name, which is a str")
-    if len(name) > _MAX_NAME or not _NAME.fullmatch(name):
+    if len(name) > _MAX_NAME or not NAME.fullmatch(name):
         raise ValueError(f"a tool cannot be called {name[:_MAX_NAME]!r}: use letters, digits, '_', '-' and '.'")
     return name
 
@@ -113,6 +115,9 @@ def _of_dict(tool: Mapping[str, Any]) -> Tool:
     properties = parameters.get("properties", {})
     if not isinstance(properties, Mapping):
         raise TypeError(f"the properties of the tool {name!r} must be a dict, not {what(properties)}")
+    required = parameters.get("required", [])
+    if not isinstance(required, list):
+        raise TypeError(f"what is required by the tool {name!r} must be a list, not {what(required)}")
     return Tool(name, description, dict(parameters))
 
 
