@@ -142,6 +142,30 @@ def test_the_text_ends_when_the_value_is_complete(sequence: mn.Sequence) -> None
     assert not sequence.context.model.tokenizer.is_end(step.token)
 
 
+@pytest.mark.parametrize("kind", ["number", "integer"])
+def test_a_number_comes_to_an_end(sequence: mn.Sequence, kind: str) -> None:
+    tokenizer = sequence.context.model.tokenizer
+    schema = {"type": "array", "items": {"anyOf": [{"type": "string"}, {"type": kind}]}}
+    matcher = mn.Constraint.json_schema(schema).matcher(tokenizer)
+    seven = tokenizer.encode("7", add_special=False)[0]
+    matcher.follow(tokenizer.encode('["' + "7" * 50 + '\\"7', add_special=False))
+    assert seven in allowed(matcher, tokenizer.n_vocab)  # a text may have as many as it likes
+    digits = tokenizer.encode('", -' + "7" * 21, add_special=False)
+    for token in digits:
+        matcher.consume(token)
+    branch = matcher.fork()
+    assert seven not in allowed(matcher, tokenizer.n_vocab) | allowed(branch, tokenizer.n_vocab)
+    matcher.rollback(9)
+    assert seven in allowed(matcher, tokenizer.n_vocab)
+
+    def sevens(logits: npt.NDArray[np.float32], tokens: Sequence[int]) -> int:
+        return seven if logits[seven] > -np.inf else int(logits.argmax())
+
+    steps = list(mn.generate(sequence, sevens, max_tokens=99, constraint=mn.Constraint.json_schema({"type": kind})))
+    assert steps[-1].finish_reason == "end"
+    assert isinstance(json.loads("".join(step.text for step in steps)), int | float)
+
+
 # Forced tokens
 
 

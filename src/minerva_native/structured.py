@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from itertools import takewhile
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,8 @@ _STACK_BYTES = 64 << 20  # for the compiler, which recurses from one rule to the
 
 _SPACED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
+_MOST_DIGITS = 20  # in a row, of a JSON number: more than a double or a 64-bit integer has
+
 _ANCHOR = "\x02"  # no token goes across it
 
 
@@ -50,17 +52,18 @@ class Constraint:
         MinervaError: llguidance is not installed.
     """
 
-    __slots__ = ("_grammar", "_name", "_parse")
+    __slots__ = ("_grammar", "_is_json", "_name", "_parse")
 
-    def __init__(self, grammar: str, name: str, parse: Callable[[str], Any]):
-        self._grammar, self._name, self._parse = grammar, name, parse
+    def __init__(self, grammar: str, name: str, parse: Callable[[str], Any], is_json: bool = False):
+        self._grammar, self._name, self._parse, self._is_json = grammar, name, parse, is_json
 
     @classmethod
     def json_schema(cls, schema: Any) -> Self:
         """Allow the JSON values that a schema describes, written on one line with spaces after commas and colons.
 
         Properties come in the order of the schema, the optional ones among them or not. An object has no properties
-        but those that are named, unless the schema speaks of others (`additionalProperties`).
+        but those that are named, unless the schema speaks of others (`additionalProperties`). A number has at most 20
+        digits before its point and 20 after it: a model may never come to an end otherwise.
 
         Args:
             schema: a JSON schema (dict or bool), a pydantic model or any other type that a schema can be taken from.
@@ -73,7 +76,7 @@ class Constraint:
         if problem := _problem(grammar):
             path = blame(prepared, lambda part: _problem(_json_grammar(part)) == problem)
             raise ConstraintError(f"the schema at {path}: {problem}", path=path)
-        return cls(grammar, "a JSON schema", parse)
+        return cls(grammar, "a JSON schema", parse, is_json=True)
 
     @classmethod
     def json_object(cls) -> Self:
@@ -181,9 +184,9 @@ class Constraint:
         """
         if not isinstance(tokenizer, Tokenizer):
             raise TypeError(f"tokenizer must be a Tokenizer, not {what(tokenizer)}")
-        in_thread, vocabulary = flag("in_thread", in_thread), _vocabularies.get(tokenizer)
+        in_thread, (vocabulary, digits) = flag("in_thread", in_thread), _vocabularies.get(tokenizer)
         engine = _with_stack(lambda: _engine().LLMatcher(vocabulary, self._grammar, log_level=0))
-        return Matcher(engine, tokenizer, in_thread)
+        return Matcher(engine, tokenizer, in_thread, digits if self._is_json else None)
 
     def parse(self, text: str) -> Any:
         """Return the value that a text stands for: of JSON the value, or an instance of the type that was given.
@@ -208,8 +211,15 @@ class Matcher:
         is_complete: whether the text is complete, so that nothing may follow.
     """
 
-    def __init__(self, engine: "llguidance.LLMatcher", tokenizer: Tokenizer, in_thread: bool):
+    def __init__(
+        self,
+        engine: "llguidance.LLMatcher",
+        tokenizer: Tokenizer,
+        in_thread: bool,
+        digits: npt.NDArray[np.int32] | None = None,
+    ):
         self._engine, self._tokenizer, self._in_thread = engine, tokenizer, in_thread
+        self._digits, self._places = digits, [_Place(False, False, 0)]
         self._mask = np.zeros(-(-tokenizer.n_vocab // 32), np.int32)
         self._nothing = self._mask.tobytes()
         self._address, self._size = self._mask.ctypes.data, self._mask.nbytes
@@ -239,6 +249,10 @@ class Matcher:
             self._wait()  # raises what went wrong
         if self._mask.tobytes() == self._nothing:
             raise ConstraintError("the constraint allows no token here")
+        if self._digits is not None and self._places[-1].n_digits >= _MOST_DIGITS:
+            shorter: npt.NDArray[np.int32] = self._mask & ~self._digits
+            if shorter.any():
+                return shorter
         return self._mask
 
     def forced(self) -> int | None:
@@ -262,6 +276,8 @@ class Matcher:
                 f"the constraint does not allow token {token} here ({_first_lines(self._engine.get_error())})"
             )
         self.tokens.append(token)
+        if self._digits is not None:
+            self._places.append(self._places[-1].after(self._tokenizer.piece(token)))
         self._is_current = False
         self._look()
 
@@ -274,6 +290,7 @@ class Matcher:
         if n:
             self._engine.rollback(n)
             del self.tokens[len(self.tokens) - n :]
+            del self._places[len(self.tokens) + 1 :]
             self._is_current, self._forced = False, None
             self._look()
 
@@ -290,8 +307,8 @@ class Matcher:
     def fork(self) -> "Matcher":
         """Return a matcher at the same place, which goes its own way."""
         self._wait()
-        branch = Matcher(self._engine.deep_copy(), self._tokenizer, self._in_thread)
-        branch.tokens = self.tokens[:]
+        branch = Matcher(self._engine.deep_copy(), self._tokenizer, self._in_thread, self._digits)
+        branch.tokens, branch._places = self.tokens[:], self._places[:]
         return branch
 
     def _compute(self) -> None:
@@ -309,6 +326,24 @@ class Matcher:
         self.is_complete = self._engine.is_stopped()
         if self.is_complete:
             self._wait()  # raises what was wrong
+
+
+class _Place(NamedTuple):
+    """A place in a JSON text: whether it is inside a string, after a backslash, and how many digits are before it."""
+
+    in_string: bool
+    is_escaped: bool
+    n_digits: int
+
+    def after(self, piece: bytes) -> "_Place":
+        """Return the place behind a piece."""
+        in_string, is_escaped, n_digits = self
+        for byte in piece:
+            if in_string:
+                in_string, is_escaped = is_escaped or byte != 0x22, byte == 0x5C and not is_escaped
+            else:
+                in_string, n_digits = byte == 0x22, n_digits + 1 if 0x30 <= byte <= 0x39 else 0
+        return _Place(in_string, is_escaped, n_digits)
 
 
 # The engine
@@ -384,8 +419,8 @@ class _Vocabularies:
             raise
 
 
-def _vocabulary(tokenizer: Tokenizer) -> Any:
-    """Return the engine's view of a vocabulary: bytes of tokens, control tokens, ends, and a way to encode a text."""
+def _vocabulary(tokenizer: Tokenizer) -> tuple[Any, npt.NDArray[np.int32]]:
+    """Return the engine's view of a vocabulary, and which tokens begin with a digit, in packed bits."""
     engine = _engine()
     names = {token.id: token.text for token in tokenizer.special_tokens if not token.in_every_text}
     pieces = tokenizer.pieces()
@@ -395,7 +430,10 @@ def _vocabulary(tokenizer: Tokenizer) -> Any:
     if not ends:
         raise ConstraintError("the vocabulary has no token that ends a generation, which a constraint needs")
     encode = _Encoder(tokenizer, pieces, ends)
-    return engine.LLTokenizer(engine.TokenizerWrapper(encode), n_vocab=tokenizer.n_vocab, eos_token=ends)
+    begin_with_digit = np.zeros(-(-tokenizer.n_vocab // 32) * 32, np.bool_)
+    begin_with_digit[: tokenizer.n_vocab] = [piece[:1].isdigit() for piece in pieces]
+    digits = np.packbits(begin_with_digit, bitorder="little").view(np.int32)
+    return engine.LLTokenizer(engine.TokenizerWrapper(encode), n_vocab=tokenizer.n_vocab, eos_token=ends), digits
 
 
 class _Encoder:
