@@ -224,7 +224,7 @@ def test_run_calls_functions_until_there_is_an_answer(llm: mn.LLM, dictate: Call
     assert answer.text == "Done."
     results = [message["content"] for message in chat.messages if message["role"] == "tool"]
     assert results[:2] == ["5", "error: ValueError: 13 brings bad luck"]
-    assert results[2].startswith("error: ValueError: a: ")
+    assert results[2].startswith("error: ValueError: a must be integer")
 
 
 def test_run_has_a_bound(llm: mn.LLM, dictate: Callable[..., None]) -> None:
@@ -288,8 +288,8 @@ def test_a_required_call_comes_in_the_format_of_every_upstream_template(demo: mn
         for path in sorted((llama_cpp_source / "models" / "templates").glob("*.jinja")):
             template = mn.ChatTemplate(path.read_text(encoding="utf-8"))
             tool_format = ToolFormat.of(template.text).name
-            if tool_format == "gpt-oss":
-                continue  # its reasoning is a message, which nothing makes the built-in model end
+            if tool_format in ("gpt-oss", "kimi-k3"):
+                continue  # nothing makes the built-in model end its reasoning, which the template does not name
             budget = {"reasoning_budget": 8} if template.thinking_tags else {}
             options: dict[str, Any] = {"temperature": 1.0, "seed": 0, "max_tokens": 400, "parallel_tool_calls": False}
             options["chat_template_kwargs"] = {"functions": "", "datetime": "now"}
@@ -301,7 +301,7 @@ def test_a_required_call_comes_in_the_format_of_every_upstream_template(demo: mn
             assert [made.name in ("get_weather", "choose") for made in answer.tool_calls] == [True], path.name
             assert (answer.text, answer.tool_error, answer.finish_reason) == ("", "", "end"), path.name
             formats.add(tool_format)
-    assert len(formats) >= 13
+    assert len(formats) >= 12
 
 
 def test_every_upstream_template_gets_arguments_as_it_wants_them(llama_cpp_source: Path) -> None:

@@ -23,6 +23,8 @@ ToolGiven: TypeAlias = Any  # mypy calls the items of a list of different functi
 
 _logger = logging.getLogger("minerva_native")
 
+_USUAL_TAGS = ("<think>", "</think>")
+
 _CHOICES = ("auto", "none", "required")
 
 
@@ -33,16 +35,24 @@ class ToolUse:
     Attributes:
         tools: by name.
         format: how the model writes a call.
+        tags: the tags around the model's reasoning, if it has any.
         constraint: what the answer has to be so that every call is one of a tool; None if that cannot be said.
     """
 
     tools: Mapping[str, Tool]
     format: ToolFormat
+    tags: tuple[str, str] | None
     constraint: Constraint | None
 
     @classmethod
     def of(
-        cls, tools: Sequence[Tool], choice: str, is_parallel: bool, template: ChatTemplate, tokenizer: Tokenizer
+        cls,
+        tools: Sequence[Tool],
+        choice: str,
+        is_parallel: bool,
+        tags: tuple[str, str] | None,
+        template: ChatTemplate,
+        tokenizer: Tokenizer,
     ) -> Self | None:
         """Return how an answer may call tools; None if it may not.
 
@@ -50,6 +60,7 @@ class ToolUse:
             tools: what may be called.
             choice: "auto", "none", "required", or the name of the one tool to call.
             is_parallel: whether an answer may have more than one call.
+            tags: those around reasoning, as the request or the template names them. The constraint leaves them out.
             template: of the chat; it shows how the model writes calls.
             tokenizer: of the model.
 
@@ -64,8 +75,14 @@ class ToolUse:
         tool_format = ToolFormat.of(template.text)
         is_required = choice != "auto"
         name = choice if choice not in _CHOICES else None
+        own = tool_format.reasoning if tags is None and _may_think(tool_format, template) else None
+        tokens = {token.text: token.id for token in tokenizer.special_tokens if not token.in_every_text}
         try:
-            constraint = _constraint(tool_format, tuple(tools), is_required, is_parallel, name, tokenizer)
+            ready = [dataclasses.replace(tool, parameters=_prepared(tool)) for tool in tools]
+            grammar = tool_format.grammar(
+                ready, required=is_required, parallel=is_parallel, name=name, tokens=tokens, reasoning=own
+            )
+            constraint = None if grammar is None else _compiled(grammar)
         except MinervaError as error:
             if is_required:
                 raise
@@ -75,18 +92,11 @@ class ToolUse:
             raise ConstraintError(
                 f"the format {tool_format.name!r} cannot be made to call a tool: use tool_choice='auto'"
             )
-        return cls({tool.name: tool for tool in tools}, tool_format, constraint)
+        return cls({tool.name: tool for tool in tools}, tool_format, tags or own, constraint)
 
-    def decoder(
-        self,
-        tokenizer: Tokenizer,
-        tail: str,
-        tags: tuple[str, str] | None,
-        after: int,
-        reasoning: ReasoningDecoder | None,
-    ) -> "CallDecoder":
+    def decoder(self, tokenizer: Tokenizer, tail: str, after: int, reasoning: ReasoningDecoder | None) -> "CallDecoder":
         """Return a decoder of an answer; `tail` is the end of its prompt."""
-        parser = self.format.parser(list(self.tools.values()), reasoning=tags, prompt=tail)
+        parser = self.format.parser(list(self.tools.values()), reasoning=self.tags, prompt=tail)
         return CallDecoder(tokenizer, parser, after, reasoning)
 
 
@@ -173,18 +183,11 @@ def described(tools: Iterable[ToolGiven]) -> tuple[tuple[Tool, ...], list[dict[s
     return read, [tool.to_dict() for tool in read]
 
 
-def _constraint(
-    tool_format: ToolFormat,
-    tools: tuple[Tool, ...],
-    is_required: bool,
-    is_parallel: bool,
-    name: str | None,
-    tokenizer: Tokenizer,
-) -> Constraint | None:
-    tokens = {token.text: token.id for token in tokenizer.special_tokens if not token.in_every_text}
-    ready = [dataclasses.replace(tool, parameters=_prepared(tool)) for tool in tools]
-    grammar = tool_format.grammar(ready, required=is_required, parallel=is_parallel, name=name, tokens=tokens)
-    return None if grammar is None else _compiled(grammar)
+def _may_think(tool_format: ToolFormat, template: ChatTemplate) -> bool:
+    """Return whether models of a format reason though their template names no tags that are known."""
+    return tool_format.reasoning is not None and (
+        tool_format.reasoning != _USUAL_TAGS or _USUAL_TAGS[0] in template.text
+    )
 
 
 def _prepared(tool: Tool) -> dict[str, Any]:

@@ -118,7 +118,7 @@ class RequestOptions:
 
     def tools_of(self, tools: Sequence[Tool], template: ChatTemplate, tokenizer: Tokenizer) -> ToolUse | None:
         """Return how the answer may call tools; None if it may not."""
-        use = ToolUse.of(tools, self.tool_choice, self.parallel_tool_calls, template, tokenizer)
+        use = ToolUse.of(tools, self.tool_choice, self.parallel_tool_calls, self.thinking_tags, template, tokenizer)
         if use is not None and self.constraint is not None:
             raise TypeError(
                 "an answer cannot have a response_format or a constraint and call tools: tool_choice='none'"
@@ -228,7 +228,7 @@ class Draft:
         if tools is None:
             return None
         tail = self._tokenizer.decode(self._sequence[-_TAIL:], special=True)
-        return tools.decoder(self._tokenizer, tail, self._options.thinking_tags, self._sequence[-1], self._reasoning)
+        return tools.decoder(self._tokenizer, tail, self._sequence[-1], self._reasoning)
 
     def _guided(self, constraint: Constraint | None) -> Guide | None:
         guide, reasoning = guide_of(constraint, self._sequence), self._reasoning

@@ -53,18 +53,23 @@ def schema_of(kind: Any, definitions: dict[str, Schema] | None = None) -> Schema
     return {**schema, "$defs": definitions} if definitions else schema
 
 
-def build(kind: Any, value: Any) -> Any:
+def build(kind: Any, value: Any, where: str = "the value") -> Any:
     """Return a JSON value as an instance of a type, as `schema_of` describes it.
+
+    Args:
+        kind: the type.
+        value: made of what `json.loads` returns.
+        where: what it is, for messages.
 
     Raises:
         ConstraintError: the value is not of that type.
     """
     try:
-        return _build(kind, value)
+        return _build(kind, value, where)
     except ConstraintError:
         raise
     except Exception as error:  # of the class that is built
-        raise ConstraintError(f"{value!r} cannot be made {_name(kind)}: {error}") from None
+        raise ConstraintError(f"{where} does not fit {_name(kind)}: {error}") from None
 
 
 def plain(value: object) -> Any:
@@ -191,18 +196,19 @@ def _fields(kind: Any) -> dict[str, tuple[Any, bool]] | None:
     return None
 
 
-def _build(kind: Any, value: Any) -> Any:
+def _build(kind: Any, value: Any, where: str) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (typing.Annotated, typing.Required, typing.NotRequired):
-        return _build(arguments[0], value)
+        return _build(arguments[0], value, where)
     if origin in (Union, types.UnionType):
-        return _build_one_of(arguments, value)
+        return _build_one_of(kind, value, where)
     if kind in (Any, object):
         return value
     if origin is Literal:
-        _require(any(value == one and type(value) is type(one) for one in arguments), kind, value)
+        _require(any(value == one and type(value) is type(one) for one in arguments), kind, value, where)
         return value
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        _require(any(value == member.value for member in kind), kind, value, where)
         return kind(value)
     if hasattr(kind, "model_validate"):
         return kind.model_validate(value)
@@ -215,46 +221,69 @@ def _build(kind: Any, value: Any) -> Any:
     if kind is int and type(value) is float and value.is_integer():
         return int(value)
     if kind in (None, types.NoneType):
-        _require(value is None, kind, value)
+        _require(value is None, kind, value, where)
         return None
     if isinstance(origin, type):
-        return _build_several(kind, origin, arguments, value)
+        return _build_several(kind, value, where)
     fields = _fields(kind)
     if fields is None:
-        _require(type(value) is kind, kind, value)
+        _require(type(value) is kind, kind, value, where)
         return value
-    _require(isinstance(value, dict) and value.keys() <= fields.keys(), kind, value)
-    _require(all(name in value for name, (_, is_required) in fields.items() if is_required), kind, value)
-    return kind(**{name: _build(fields[name][0], inner) for name, inner in value.items()})
+    _require(isinstance(value, dict), kind, value, where)
+    for name in value:
+        if name not in fields:
+            raise ConstraintError(f"{where} has no {name!r}")
+    for name, (_, is_required) in fields.items():
+        if is_required and name not in value:
+            raise ConstraintError(f"{where} does not fit {_name(kind)}: it has no {name!r}")
+    return kind(**{name: _build(fields[name][0], inner, f"{where}.{name}") for name, inner in value.items()})
 
 
-def _build_several(kind: Any, origin: Any, arguments: tuple[Any, ...], value: Any) -> Any:
+def _build_several(kind: Any, value: Any, where: str) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
     if issubclass(origin, Mapping):
-        _require(isinstance(value, dict), kind, value)
-        return {name: _build(arguments[1], inner) for name, inner in value.items()}
-    _require(isinstance(value, list), kind, value)
+        _require(isinstance(value, dict), kind, value, where)
+        return {name: _build(arguments[1], inner, f"{where}.{name}") for name, inner in value.items()}
+    _require(isinstance(value, list), kind, value, where)
     if origin is tuple and arguments[-1:] != (...,):
-        _require(len(value) == len(arguments), kind, value)
-        return tuple(_build(one, inner) for one, inner in zip(arguments, value, strict=True))
-    items = [_build(arguments[0], inner) for inner in value]
+        if len(value) != len(arguments):
+            raise ConstraintError(f"{where} must have {len(arguments)} items, not {len(value)}")
+        pairs = enumerate(zip(arguments, value, strict=True))
+        return tuple(_build(one, inner, f"{where}[{at}]") for at, (one, inner) in pairs)
+    items = [_build(arguments[0], inner, f"{where}[{at}]") for at, inner in enumerate(value)]
     return origin(items) if origin in (tuple, set, frozenset) else items
 
 
-def _build_one_of(kinds: tuple[Any, ...], value: Any) -> Any:
+def _build_one_of(kind: Any, value: Any, where: str) -> Any:
     """Return the value as the first of several types that it is."""
-    exact = [kind for kind in kinds if isinstance(kind, type) and type(value) is kind]
-    for kind in [*exact, *kinds]:
+    kinds = get_args(kind)
+    exact = [one for one in kinds if isinstance(one, type) and type(value) is one]
+    for one in [*exact, *kinds]:
         try:
-            return _build(kind, value)
+            return _build(one, value, where)
         except Exception:  # of the class that is tried
             continue
-    raise ConstraintError(f"{value!r} is none of {', '.join(map(_name, kinds))}")
+    raise ConstraintError(f"{where} must be {_name(kind)}, not {value!r}")
 
 
-def _require(condition: bool, kind: Any, value: Any) -> None:
+def _require(condition: bool, kind: Any, value: Any, where: str) -> None:
     if not condition:
-        raise ConstraintError(f"{value!r} is not {_name(kind)}")
+        raise ConstraintError(f"{where} must be {_name(kind)}, not {value!r}")
 
 
 def _name(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) and get_origin(kind) is None else str(kind)
+    """Return what a JSON value of a type is called."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is typing.Annotated:
+        return _name(arguments[0])
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_name, arguments))
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, arguments))}"
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return f"one of {', '.join(repr(member.value) for member in kind)}"
+    if _SIMPLE.get(kind):
+        return str(_SIMPLE[kind].get("format", _SIMPLE[kind]["type"]))
+    if isinstance(origin, type) and not issubclass(origin, Mapping):
+        return "an array"
+    return kind.__name__ if isinstance(kind, type) and origin is None else "an object"

@@ -89,9 +89,6 @@ def judge(fixture: Any, family: Any) -> tuple[str, list[Any]]:
         streams={name: parse(fixture, family, pieces) for name, pieces in streams.items()},
     )
     rows = checks.run_checks(fixture, family, observation)
-    for row in rows:  # cuts between any two characters count too: they must not change anything
-        if row.strategy.startswith("char") and row.check == "stream_equals_nonstream":
-            assert row.status.value == "pass", (fixture.id, row.detail)
     return checks.case_status(rows).value, rows
 
 
@@ -101,20 +98,26 @@ def all_cases() -> Iterator[tuple[Any, Any]]:
         yield fixture, families[fixture.family]
 
 
-def test_the_fixtures_are_parsed_as_they_should_be() -> None:
-    found = [judge(fixture, family)[0] for fixture, family in all_cases()]
-    assert len(found) == 469
-    assert sum(status in PASSES for status in found) >= 440
+@pytest.fixture(scope="module")
+def judged() -> dict[str, tuple[str, list[Any]]]:
+    return {fixture.id: judge(fixture, family) for fixture, family in all_cases()}
 
 
-def test_the_cuts_of_a_stream_never_change_the_result() -> None:
-    wrong = [
-        fixture.id
-        for fixture, family in all_cases()
-        for row in judge(fixture, family)[1]
-        if row.check in ("split_invariance", "stream_equals_nonstream") and row.status.value != "pass"
+def test_the_fixtures_are_parsed_as_they_should_be(judged: dict[str, tuple[str, list[Any]]]) -> None:
+    wrong = [name for name, (status, _) in judged.items() if status not in PASSES]
+    assert len(judged) >= 469
+    assert len(wrong) <= len(judged) // 50, wrong
+
+
+def test_the_cuts_of_a_stream_never_change_the_result(judged: dict[str, tuple[str, list[Any]]]) -> None:
+    compared = [
+        (name, row)
+        for name, (_, rows) in judged.items()
+        for row in rows
+        if row.check in ("split_invariance", "stream_equals_nonstream")
     ]
-    assert not wrong
+    assert len(compared) > len(STRATEGIES) * len(judged)
+    assert not [(name, row.detail) for name, row in compared if row.status.value != "pass"]
 
 
 def main() -> None:

@@ -6,16 +6,18 @@ To add one: say what in a chat template tells it, and how a call is spelled in i
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from .calls import ToolCall, to_json
 from .grammar import Grammar
-from .notation import NotatedCall, Notation
-from .parser import CallParser, read_answer
+from .notated import NotatedCall
+from .notation import GEMMA, PYTHON
+from .parser import CallParser, opens_reasoning, read_answer
 from .reader import END, Malformed, Markers, Reading
 from .schema import Tool
-from .syntax import Attributes, JsonCall, NamedCall, Syntax, TaggedCall
+from .syntax import JsonCall, NamedCall, Syntax
+from .tagged import Attributes, TaggedCall
 
 _THINK = ("<think>", "</think>")
 
@@ -102,6 +104,8 @@ class ToolFormat:
         parallel: bool = True,
         name: str | None = None,
         tokens: Mapping[str, int] | None = None,
+        reasoning: tuple[str, str] | Literal["auto"] | None = "auto",
+        prompt: str = "",
     ) -> str | None:
         """Return a grammar for answers in the Lark dialect of llguidance, or None if the format has none.
 
@@ -112,35 +116,54 @@ class ToolFormat:
             name: the one tool that may be called.
             tokens: ids of the control tokens of the vocabulary, by their names. A marker that is one has to be here,
                 because no text matches it.
+            reasoning: the tags around reasoning, as in `parser`; it may come first.
+            prompt: the end of the prompt, which may have opened the reasoning.
         """
-        allowed = [tool for tool in tools if name is None or tool.name == name]
+        allowed = [_without_more(tool) for tool in tools if name is None or tool.name == name]
         if not allowed:
             raise ValueError("there is no tool" + (f" {name!r}" if name is not None else " to call"))
-        return self.write_grammar(Grammar(tokens), allowed, required, parallel)
+        grammar, lead = Grammar(tokens), ""
+        if tags := self.reasoning if reasoning == "auto" else reasoning:
+            rest = grammar.until(tags[1]) + r" /[ \n]*/"
+            lead = rest if opens_reasoning(prompt, tags) else f"({grammar.literal(tags[0])} {rest})?"
+        return self.write_grammar(grammar, allowed, required, parallel, lead)
 
-    def write_grammar(self, grammar: Grammar, tools: list[Tool], required: bool, parallel: bool) -> str | None:
-        """Return the grammar for these tools."""
-        syntax = self.syntax
+    def write_grammar(self, grammar: Grammar, tools: list[Tool], required: bool, parallel: bool, lead: str) -> str:
+        """Return the grammar for these tools.
+
+        Args:
+            grammar: what has been written of it.
+            tools: those that may be called.
+            required: whether the answer is a call.
+            parallel: whether there may be several.
+            lead: what comes before all else.
+        """
+        syntax, joint = self.syntax, grammar.literal(self.joint)
         call = grammar.one_of([syntax.rule(grammar, tool) for tool in tools])
-        opened = f"{grammar.literal(syntax.opens[0])} {call}".strip()
-        opener = self.section[0] if self.section else syntax.opens[0]
+        opener, close = syntax.opens[0], grammar.literal(syntax.close)
+        opened = f"{grammar.literal(opener)} {call} {close}"
         if self.section:
-            joint = grammar.literal(self.joint)
+            opener, gap = self.section[0], grammar.literal(self.section_gap)
             calls = f"{opened} ({joint} {opened})*" if parallel else opened
-            gap = grammar.literal(self.section_gap)
             calls = f"{gap} {calls} {gap} {grammar.literal(self.section[1])}"
-        elif getattr(syntax, "is_list", False):
-            comma = grammar.literal(", ")
-            calls = f'"[" {call} ({comma} {call})* "]"' if parallel else f'"[" {call} "]"'
+        elif syntax.is_list:
+            calls = f'"[" {call} (", " {call})* "]" {close}' if parallel else f'"[" {call} "]" {close}'
         else:
-            calls = f"{call} ({grammar.literal(self.joint)} {opened})*" if parallel else call
+            calls = f"{call} {close} ({joint} {opened})*" if parallel else f"{call} {close}"
         if required:
-            return grammar.text(f"{grammar.literal(opener)} {calls}".strip())
-        if not opener:
-            first = "".join(map(re.escape, syntax.first))
-            text = grammar.pattern(f"([^{first}](?s:.*))?")
-            return grammar.text(f"{text} | {calls}")
-        return grammar.text(f"{grammar.anything()} | {grammar.until(opener)} {calls}")
+            silent = grammar.one_of([grammar.literal(marker) for marker in self.silent]) if self.silent else ""
+            before = f"({silent})*" if silent else ""
+            return grammar.text(f"{lead} {before} {grammar.literal(opener)} {calls}")
+        if opener:
+            text, before = grammar.anything(*self.silent), grammar.until(opener, *self.silent)
+        else:
+            text, before = grammar.pattern(f"([^{re.escape(syntax.first)}](?s:.*))?"), ""
+        return grammar.text(f"{lead} ({text} | {before} {calls})")
+
+
+def _without_more(tool: Tool) -> Tool:
+    """Return a tool that takes nothing but its properties, unless its schema says that it does."""
+    return replace(tool, parameters={"additionalProperties": False} | tool.parameters)
 
 
 HERMES = ToolFormat(
@@ -291,7 +314,7 @@ DEEPSEEK_V41 = _dsml("deepseek-v4.1", (("DSML｜ calls",), ("DSML｜ invoke",)),
 MISTRAL = ToolFormat(
     name="mistral",
     signs=(("[TOOL_CALLS]", "[ARGS]"),),
-    calls=(NamedCall(open="[TOOL_CALLS]", after="[ARGS]", id_mark="[CALL_ID]", first=""),),
+    calls=(NamedCall(open="[TOOL_CALLS]", after="[ARGS]", id_mark="[CALL_ID]"),),
     reasoning=("[THINK]", "[/THINK]"),
 )
 
@@ -314,8 +337,56 @@ LLAMA = ToolFormat(
 LLAMA4 = ToolFormat(
     name="llama4",
     signs=(("<|header_start|>",),),
-    bare=NotatedCall(bracket="(", notation=Notation(quote="", pair="=", end=")"), is_list=True, first="["),
+    bare=NotatedCall(bracket="(", notation=PYTHON, is_list=True, first="["),
     silent=("<|python_start|>", "<|python_end|>"),
+)
+
+LFM2 = ToolFormat(
+    name="lfm2",
+    signs=(("<|tool_list_start|>",), ("<|tool_call_start|>",)),
+    calls=(
+        NotatedCall(open="<|tool_call_start|>", bracket="(", notation=PYTHON, is_list=True, close="<|tool_call_end|>"),
+    ),
+)
+
+NEMOTRON = ToolFormat(
+    name="nemotron",
+    signs=(("<TOOLCALL>",),),
+    calls=(JsonCall(open="<TOOLCALL>", close="</TOOLCALL>", is_list=True),),
+)
+
+APRIEL = ToolFormat(
+    name="apriel",
+    signs=(("<tool_calls>[",),),
+    calls=(JsonCall(open="<tool_calls>", close="</tool_calls>", is_list=True),),
+    reasoning=("<thinking>", "</thinking>"),
+)
+
+GRANITE3 = ToolFormat(
+    name="granite3",
+    signs=(("<|tool_call|>", "JSON list of tools"),),
+    calls=(JsonCall(open="<|tool_call|>", is_list=True),),
+)
+
+MINIMAX = ToolFormat(
+    name="minimax",
+    signs=(("<minimax:tool_call>",),),
+    section=("<minimax:tool_call>", "</minimax:tool_call>"),
+    calls=(
+        TaggedCall(
+            open="<invoke",
+            name_end=">",
+            key_open="<parameter",
+            key_end=">",
+            value_end="</parameter>",
+            end="</invoke>",
+            after=("<invoke", "</minimax:tool_call>"),
+            attributes=Attributes("name", "name"),
+            gap="\n",
+        ),
+    ),
+    joint="\n",
+    section_gap="\n",
 )
 
 GEMMA4 = ToolFormat(
@@ -326,7 +397,7 @@ GEMMA4 = ToolFormat(
             open="<|tool_call>",
             before="call:",
             bracket="{",
-            notation=Notation(quote='<|"|>', pair=":", end="}"),
+            notation=GEMMA,
             close="<tool_call|>",
         ),
     ),
@@ -349,7 +420,7 @@ class Harmony(ToolFormat):
             for name, arguments in pairs
         )
 
-    def write_grammar(self, grammar: Grammar, tools: list[Tool], required: bool, parallel: bool) -> str | None:
+    def write_grammar(self, grammar: Grammar, tools: list[Tool], required: bool, parallel: bool, lead: str) -> str:
         """Return the grammar for these tools: an answer has one call at most."""
         literal = grammar.literal
         calls = [
@@ -446,8 +517,13 @@ FORMATS: tuple[ToolFormat, ...] = (
     GLM,
     SEED,
     QWEN_XML,
+    MINIMAX,
     MISTRAL,
     MISTRAL_LIST,
+    LFM2,
+    NEMOTRON,
+    APRIEL,
+    GRANITE3,
     LLAMA4,
     LLAMA,
     HERMES,

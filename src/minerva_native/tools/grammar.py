@@ -5,9 +5,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-_SPACED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as json.dumps writes
-
 _ANY = r"/(?s:.*)/"
+
+_SPACED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as json.dumps writes
 
 
 class Grammar:
@@ -21,13 +21,19 @@ class Grammar:
         self._tokens = dict(tokens or {})
         self._rules: dict[tuple[str, str], str] = {}  # the name, by what comes after it
         self._reserved: set[str] = set()
+        self._defined: dict[str, str] = {}
         ordered = sorted(self._tokens, key=len, reverse=True)
         self._split = re.compile(f"({'|'.join(map(re.escape, ordered))})") if ordered else None
 
     def text(self, start: str) -> str:
         """Return the grammar whose start is an expression."""
         return "\n".join(
-            [f"start: {start}", *(f"{name}{options}: {body}" for (body, options), name in self._rules.items()), ""]
+            [
+                f"start: {start}",
+                *(f"{name}{options}: {body}" for (body, options), name in self._rules.items()),
+                *map(": ".join, self._defined.items()),
+                "",
+            ]
         )
 
     def literal(self, text: str) -> str:
@@ -39,20 +45,21 @@ class Grammar:
             if part
         )
 
-    def until(self, marker: str) -> str:
-        """Match any text and the marker, where it first comes."""
-        parts = self._split.split(marker) if self._split else [marker]
-        first, rest = next(part for part in parts if part), parts
-        while not rest[0]:
-            rest = rest[1:]
-        ending = self.literal("".join(rest[1:]))
+    def until(self, marker: str, *silent: str) -> str:
+        """Match any text and the marker, where it first comes; there may be other markers in the text."""
+        first, *rest = [part for part in (self._split.split(marker) if self._split else [marker]) if part]
         if first in self._tokens:
-            return f"{self._rule(_ANY)} <[{self._tokens[first]}]> {ending}".strip()
-        return f"{self._rule(_ANY, f'[suffix={json.dumps(first, ensure_ascii=False)}]')} {ending}".strip()
+            return f"{self.anything(*silent)} {self.literal(marker)}"
+        own = self._tokens_in(silent)
+        lead = f"({self._rule(_ANY)} {self.one_of(own)})* " if own else ""
+        if rest:  # a control token ends the text, and not the characters before it
+            return f"{lead}{self._rule(f'/(?s:.*){_escaped(first)}/')} {self.literal(''.join(rest))}"
+        return lead + self._rule(_ANY, f"[suffix={json.dumps(first, ensure_ascii=False)}]")
 
-    def anything(self) -> str:
-        """Match any text up to the end."""
-        return self._rule(_ANY)
+    def anything(self, *silent: str) -> str:
+        """Match any text, in which there may be some markers."""
+        own, text = self._tokens_in(silent), self._rule(_ANY)
+        return f"{text} ({self.one_of(own)} {text})*" if own else text
 
     def pattern(self, regex: str) -> str:
         """Match a regular expression."""
@@ -70,17 +77,23 @@ class Grammar:
         """Match one of some expressions."""
         return self._rule(" | ".join(options)) if len(options) > 1 else options[0]
 
-    def reserve(self, name: str) -> str | None:
-        """Return the name of a rule that is to be defined; None if it was reserved before."""
-        if name in self._reserved:
-            return None
+    def reserve(self, name: str) -> bool:
+        """Return whether a rule of this name is to be defined now: it may refer to itself."""
+        is_new = name not in self._reserved
         self._reserved.add(name)
-        return name
+        return is_new
 
-    def define(self, name: str, body: str) -> str:
-        """Define a rule that was reserved, and return its name."""
-        self._rules[body, ""] = name
-        return name
+    def define(self, name: str, body: str) -> None:
+        """Define a rule."""
+        self._defined[name] = body
+
+    def _tokens_in(self, markers: tuple[str, ...]) -> list[str]:
+        """Return those of some markers that are more than text, as expressions."""
+        return [self.literal(each) for each in markers if self._split and self._split.search(each)]
 
     def _rule(self, body: str, options: str = "") -> str:
         return self._rules.setdefault((body, options), f"r{len(self._rules)}")
+
+
+def _escaped(text: str) -> str:
+    return re.escape(text).replace("\\\n", "\\n").replace("/", "\\/")

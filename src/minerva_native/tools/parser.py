@@ -192,7 +192,7 @@ class CallParser:
                 self.fail("the call is cut off", text)
             else:
                 self.content.add(text)
-                if not isinstance(error, NotACall):
+                if not isinstance(error, NotACall) or any(call.name for call in self._opened):
                     self.fail(str(error), text)
             return False
         self.reader.recorded()
@@ -220,6 +220,11 @@ class CallParser:
         return ("", "") if marker == self.reasoning_tags[1] else (marker, space)
 
 
+def opens_reasoning(prompt: str, tags: tuple[str, str]) -> bool:
+    """Return whether a prompt ends with the opening tag."""
+    return prompt.rstrip().endswith(tags[0].rstrip())
+
+
 def by_marker(syntaxes: "tuple[Syntax, ...]") -> "dict[str, list[Syntax]]":
     """Return the syntaxes by the markers that open them."""
     found: dict[str, list[Syntax]] = {}
@@ -235,22 +240,24 @@ def read_answer(parser: CallParser) -> Reading[None]:
     syntaxes = by_marker(tool_format.calls)
     opening = (tool_format.section[0],) if tool_format.section else tuple(syntaxes)
     always: dict[str, tuple[str, ...]] = dict.fromkeys((*tool_format.silent, *opening), ())
-    markers = Markers(always)
-    with_tag = Markers(always | ({tags[0]: ()} if tags else {}))
+    markers = Markers(always | ({tags[0]: ()} if tags else {}))
     marker, space = "", ""
     may_be_bare = tool_format.bare is not None
-    if tags and parser.prompt.rstrip().endswith(tags[0].rstrip()):
+    if tags and opens_reasoning(parser.prompt, tags):
         marker, space = yield from parser.think()
     while True:
         if may_be_bare and not marker and parser.content.is_blank:
             yield from _read_bare(parser)
         if not marker:
-            may_think = with_tag if tags and parser.content.is_blank else markers
-            marker, space = yield from reader.until(may_think, parser.content.add)
+            marker, space = yield from reader.until(markers, parser.content.add)
         may_be_bare = False
         if not marker:
             return
         if tags and marker == tags[0]:
+            if not parser.content.is_blank:  # the text is about tags
+                parser.content.add(marker)
+                marker = ""
+                continue
             marker, space = yield from parser.think()
             may_be_bare = tool_format.bare is not None
             continue

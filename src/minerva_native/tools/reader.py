@@ -16,7 +16,8 @@ Write: TypeAlias = Callable[[str], object]
 END = ""
 """Stands for the end of the text among what may follow a marker."""
 
-_MAX_DEPTH = 100
+MAX_DEPTH = 100
+"""Brackets in brackets, in the arguments of a call."""
 
 _SPACES = re.compile(r"\s+")
 _SCALAR = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?|true|false|null", re.ASCII)
@@ -49,6 +50,13 @@ class Markers:
         self._begun = re.compile(f"(?:{'|'.join(beginnings) or '(?!)'})\\Z")
         self._longest = max(map(len, ordered), default=0)
 
+    def find(self, text: str, start: int, is_all: bool) -> re.Match[str] | None:
+        """Return the first marker, unless more text could make one that begins earlier, or there and is longer."""
+        found = self.pattern.search(text, start)
+        if found and not is_all and len(text) - self.begun(text, start) <= found.start():
+            return None
+        return found
+
     def begun(self, text: str, start: int) -> int:
         """Return how many characters at the end of a text begin a marker."""
         found = self._begun.search(text, max(start, len(text) - self._longest))
@@ -72,6 +80,16 @@ class Reader:
         """Add a piece of text."""
         self._text = self._text[self._at :] + text
         self._at = 0
+
+    @property
+    def n_kept(self) -> int:
+        """How many characters are kept: those that wait for others, and the last piece."""
+        return len(self._text)
+
+    @property
+    def n_waiting(self) -> int:
+        """How many characters are not read."""
+        return len(self._text) - self._at
 
     def end(self) -> None:
         """Say that no more text comes."""
@@ -148,7 +166,7 @@ class Reader:
             The marker, and the white space after it if what follows it was looked at; two empty strings at the end.
         """
         while True:
-            found = markers.pattern.search(self._text, self._at)
+            found = markers.find(self._text, self._at, self._ended)
             if found:
                 if found.start() > self._at:
                     write(self._take(found.start() - self._at))
@@ -201,8 +219,8 @@ class Reader:
             elif expected in ("a value", "a value or ']'"):
                 if char in "{[":
                     closers.append("}" if char == "{" else "]")
-                    if len(closers) > _MAX_DEPTH:
-                        raise Malformed(f"the arguments are nested more than {_MAX_DEPTH} deep")
+                    if len(closers) > MAX_DEPTH:
+                        raise Malformed(f"the arguments are nested more than {MAX_DEPTH} deep")
                     expected = "a key or '}'" if char == "{" else "a value or ']'"
                     write(self._take(1))
                 else:

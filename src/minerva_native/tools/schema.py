@@ -172,7 +172,7 @@ def _schema(hint: Any, definitions: dict[str, Any], where: str) -> dict[str, Any
     try:
         return schema_of(hint, definitions)
     except TypeError as error:
-        raise TypeError(f"{where}: {error}") from None
+        raise TypeError(f"the type hint of {where}: {error}") from None
 
 
 def _default(value: object) -> object:
@@ -188,6 +188,6 @@ def _default(value: object) -> object:
 def _convert(value: Any, hint: Any, where: str) -> Any:
     """Return a JSON value as what a type hint wants; raise `ValueError` if it does not fit."""
     try:
-        return build(hint, value)
+        return build(hint, value, where)
     except ConstraintError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise ValueError(str(error)) from None
