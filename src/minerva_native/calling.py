@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import inspect
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeAlias
@@ -22,8 +23,6 @@ ToolGiven: TypeAlias = Any  # mypy calls the items of a list of different functi
 """A tool as callers give it: a function with type hints, a dict as in OpenAI's API, or a `Tool`."""
 
 _logger = logging.getLogger("minerva_native")
-
-_USUAL_TAGS = ("<think>", "</think>")
 
 _CHOICES = ("auto", "none", "required")
 
@@ -184,10 +183,9 @@ def described(tools: Iterable[ToolGiven]) -> tuple[tuple[Tool, ...], list[dict[s
 
 
 def _may_think(tool_format: ToolFormat, template: ChatTemplate) -> bool:
-    """Return whether models of a format reason though their template names no tags that are known."""
-    return tool_format.reasoning is not None and (
-        tool_format.reasoning != _USUAL_TAGS or _USUAL_TAGS[0] in template.text
-    )
+    """Return whether a template that names no tags for reasoning knows those of the format, perhaps in pieces."""
+    tags = tool_format.reasoning
+    return tags is not None and all(word in template.text for word in re.findall(r"\w+", tags[0]))
 
 
 def _prepared(tool: Tool) -> dict[str, Any]:
