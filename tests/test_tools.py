@@ -572,6 +572,7 @@ def test_a_parser_is_for_one_answer() -> None:
         ({"type": "number"}, "5", 5),
         ({"type": "boolean"}, "True", True),
         ({"type": "boolean"}, "false", False),
+        ({"type": ["boolean", "string"]}, "5", "5"),
         ({"type": "string"}, "5", "5"),
         ({"type": "string"}, "  x\n", "  x\n"),
         ({"type": "string"}, '{"a": 1}', '{"a": 1}'),
@@ -586,13 +587,16 @@ def test_a_parser_is_for_one_answer() -> None:
         ({"enum": [1, 2]}, "1", 1),
         ({"$ref": "#/$defs/n"}, "1", 1),
         ({"$ref": "#/$defs/loop"}, "1", 1),
+        ({"$ref": "#/$defs/tree"}, "1", 1),
+        ({"$ref": "#/$defs/tree"}, "true", "true"),
         ({}, "1", 1),
         ({}, "one", "one"),
         (None, "true", True),
     ],
 )
 def test_bare_text_gets_the_type_that_its_schema_says(schema: object, text: str, value: object) -> None:
-    definitions = {"n": {"type": "integer"}, "loop": {"$ref": "#/$defs/loop"}}
+    tree = {"anyOf": [{"type": "integer"}, {"$ref": "#/$defs/tree"}]}
+    definitions = {"n": {"type": "integer"}, "loop": {"$ref": "#/$defs/loop"}, "tree": tree}
     parameters = {"type": "object", "properties": {} if schema is None else {"x": schema}, "$defs": definitions}
     tools = read_tools([{"name": "f", "parameters": parameters}])
     call = f"<tool_call>f<arg_key>x</arg_key><arg_value>{text}</arg_value></tool_call>"
@@ -606,6 +610,7 @@ def test_what_models_get_wrong_in_json_is_put_right() -> None:
     (call,) = parse("hermes", [text]).calls
     assert call.arguments == {"city": "a\nb\\d'"}
     assert json.loads(call.text) == call.arguments
+    assert parse("hermes", ['<tool_call>{"name": "now"}</tool_call>']).names == [("now", {})]
     text = '<tool_call>{"name": "get_weather", "arguments": "{\\"city\\": \\"x\\"}"}</tool_call>'
     assert parse("hermes", [text]).names == [("get_weather", {"city": "x"})]
 
@@ -650,6 +655,12 @@ def test_a_call_ends_reasoning_where_models_forget_to() -> None:
     text = FORMAT["qwen-xml"].write(CALLS[:1])
     result = parse("qwen-xml", ["Hm, <tool_call> it is.\n" + text], prompt="<think>")
     assert (result.reasoning, result.content, result.names) == ("Hm, <tool_call> it is.", "", CALLS[:1])
+
+
+def test_a_message_of_gpt_oss_may_have_markers_in_it() -> None:
+    text = "<|channel|>analysis<|message|>It ends with <|end|>, you know.<|end|><|start|>assistant"
+    result = parse("gpt-oss", [text + "<|channel|>final<|message|>Say <|call|>."])
+    assert (result.reasoning, result.content) == ("It ends with <|end|>, you know.", "Say <|call|>.")
 
 
 def test_the_prompt_of_gpt_oss_may_have_begun_a_message() -> None:
@@ -841,6 +852,10 @@ def test_markers_that_are_control_tokens_are_matched_by_their_ids(name: str) -> 
         assert with_ids.accepts(grammar, text)
         if required and tokens:
             assert not with_text.accepts(grammar, text)
+    if tool_format.silent:
+        assert with_ids.accepts(grammar, tool_format.silent[0] + "Hello" + tool_format.silent[1])
+    if tool_format.silent and not tool_format.bare:
+        assert with_ids.accepts(grammar, "Hello" + tool_format.silent[1] + text)
     if name not in ("gpt-oss", "llama", "llama4"):
         assert with_ids.accepts(grammar, "If a < b </b> [c]: " + text)
 

@@ -46,15 +46,16 @@ class Grammar:
         )
 
     def until(self, marker: str, *silent: str) -> str:
-        """Match any text and the marker, where it first comes; there may be other markers in the text."""
+        """Match any text and the marker, where it first comes.
+
+        Before a marker that begins with a control token there may be other markers.
+        """
         first, *rest = [part for part in (self._split.split(marker) if self._split else [marker]) if part]
         if first in self._tokens:
             return f"{self.anything(*silent)} {self.literal(marker)}"
-        own = self._tokens_in(silent)
-        lead = f"({self._rule(_ANY)} {self.one_of(own)})* " if own else ""
         if rest:  # a control token ends the text, and not the characters before it
-            return f"{lead}{self._rule(f'/(?s:.*){_escaped(first)}/')} {self.literal(''.join(rest))}"
-        return lead + self._rule(_ANY, f"[suffix={json.dumps(first, ensure_ascii=False)}]")
+            return f"{self._rule(f'/(?s:.*){_escaped(first)}/')} {self.literal(''.join(rest))}"
+        return self._rule(_ANY, f"[suffix={json.dumps(first, ensure_ascii=False)}]")
 
     def anything(self, *silent: str) -> str:
         """Match any text, in which there may be some markers."""

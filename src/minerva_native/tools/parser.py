@@ -121,13 +121,8 @@ class CallParser:
         prompt: str,
         new_id: Callable[[], str] = new_call_id,
     ):
-        self.format, self.tools, self.reasoning_tags, self.prompt, self.new_id = (
-            tool_format,
-            tools,
-            reasoning,
-            prompt,
-            new_id,
-        )
+        self.format, self.prompt = tool_format, prompt
+        self.tools, self.reasoning_tags, self.new_id = tools, reasoning, new_id
         self.reader = Reader()
         self.content, self.reasoning = Passage(), Passage()
         self.piece = ParsedPiece()
