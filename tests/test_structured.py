@@ -708,3 +708,46 @@ def test_a_model_let_go_is_freed(demo: mn.Model) -> None:
     del model
     gc.collect()
     assert ref() is None
+
+
+SHAPES: list[dict[str, Any]] = [
+    {"response_format": RECORD},
+    {"constraint": ["yes", "no", "maybe later"]},
+    {"constraint": {"regex": "[a-z]{2,12}"}, "thinking_tags": ("<think>", "</think>"), "reasoning_budget": 5},
+    {},
+]
+
+
+def walk(llm: mn.LLM, is_disturbed: bool) -> list[list[str]]:
+    """Send, undo and fork at random; if it is disturbed, others ask at the same time, and streams are closed early."""
+    generator, disturbing, others = random.Random(11), random.Random(12), list[Any]()
+    chats = [llm.chat(temperature=1.0), llm.chat(system="Be brief.", temperature=1.0)]
+    with ThreadPoolExecutor(3) as pool:
+        for step in range(50):
+            chat, request = generator.choice(chats), {**generator.choice(SHAPES), "seed": step, "max_tokens": 30}
+            if is_disturbed:
+                others += [pool.submit(llm.complete, f"Once {step}", **request) for _ in range(disturbing.randrange(3))]
+                n_messages = len(chat.messages)
+                with chat.stream("Leave", **{**request, "max_tokens": 999}) as stream:
+                    for _ in zip(range(disturbing.randrange(5)), stream, strict=False):
+                        pass
+                llm.complete("a", max_tokens=0)  # when this is served, the turn has ended
+                if len(chat.messages) > n_messages:  # it was complete before the stream was closed
+                    chat.undo()
+            match generator.choice(["send", "send", "send", "undo", "fork"]):
+                case "send":
+                    answer = chat.send(f"Number {step}?", **request)
+                    if answer.constraint is not None and answer.finish_reason == "end":
+                        assert answer.parsed is not None
+                case "undo":
+                    chat.undo()
+                case _ if len(chats) < 5:
+                    chats.append(chat.fork())
+        assert all(other.result().usage.completion_tokens for other in others)
+    return [[message["content"] for message in chat.messages] for chat in chats]
+
+
+def test_a_walk_over_chats_with_constraints_is_not_disturbed_by_others(demo: mn.Model) -> None:
+    options: dict[str, Any] = {"n_ctx": 4096, "n_threads": 1, "kv_type": "f32", "flash_attention": "off"}
+    with mn.LLM(demo, **options) as llm, mn.LLM(demo, **options) as alone:
+        assert walk(llm, is_disturbed=True) == walk(alone, is_disturbed=False)
