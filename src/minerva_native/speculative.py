@@ -6,6 +6,7 @@ what plain decoding gives, wherever the batch's size does not change the roundin
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, Self
 
@@ -223,7 +224,7 @@ class Lookahead:
         self._rows: npt.NDArray[np.float32] | None = None
         self._at = 0  # how many guessed tokens were right
         self._size = _FIRST_DRAFT
-        self._plain: list[float] = []  # seconds of the last plain steps
+        self._plain: deque[float] = deque(maxlen=9)  # seconds of the last plain steps
         self._cost = 0.0  # seconds of the pass in stock
         self._elapsed = self._gained = 0.0
 
@@ -244,7 +245,7 @@ class Lookahead:
         seconds = time.perf_counter() - before
         self._elapsed += seconds
         if is_plain:
-            self._plain = [*self._plain[-8:], seconds]
+            self._plain.append(seconds)
         return logits
 
     def append(self, token: int) -> None:
