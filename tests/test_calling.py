@@ -118,6 +118,15 @@ def test_without_a_choice_of_tools_the_model_does_not_see_them(llm: mn.LLM, dict
     assert "add" in hidden.text
 
 
+def test_a_template_that_shows_no_tools_is_warned_of_once(demo: mn.Model, caplog: pytest.LogCaptureFixture) -> None:
+    with mn.LLM(demo, n_ctx=512, n_threads=1) as llm:
+        for _ in range(2):
+            llm.chat(tools=TOOLS).send("Hello", max_tokens=1)
+    assert [record.message for record in caplog.records].count(
+        "the chat template does not show tools to the model"
+    ) == 1
+
+
 def test_wrong_arguments_are_named(llm: mn.LLM) -> None:
     chat = llm.chat(tools=TOOLS)
     with pytest.raises(ValueError, match="no tool of that name"):

@@ -6,6 +6,7 @@ import functools
 import inspect
 import logging
 import re
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeAlias
@@ -23,6 +24,8 @@ ToolGiven: TypeAlias = Any  # mypy calls the items of a list of different functi
 """A tool as callers give it: a function with type hints, a dict as in OpenAI's API, or a `Tool`."""
 
 _logger = logging.getLogger("minerva_native")
+
+_warned: "weakref.WeakSet[ChatTemplate]" = weakref.WeakSet()
 
 _CHOICES = ("auto", "none", "required")
 
@@ -71,6 +74,9 @@ class ToolUse:
             raise ValueError(f"tool_choice is {choice!r}, but there is no tool of that name")
         if not tools or choice == "none":
             return None
+        if not template.shows_tools and template not in _warned:
+            _warned.add(template)
+            _logger.warning("the chat template does not show tools to the model")
         tool_format = ToolFormat.of(template.text)
         is_required = choice != "auto"
         name = choice if choice not in _CHOICES else None

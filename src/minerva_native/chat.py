@@ -184,6 +184,11 @@ class ChatTemplate:
             del ids[0]
         return ids
 
+    @property
+    def shows_tools(self) -> bool:
+        """Whether it reads `tools`."""
+        return "tools" in (self._for_tools or self).text
+
     def with_arguments(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Return messages with the arguments of calls as this template wants them: as a dict, or as JSON text.
 
