@@ -312,6 +312,21 @@ def test_forks_go_their_own_ways(sequence: mn.Sequence) -> None:
     jsonschema.validate(json.loads(sequence.context.model.tokenizer.decode(sequence[n:])), RECORD)
 
 
+def test_a_token_that_is_refused_changes_nothing(demo: mn.Model) -> None:
+    tokenizer = demo.tokenizer
+    matcher = mn.Constraint.choice(["yes"]).matcher(tokenizer)
+    with pytest.raises(mn.ConstraintError, match=r"does not allow token .* here"):
+        matcher.follow(tokenizer.encode("no", add_special=False))
+    for token in tokenizer.encode("yes", add_special=False):
+        assert not matcher.is_complete
+        matcher.consume(token)
+    assert matcher.is_complete
+    with pytest.raises(mn.ConstraintError, match="does not allow token"):
+        matcher.consume(5)
+    matcher.rollback(1)
+    assert not matcher.is_complete
+
+
 def test_a_matcher_goes_back_from_the_end(demo: mn.Model) -> None:
     matcher = mn.Constraint.choice(["yes", "yesterday"]).matcher(demo.tokenizer)
     ids = demo.tokenizer.encode("yesterday", add_special=False)

@@ -263,18 +263,18 @@ class Matcher:
         return self._forced[0] if self._forced else None
 
     def consume(self, token: int) -> None:
-        """Go behind a token; raise `ConstraintError` if it is not allowed."""
+        """Go behind a token; raise `ConstraintError`, and stay here, if it is not allowed."""
         if type(token) is not int or not 0 <= token < self._tokenizer.n_vocab:
             token = self._tokenizer.check(token)
         self._wait()
+        if self._engine.try_consume_tokens([token]) != 1:
+            self._wait()  # raises what went wrong, if it is not the token
+            piece = self._tokenizer.piece(token, special=True)
+            raise ConstraintError(f"the constraint does not allow token {token} ({piece!r}) here")
         if self._forced and self._forced[0] == token:
             self._forced.popleft()
         else:
             self._forced = None
-        if not self._engine.consume_token(token):
-            raise ConstraintError(
-                f"the constraint does not allow token {token} here ({_first_lines(self._engine.get_error())})"
-            )
         self.tokens.append(token)
         if self._digits is not None:
             self._places.append(self._places[-1].after(self._tokenizer.piece(token)))

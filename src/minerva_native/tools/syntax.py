@@ -5,6 +5,7 @@ A syntax reads a call whose opening marker was read, spells one, and says what a
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ _CALL_ID = re.compile(r"[^\s<\[{]+")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Syntax:
+class Syntax(ABC):
     """How a call is spelled.
 
     Attributes:
@@ -39,17 +40,17 @@ class Syntax:
         """The markers that open a call, the usual one first."""
         return (self.open,)
 
+    @abstractmethod
     def read(self, parser: CallParser, marker: str) -> Reading[None]:
         """Read a call after its marker."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write(self, name: str, arguments: Mapping[str, Any]) -> str:
         """Return a call as the model spells it, without `opens[0]` and `close`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rule(self, grammar: Grammar, tool: Tool) -> str:
         """Return what a grammar accepts between `opens[0]` and `close`."""
-        raise NotImplementedError
 
     def join(self, calls: list[str], joint: str) -> str:
         """Return several calls, each as `write` returned it, with what opens and closes them."""
