@@ -141,6 +141,8 @@ def test_wrong_arguments_are_named(llm: mn.LLM) -> None:
         llm.chat(tools=[add, add])
     with pytest.raises(ValueError, match="no tool of that name"):
         llm.chat().send("Hello", tool_choice="add")
+    with pytest.raises(ValueError, match="there are no tools"):
+        llm.chat().send("Hello", tool_choice="required")
     assert isinstance(
         chat.send("Hello", response_format={"type": "object"}, tool_choice="none", max_tokens=3).text, str
     )

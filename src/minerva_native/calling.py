@@ -72,6 +72,8 @@ class ToolUse:
         """
         if choice not in _CHOICES and choice not in {tool.name for tool in tools}:
             raise ValueError(f"tool_choice is {choice!r}, but there is no tool of that name")
+        if choice == "required" and not tools:
+            raise ValueError("tool_choice is 'required', but there are no tools")
         if not tools or choice == "none":
             return None
         if not template.shows_tools and template not in _warned:
