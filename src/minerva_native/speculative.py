@@ -48,6 +48,7 @@ class Lookup:
     def __init__(self, documents: Iterable[Sequence[int]] = ()):
         self._text: list[int] = []
         self._places: dict[tuple[int, ...], list[int]] = {}
+        self._here: list[int] = []  # where the last tokens came up
         for document in many("documents", documents):
             tokens = list(many("documents", document))
             if not all(isinstance(token, int) for token in tokens):
@@ -58,12 +59,12 @@ class Lookup:
     def draft(self, tokens: Sequence[int], n: int) -> list[int]:
         """Return what came after the longest match of the end of the tokens."""
         self._follow(tokens)
+        if len(self._here) < 2:  # the last of them is the end itself
+            return []
         text = self._text
         end = len(text)
         best, longest = 0, 0
-        for place in self._places.get(tuple(text[-_NGRAM:]), [])[-_MOST_PLACES:]:
-            if place == end:
-                continue
+        for place in self._here[-_MOST_PLACES - 1 : -1]:
             size = _NGRAM
             while size < _LONGEST_NGRAM and place - size > 0 and text[place - size - 1] == text[end - size - 1]:
                 size += 1
@@ -78,6 +79,7 @@ class Lookup:
             del self._text[self._n_documents :]
             self._places = {key: kept for key, places in self._places.items() if (kept := self._of_documents(places))}
             n_read = 0
+            self._here = []
         self._read(tokens[n_read:])
 
     def _of_documents(self, places: list[int]) -> list[int]:
@@ -88,7 +90,8 @@ class Lookup:
         for token in tokens:
             text.append(token)
             if len(text) >= _NGRAM:
-                self._places.setdefault(tuple(text[-_NGRAM:]), []).append(len(text))
+                self._here = self._places.setdefault(tuple(text[-_NGRAM:]), [])
+                self._here.append(len(text))
 
 
 class DraftModel:
