@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -572,6 +573,29 @@ def test_a_schema_that_cannot_be_kept_is_refused_with_its_path(schema: Any, path
     with pytest.raises(mn.ConstraintError, match=message) as caught:
         mn.Constraint.json_schema(schema)
     assert caught.value.path.startswith(path)
+
+
+def test_a_schema_whose_parts_are_of_wrong_types_is_refused_or_taken_and_never_fails_otherwise() -> None:
+    parts: list[Any] = [None, 1, "x", [], {}, [1], {"a": 1}, True, 1.5, "\ud800", [{}], [[]]]
+    keys = "type properties required items prefixItems minItems anyOf oneOf allOf enum const $ref $defs pattern format"
+    n_refused = 0
+    for key in f"{keys} additionalProperties patternProperties minLength minimum multipleOf x-guidance title".split():
+        for part in parts:
+            for schema in ({key: part}, {"type": "object", "properties": {"p": {key: part}, "q": {"$ref": "#"}}}):
+                try:
+                    mn.Constraint.json_schema(schema)
+                except mn.ConstraintError:
+                    n_refused += 1
+    assert n_refused > 200
+
+
+def test_large_texts_are_read_quickly() -> None:
+    before = time.monotonic()
+    mn.Constraint.lark("\n" * 400_000 + " " * 400_000 + 'start: "a"')
+    for grammar in ("a" * 900_000, "a b" * 300_000, "(" * 400_000):
+        with pytest.raises(mn.ConstraintError):
+            mn.Constraint.lark(grammar)
+    assert time.monotonic() - before < 30  # a second or so; hours if it grew with the square
 
 
 def test_what_is_optional_and_infinite_is_left_out(sequence: mn.Sequence) -> None:

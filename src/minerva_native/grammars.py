@@ -40,7 +40,11 @@ def check_text(name: str, text: object) -> None:
         raise ConstraintError(f"{name} has a lone surrogate at index {error.start}") from None
     if len(text) > _MOST_CHARACTERS:
         raise ConstraintError(f"the grammar has {len(text):,} characters; at most {_MOST_CHARACTERS:,} are allowed")
-    n_rules = len(re.findall(r"^\s*[?!]?[A-Za-z_][\w-]*[^:\n\"'/]*:", text, re.MULTILINE))
+
+
+def check_rules(text: str) -> None:
+    """Raise `ConstraintError` for a grammar of too many rules."""
+    n_rules = len(re.findall(r"^[^\S\n]*[?!]?[A-Za-z_][^:\n\"'/]*:", text, re.MULTILINE))
     if n_rules > MOST_RULES:
         raise ConstraintError(f"the grammar has {n_rules:,} rules; at most {MOST_RULES:,} are allowed")
 

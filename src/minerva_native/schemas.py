@@ -41,7 +41,8 @@ def prepare(schema: Any) -> Schema | bool:
     if not isinstance(schema, Mapping | bool):
         raise TypeError(f"a JSON schema must be a dict or a bool, not {type(schema).__name__}")
     try:
-        text = json.dumps(schema, allow_nan=False)
+        text = json.dumps(schema, allow_nan=False, ensure_ascii=False)
+        text.encode()
     except (TypeError, ValueError) as error:
         raise ConstraintError(f"the schema is not made of JSON values ({error})") from None
     except RecursionError:
@@ -170,14 +171,15 @@ class _Ends:
             if key in node and not fits(map(self._ended, _part(node, key, list[Any]()))):
                 return False
         kinds = node.get("type", "null")
-        kinds = set(kinds if isinstance(kinds, list) else [kinds])
-        if kinds - {"object", "array"} or "enum" in node or "const" in node:
+        kinds = kinds if isinstance(kinds, list) else [kinds]
+        if any(kind not in ("object", "array") for kind in kinds) or "enum" in node or "const" in node:
             return True
         return ("object" in kinds and self._object_can_end(node)) or ("array" in kinds and self._array_can_end(node))
 
     def _object_can_end(self, node: Schema) -> bool:
         properties, others = _part(node, "properties", dict[str, Any]()), node.get("additionalProperties", True)
-        return all(self._ended(properties.get(name, others)) for name in _part(node, "required", list[str]()))
+        required = (name for name in _part(node, "required", list[Any]()) if isinstance(name, str))
+        return all(self._ended(properties.get(name, others)) for name in required)
 
     def _array_can_end(self, node: Schema) -> bool:
         n_items, prefix = _part(node, "minItems", 0), _part(node, "prefixItems", list[Any]())

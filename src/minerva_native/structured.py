@@ -22,7 +22,7 @@ import numpy.typing as npt
 from ._arguments import flag, integer, many, what
 from ._stack import with_stack
 from .errors import ConstraintError, MinervaError, TokenizerError
-from .grammars import check_ends, check_text
+from .grammars import check_ends, check_rules, check_text
 from .schemas import Schema, blame, prepare
 from .tokenizer import TokenIds, Tokenizer
 from .typed import build, is_typed, schema_of
@@ -72,11 +72,10 @@ class Constraint:
         if not isinstance(schema, Mapping | bool):
             schema, parse = _typed(schema)
         prepared = prepare(schema)
-        grammar = _json_grammar(prepared)
-        if problem := _problem(grammar):
-            path = blame(prepared, lambda part: _problem(_json_grammar(part)) == problem)
+        if problem := _schema_problem(prepared):
+            path = blame(prepared, lambda part: _schema_problem(part) == problem)
             raise ConstraintError(f"the schema at {path}: {problem}", path=path)
-        return cls(grammar, "a JSON schema", parse, is_json=True)
+        return cls(_json_grammar(prepared), "a JSON schema", parse, is_json=True)
 
     @classmethod
     def json_object(cls) -> Self:
@@ -103,6 +102,7 @@ class Constraint:
     def lark(cls, grammar: str) -> Self:
         """Allow the texts of a grammar in Lark's notation, as llguidance extends it; it begins with `start`."""
         check_text("a grammar", grammar)
+        check_rules(grammar)
         checked = _checked(_engine().LLMatcher.grammar_from_lark(grammar))
         check_ends(grammar)
         return cls(checked, "a grammar", str)
@@ -111,6 +111,7 @@ class Constraint:
     def gbnf(cls, grammar: str) -> Self:
         """Allow the texts of a grammar in llama.cpp's notation (GBNF), which begins with `root`."""
         check_text("a grammar", grammar)
+        check_rules(grammar)
         from llguidance.gbnf_to_lark import gbnf_to_lark
 
         try:
@@ -364,7 +365,15 @@ def _with_stack(function: Callable[[], Any]) -> Any:
         raise ConstraintError(str(error)) from None
 
 
-def _json_grammar(schema: Schema | bool) -> str:
+def _schema_problem(schema: Any) -> str:
+    """Return what is wrong with a schema, or with what stands in the place of one; empty if nothing is."""
+    try:
+        return _problem(_json_grammar(schema))
+    except ValueError as error:  # it is not even read
+        return str(error)
+
+
+def _json_grammar(schema: Any) -> str:
     if isinstance(schema, bool):
         schema = {} if schema else {"anyOf": []}
     grammar: str = _engine().LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=_SPACED)
