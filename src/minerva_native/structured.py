@@ -36,6 +36,8 @@ _SPACED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator"
 
 _MOST_DIGITS = 20  # in a row, of a JSON number: more than a double or a 64-bit integer has
 
+_LONGEST_NAME = 40  # characters of a pattern in messages
+
 _ANCHOR = "\x02"  # no token goes across it
 
 
@@ -88,7 +90,8 @@ class Constraint:
         if isinstance(pattern, re.Pattern):
             pattern = pattern.pattern
         check_text("a regular expression", pattern)
-        return cls(_checked(_engine().LLMatcher.grammar_from_regex(pattern)), f"/{pattern}/", str)
+        name = f"/{pattern if len(pattern) <= _LONGEST_NAME else pattern[:_LONGEST_NAME] + '...'}/"
+        return cls(_checked(_engine().LLMatcher.grammar_from_regex(pattern)), name, str)
 
     @classmethod
     def choice(cls, texts: Iterable[str]) -> Self:
