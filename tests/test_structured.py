@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -135,6 +136,18 @@ def test_an_object_has_the_properties_that_are_named_and_no_others(sequence: mn.
     assert prepare({**optional, "additionalProperties": True}) == {**optional, "additionalProperties": True}
     merged = {"allOf": [optional, {"properties": {"b": {"type": "null"}}}]}
     assert prepare(merged) == merged
+
+
+def test_the_flags_of_a_compiled_pattern_count(demo: mn.Model) -> None:
+    tokens = demo.tokenizer.encode("AB", add_special=False)
+    matcher = mn.Constraint.regex(re.compile("ab", re.IGNORECASE)).matcher(demo.tokenizer)
+    matcher.follow(tokens)
+    assert matcher.can_end
+    with pytest.raises(mn.ConstraintError, match="does not allow"):
+        mn.Constraint.regex(re.compile("ab")).matcher(demo.tokenizer).follow(tokens)
+    with pytest.raises(mn.ConstraintError, match="of the flags only"):
+        mn.Constraint.regex(re.compile("a b", re.VERBOSE))
+    assert len(repr(mn.Constraint.regex("a" * 1000))) < 100
 
 
 def test_the_text_ends_when_the_value_is_complete(sequence: mn.Sequence) -> None:
@@ -693,6 +706,11 @@ def test_wrong_arguments_are_named(llm: mn.LLM, sequence: mn.Sequence) -> None:
         llm.complete("a", constraint={"rgex": "a"})
     with pytest.raises(TypeError, match="response_format must be"):
         llm.complete("a", response_format="json")
+    for wrong in ({}, {"json_schema": None}, {"json_schema": {"name": "a", "strict": True}}, {"schema": None}):
+        with pytest.raises(TypeError, match="has no schema"):
+            llm.complete("a", response_format={"type": "json_schema", **wrong})
+    with pytest.raises(TypeError, match="must be a list of texts"):
+        mn.Constraint.choice("abc")
     with pytest.raises(TypeError, match="a schema must be"):
         mn.Constraint.json_schema(7)
     with pytest.raises(mn.ConstraintError, match="#/properties/a: Unimplemented"):

@@ -87,15 +87,16 @@ class Constraint:
     @classmethod
     def regex(cls, pattern: "str | re.Pattern[str]") -> Self:
         """Allow the texts that a regular expression matches as a whole; its syntax is that of Rust's `regex`."""
-        if isinstance(pattern, re.Pattern):
-            pattern = pattern.pattern
-        check_text("a regular expression", pattern)
-        name = f"/{pattern if len(pattern) <= _LONGEST_NAME else pattern[:_LONGEST_NAME] + '...'}/"
-        return cls(_checked(_engine().LLMatcher.grammar_from_regex(pattern)), name, str)
+        text = _with_flags(pattern) if isinstance(pattern, re.Pattern) else pattern
+        check_text("a regular expression", text)
+        name = f"/{text if len(text) <= _LONGEST_NAME else text[:_LONGEST_NAME] + '...'}/"
+        return cls(_checked(_engine().LLMatcher.grammar_from_regex(text)), name, str)
 
     @classmethod
     def choice(cls, texts: Iterable[str]) -> Self:
         """Allow one of several texts."""
+        if isinstance(texts, str):
+            raise TypeError("a choice must be a list of texts, not a str")
         given = list(many("a choice", texts))
         if not given or not all(isinstance(text, str) and text for text in given):
             raise ConstraintError("a choice must be between strings that are not empty")
@@ -168,9 +169,7 @@ class Constraint:
             inner = given.get("schema")  # as llama-server has it
             return cls.json_object() if inner is None else cls.json_schema(inner)
         if kind == "json_schema":
-            inner = given.get("json_schema")
-            inner = inner.get("schema", inner) if isinstance(inner, Mapping) else given.get("schema", inner)
-            return cls.json_schema(inner)
+            return cls.json_schema(_schema_in(given))
         return cls.json_schema(given)
 
     def prepare(self, tokenizer: Tokenizer) -> None:
@@ -348,6 +347,26 @@ class _Place(NamedTuple):
             else:
                 in_string, n_digits = byte == 0x22, n_digits + 1 if 0x30 <= byte <= 0x39 else 0
         return _Place(in_string, is_escaped, n_digits)
+
+
+def _with_flags(compiled: "re.Pattern[Any]") -> Any:
+    """Return the pattern of one of Python's regular expressions, with its flags."""
+    if isinstance(compiled.pattern, str) and compiled.flags & (re.ASCII | re.VERBOSE):
+        raise ConstraintError(f"{compiled!r}: of the flags only IGNORECASE, MULTILINE and DOTALL are supported")
+    names = {re.IGNORECASE: "i", re.MULTILINE: "m", re.DOTALL: "s"}
+    flags = "".join(name for flag, name in names.items() if compiled.flags & flag)
+    return f"(?{flags}){compiled.pattern}" if flags and isinstance(compiled.pattern, str) else compiled.pattern
+
+
+def _schema_in(given: Mapping[str, Any]) -> Any:
+    """Return the schema in a response format of the type "json_schema"."""
+    inner = given.get("json_schema", given)
+    schema = inner
+    if isinstance(inner, Mapping) and (inner is given or inner.keys() & {"schema", "name", "strict"}):
+        schema = inner.get("schema")
+    if schema is None:
+        raise TypeError('response_format has no schema: {"type": "json_schema", "json_schema": {"schema": ...}}')
+    return schema
 
 
 # The engine
