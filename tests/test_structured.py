@@ -150,6 +150,15 @@ def test_the_flags_of_a_compiled_pattern_count(demo: mn.Model) -> None:
     assert len(repr(mn.Constraint.regex("a" * 1000))) < 100
 
 
+def test_references_may_lead_anywhere_in_the_schema(sequence: mn.Sequence) -> None:
+    animal = {"type": "object", "properties": {"legs": {"$ref": "#/parts/legs"}}, "required": ["legs"]}
+    schema = {"$ref": "#/components/animal", "components": {"animal": animal}, "parts": {"legs": {"enum": [2, 4]}}}
+    assert json.loads(written(sequence, mn.Constraint.json_schema(schema)))["legs"] in (2, 4)
+    animal["properties"] = {"legs": {"$ref": "#/components/animal"}}
+    with pytest.raises(mn.ConstraintError, match="nothing finite"):
+        mn.Constraint.json_schema(schema)
+
+
 def test_the_text_ends_when_the_value_is_complete(sequence: mn.Sequence) -> None:
     step = list(mn.generate(sequence, constraint=mn.Constraint.choice(["yes"])))[-1]
     assert step.finish_reason == "end"

@@ -52,17 +52,16 @@ def prepare(schema: Any) -> Schema | bool:
     prepared: Schema | bool = json.loads(text)
     if isinstance(prepared, bool):
         return prepared
-    nodes = list(_nodes(prepared))
+    nodes, targets = _with_targets(prepared)
     keys = {key for _, node in nodes for key in node}
     merges = bool(keys & _MERGING) or any("properties" in node and _alternatives(node) for _, node in nodes)
-    targets = [(path, node, _target(prepared, node["$ref"], path)) for path, node in nodes if "$ref" in node]
     if len(targets) > _MOST_DEFINITIONS:
         raise ConstraintError(f"the schema has {len(targets):,} references; at most {_MOST_DEFINITIONS:,} are allowed")
     for _, node in nodes:
         if not merges and "properties" in node and not node.keys() & _OPEN:
             node["additionalProperties"] = False
     if targets:
-        _Ends(prepared, nodes, {id(node): target for _, node, target in targets}).check()
+        _Ends(prepared, nodes, targets).check()
     return prepared
 
 
@@ -102,9 +101,26 @@ def _children(node: Schema, path: str) -> Iterator[tuple[str, Any]]:
             yield f"{path}/{key}", node[key]
 
 
-def _nodes(schema: Schema) -> Iterator[tuple[str, Schema]]:
+def _with_targets(root: Schema) -> tuple[list[tuple[str, Schema]], dict[int, Any]]:
+    """Return every schema with its path, wherever a `$ref` finds it, and by their ids what the references mean."""
+    waiting = [("#", root)]
+    nodes: dict[int, tuple[str, Schema]] = {}
+    targets: dict[int, Any] = {}
+    while waiting:
+        fresh = [(path, node) for start in waiting for path, node in _nodes(*start) if id(node) not in nodes]
+        nodes |= {id(node): (path, node) for path, node in fresh}
+        waiting = []
+        for path, node in fresh:
+            if "$ref" in node:
+                targets[id(node)] = target = _target(root, node["$ref"], path)
+                if isinstance(target, dict) and id(target) not in nodes:
+                    waiting.append((node["$ref"], target))
+    return list(nodes.values()), targets
+
+
+def _nodes(path: str, schema: Schema) -> Iterator[tuple[str, Schema]]:
     """Yield every schema that is a dict, the outer ones first."""
-    level: list[tuple[str, Schema]] = [("#", schema)]
+    level: list[tuple[str, Schema]] = [(path, schema)]
     for _ in range(_MOST_LEVELS):
         yield from level
         level = [pair for path, node in level for pair in _children(node, path) if isinstance(pair[1], dict)]
