@@ -530,6 +530,17 @@ def test_a_value_that_is_cut_off_raises_with_the_text(llm: mn.LLM) -> None:
             _ = full.parsed
 
 
+def test_a_text_without_its_stop_string_or_before_its_beginning_is_not_complete(llm: mn.LLM) -> None:
+    done = llm.complete("a", constraint=["one", "two"], stop=["one", "two"])
+    assert (done.finish_reason, done.text) == ("stop", "")
+    tags = ("<think>", "</think>")
+    thinking = llm.complete("a<think>", constraint=re.compile("b*"), thinking_tags=tags, max_tokens=3)
+    assert (thinking.finish_reason, thinking.text) == ("length", "")
+    for cut in (done, thinking):
+        with pytest.raises(mn.ConstraintError, match="cut off"):
+            _ = cut.parsed
+
+
 def test_undo_in_the_middle_of_a_value_leaves_a_sound_chat(llm: mn.LLM) -> None:
     with llm.chat(response_format=RECORD, temperature=1.0, seed=3) as chat:
         first = chat.send("Hello")

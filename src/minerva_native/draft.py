@@ -337,5 +337,6 @@ class Draft:
             created=int(time.time()),
             is_chat=self._is_chat,
             constraint=self._options.constraint,
-            is_complete=self._guide is None or self._guide.can_end,
+            # A stop string is not part of the text, but what the guide has seen.
+            is_complete=self._guide is None or (last.finish_reason != "stop" and self._guide.can_end),
         )

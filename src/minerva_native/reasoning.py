@@ -150,8 +150,8 @@ class AfterReasoning:
 
     @property
     def can_end(self) -> bool:
-        """Whether the answer may end here."""
-        return self._guide.can_end
+        """Whether the answer may end here; it has not begun while there is reasoning."""
+        return not self._reasoning.is_inside and not self._opening and self._guide.can_end
 
     def forced(self) -> int | None:
         """Return the only way to go on, if there is one."""
