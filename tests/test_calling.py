@@ -228,6 +228,15 @@ def test_the_model_goes_on_when_every_call_has_its_result(llm: mn.LLM, dictate: 
     assert chat.messages == []
 
 
+def test_a_result_whose_turn_fails_can_be_given_again(llm: mn.LLM, dictate: Callable[..., None]) -> None:
+    dictate(call("add", a=2, b=3), "Five.")
+    chat = llm.chat(tools=TOOLS)
+    (made,) = chat.send("Hello").tool_calls
+    with pytest.raises(TypeError, match="no argument"):
+        chat.send_tool_result(made, 5, max_tokns=3)
+    assert chat.send_tool_result(made, 5).text == "Five."  # type: ignore[union-attr]
+
+
 def test_run_calls_functions_until_there_is_an_answer(llm: mn.LLM, dictate: Callable[..., None]) -> None:
     dictate(call("add", a=2, b=3), call("add", a=13, b=1) + call("add", a="x", b=1), "Done.")
     chat = llm.chat(tools=TOOLS)

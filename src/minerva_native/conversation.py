@@ -285,7 +285,14 @@ class Chat:
             ValueError: the last answer has no such call, or it has a result.
         """
         waiting = self._add_result(call, result)
-        return None if waiting else self.send([], **options)
+        if waiting:
+            return None
+        added = self._results[-1]
+        try:
+            return self.send([], **options)
+        finally:
+            if added in self._results:  # nothing has come of it: it may be given again
+                self._results.remove(added)
 
     def run(
         self, message: str | Message, tools: Sequence[ToolGiven] | None = None, max_rounds: int = 10, **options: Any

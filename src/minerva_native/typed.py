@@ -139,7 +139,7 @@ def _schema(kind: Any, definitions: dict[str, Schema]) -> Schema:
     if origin in (typing.Required, typing.NotRequired):
         return _schema(arguments[0], definitions)
     if origin is Literal:
-        return {"enum": list(arguments)}
+        return {"enum": list(map(plain, arguments))}
     if origin in (Union, types.UnionType):
         return {"anyOf": [_schema(one, definitions) for one in arguments]}
     if origin is tuple and arguments[-1:] != (...,):
