@@ -109,6 +109,14 @@ def test_a_call_that_is_required_is_one_of_a_tool_with_valid_arguments(llm: mn.L
     assert named.to_dict()["choices"][0]["finish_reason"] == "tool_calls"
 
 
+def test_arguments_are_an_object_whatever_the_schema_leaves_open(llm: mn.LLM) -> None:
+    tool = {"type": "function", "function": {"name": "look", "parameters": {}}}
+    with llm.chat(tools=[tool], temperature=1.0, parallel_tool_calls=False, max_tokens=300) as chat:
+        answers = [chat.send("Hello", tool_choice="required", seed=seed) for seed in range(3)]
+    assert all(isinstance(made.arguments, dict) for answer in answers for made in answer.tool_calls)
+    assert not any("no JSON object" in answer.tool_error for answer in answers)
+
+
 def test_without_a_choice_of_tools_the_model_does_not_see_them(llm: mn.LLM, dictate: Callable[..., None]) -> None:
     dictate("Hello.", call("add", a=1, b=2))
     shown = llm.chat(tools=TOOLS).send("Hello")

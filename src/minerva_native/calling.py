@@ -201,7 +201,7 @@ def _prepared(tool: Tool) -> dict[str, Any]:
         schema = prepare(tool.parameters)
     except ConstraintError as error:
         raise ConstraintError(f"the parameters of the tool {tool.name!r}: {error}", path=error.path) from None
-    return schema if isinstance(schema, dict) else {}
+    return {"type": "object"} | schema if isinstance(schema, dict) else {"type": "object"}
 
 
 @functools.lru_cache(maxsize=64)
