@@ -50,6 +50,8 @@ LAYERS = {
     "speculative": 8,
     "draft": 8,
     "conversation": 8,
+    "beams": 8,
+    "scheduler": 8,
     "llm": 9,
     "__init__": 10,
     "benchmark": 11,

@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from .completion import Chunk, Completion
 from .context import Context
 from .draft import Draft, RequestOptions
 from .errors import ClosedError, ContextFullError, MinervaError, SequencesInUseError, StateError
-from .requests import AsyncStream, Request, Stream
+from .requests import AsyncStream, Request, Signal, Stream
 from .sequence import Sequence as TokenSequence
 from .tokenizer import Tokenizer
 from .tools import Tool, ToolCall
@@ -52,7 +52,7 @@ class OpenChats:
         """Leave the sequence of the first chat to the prefix cache; return False if there is none."""
         for other in self._chats:
             chat = other()
-            if chat is not keep:
+            if chat is None or (chat is not keep and not chat.is_busy):
                 self._chats.remove(other)
                 if chat is not None:
                     chat.park()
@@ -67,6 +67,16 @@ class OpenChats:
             except (ContextFullError, SequencesInUseError):
                 if not self.make_room(keep):
                     raise
+
+    def room(self, request: Request, action: Callable[[], T], keep: "Chat | None" = None) -> Generator[Signal, None, T]:
+        """Do what `with_room` does, and wait for other requests to end if they have the room. For `yield from`."""
+        while True:
+            try:
+                return self.with_room(action, keep)
+            except (ContextFullError, SequencesInUseError):
+                if not request.may_wait:
+                    raise
+            yield Signal.BLOCKED
 
     def leave_room(self, context: Context, wanted: int | None, keep: "Chat | None" = None) -> None:
         """Make room for an answer of as many tokens, or of any length."""
@@ -131,22 +141,22 @@ class Chat:
             ClosedError: the chat or the LLM is closed.
         """
         parsed = self._parse("send", options)
-        return self._llm.queue.call(self._completing(message, parsed), **parsed.limits)
+        return self._llm.queue.call(self._completing(message, parsed), key=self, **parsed.limits)
 
     def stream(self, message: str | Message, **options: Any) -> Stream[Chunk]:
         """Do what `send` does, and return an iterator over the pieces of the answer. Closing it stops the answer."""
         parsed = self._parse("stream", options)
-        return self._llm.queue.stream(self._streaming(message, parsed), **parsed.limits)
+        return self._llm.queue.stream(self._streaming(message, parsed), key=self, **parsed.limits)
 
     async def asend(self, message: str | Message | Sequence[Message], **options: Any) -> Completion:
         """Do what `send` does, without blocking the event loop."""
         parsed = self._parse("asend", options)
-        return await self._llm.queue.acall(self._completing(message, parsed), **parsed.limits)
+        return await self._llm.queue.acall(self._completing(message, parsed), key=self, **parsed.limits)
 
     def astream(self, message: str | Message, **options: Any) -> AsyncStream[Chunk]:
         """Do what `stream` does, as an asynchronous iterator."""
         parsed = self._parse("astream", options)
-        return self._llm.queue.astream(self._streaming(message, parsed), **parsed.limits)
+        return self._llm.queue.astream(self._streaming(message, parsed), key=self, **parsed.limits)
 
     def _parse(self, caller: str, options: Mapping[str, Any]) -> RequestOptions:
         given = {**self._options, **options}
@@ -158,18 +168,20 @@ class Chat:
 
     def _completing(
         self, message: str | Message | Sequence[Message], options: RequestOptions
-    ) -> Callable[[Request], Iterator[Completion]]:
+    ) -> Callable[[Request], Iterator[Completion | Signal]]:
         turn = self._turn(message, options)
 
-        def work(request: Request) -> Iterator[Completion]:
+        def work(request: Request) -> Iterator[Completion | Signal]:
             drafts: list[Draft] = []
-            for _ in turn(request, drafts.append):
-                pass
+            for item in turn(request, drafts.append):
+                yield item if isinstance(item, Signal) else Signal.STEP
             yield drafts[0].completion()
 
         return work
 
-    def _streaming(self, message: str | Message, options: RequestOptions) -> Callable[[Request], Iterator[Chunk]]:
+    def _streaming(
+        self, message: str | Message, options: RequestOptions
+    ) -> Callable[[Request], Iterator[Chunk | Signal]]:
         turn = self._turn(message, options)
         return lambda request: turn(request, lambda draft: None)
 
@@ -179,25 +191,27 @@ class Chat:
 
     def _turn(
         self, message: str | Message | Sequence[Message], options: RequestOptions
-    ) -> Callable[[Request, Callable[[Draft], object]], Iterator[Chunk]]:
+    ) -> Callable[[Request, Callable[[Draft], object]], Iterator[Chunk | Signal]]:
         said = self._results + _said(message)
         use = options.tools_of(self._tools, self.template, self._llm.tokenizer)
 
-        def turn(request: Request, begun: Callable[[Draft], object]) -> Iterator[Chunk]:
+        def turn(request: Request, begun: Callable[[Draft], object]) -> Iterator[Chunk | Signal]:
             before = self._messages
             self._running = (request, said)
             shown = self.tools if use is not None else []
-            sequence = self._open()
-            tokens = self._held
+            sequence: TokenSequence | None = None
+            tokens: list[int] = []
             is_kept = False
             try:
-                messages, n_evaluated = self._evaluate(sequence, [*before, *said], shown, options, request)
+                sequence = yield from self._open(request)
+                tokens = self._held
+                messages = yield from self._evaluate(sequence, [*before, *said], shown, options, request)
                 self._parked = []
                 draft = Draft(
                     sequence,
                     options,
                     request,
-                    cached_tokens=len(sequence) - n_evaluated,
+                    cached_tokens=max(0, len(sequence) - request.n_evaluated),
                     is_chat=True,
                     tools=use,
                     speculation=self._llm.speculation(),
@@ -215,7 +229,7 @@ class Chat:
                     yield chunk
             finally:
                 self._running = None
-                if not is_kept:
+                if not is_kept and sequence is not None:
                     with suppress(MinervaError):  # the context may be closed
                         sequence.truncate(_common(tokens, list(sequence)))
 
@@ -228,8 +242,8 @@ class Chat:
         tools: list[dict[str, Any]],
         options: RequestOptions,
         request: Request,
-    ) -> tuple[list[dict[str, Any]], int]:
-        """Bring the sequence up to the prompt; return the messages that fit, and how many tokens were evaluated."""
+    ) -> Generator[Signal, None, list[dict[str, Any]]]:
+        """Bring the sequence up to the prompt; return the messages that fit."""
         context = self._llm.context
         n_cells = context.options.n_cells
         room = n_cells // 4 if options.max_tokens is None else min(options.max_tokens, n_cells // 4)
@@ -241,8 +255,10 @@ class Chat:
             fewer = self._fewer(messages) if is_shorter and length + room > n_cells else None
             if fewer is None:
                 try:
-                    assign = partial(sequence.assign, ids, cancel=request)
-                    return messages, self._llm.chats.with_room(assign, keep=self)
+                    assign = partial(sequence.assign, ids, cancel=request, evaluate=False)
+                    yield from self._llm.chats.room(request, assign, keep=self)
+                    yield from request.evaluate(sequence)
+                    return messages
                 except ContextFullError:
                     fewer = self._fewer(messages) if is_shorter else None
                     if fewer is None:
@@ -373,12 +389,19 @@ class Chat:
         if sequence is not None and not sequence.closed and (len(sequence) or not self._parked):
             return sequence
 
-        def work(request: Request) -> Iterator[TokenSequence]:
-            sequence = self._open()
-            self._llm.chats.with_room(partial(sequence.assign, self._held, cancel=request), keep=self)
+        def work(request: Request) -> Iterator[TokenSequence | Signal]:
+            sequence = yield from self._open(request)
+            assign = partial(sequence.assign, self._held, cancel=request, evaluate=False)
+            yield from self._llm.chats.room(request, assign, keep=self)
+            yield from request.evaluate(sequence)
             yield sequence
 
-        return self._llm.queue.call(work)
+        return self._llm.queue.call(work, key=self)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether an answer is written."""
+        return self._running is not None
 
     def undo(self) -> list[dict[str, Any]]:
         """Take back the last turn, and return its messages. One that is running is stopped, and nothing else undone."""
@@ -440,12 +463,13 @@ class Chat:
         """The tokens of the sequence, or of the one before it if nothing is evaluated yet."""
         return list(self._sequence or ()) or self._parked
 
-    def _open(self) -> TokenSequence:
+    def _open(self, request: Request) -> Generator[Signal, None, TokenSequence]:
         """Return the open sequence; one that was just opened holds nothing yet."""
         self._check_open()
         sequence = self._sequence
         if sequence is None or sequence.closed:
-            self._sequence = sequence = self._llm.chats.with_room(self._llm.context.sequence, keep=self)
+            sequence = yield from self._llm.chats.room(request, self._llm.context.sequence, keep=self)
+            self._sequence = sequence
         self._llm.chats.use(self)
         return sequence
 

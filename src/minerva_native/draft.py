@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,10 +13,11 @@ from .calling import CallDecoder, ToolUse, read_choice
 from .chat import ChatTemplate
 from .completion import Chunk, Completion, Timings, TokenLogprob, Usage
 from .engine.gate import CancelToken
+from .errors import MinervaError
 from .generation import Guide, generate, guide_of
 from .model import Model
 from .reasoning import AfterReasoning, ReasoningDecoder, opens_reasoning
-from .requests import Request, check_timeout
+from .requests import Request, Signal, check_timeout
 from .sampling import Sampler, SamplingParams
 from .sequence import Sequence as TokenSequence
 from .speculative import Speculation
@@ -201,6 +203,8 @@ class Draft:
         if tools is not None:
             constraint = constraint or tools.constraint
         self._guide = self._guided(constraint)
+        # Forced tokens have log-probabilities only if others are asked for, too.
+        self._top_logprobs = options.top_logprobs or int(options.logprobs and self._guide is not None)
         self._n_forced = 0
         self._texts: list[str] = []
         self._reasonings: list[str] = []
@@ -209,6 +213,23 @@ class Draft:
         self._tool_errors: list[str] = []
         self.tokens: list[int] = []
         self.last = Chunk(finish_reason="length")
+
+    @property
+    def sequence(self) -> TokenSequence:
+        """The sequence that it is written into."""
+        return self._sequence
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the next token depends on logits: a constraint may leave only one."""
+        if self.last.usage is not None:  # it is finished
+            return False
+        if self._guide is None or self._top_logprobs:
+            return True
+        try:
+            return self._guide.forced() is None
+        except MinervaError:  # which the next step raises
+            return True
 
     def _decoder(self) -> ReasoningDecoder | None:
         options, sequence = self._options, self._sequence
@@ -253,11 +274,14 @@ class Draft:
             stop=options.stop,
             cancel=self._request,
             decoder=reasoning if self._calls is None else self._calls,
-            # Forced tokens have log-probabilities only if others are asked for, too.
-            top_logprobs=options.top_logprobs or int(has_logprobs and self._guide is not None),
+            top_logprobs=self._top_logprobs,
             constraint=self._guide,
             speculate=self._speculation,
         )
+        request = self._request
+        request.writers = (self,)
+        if request.is_dropped:
+            raise request.cancelled()
         for step in steps:
             chunk = Chunk(step.text, step.token)
             tokens.append(step.token)
@@ -277,6 +301,10 @@ class Draft:
                 chunk.finish_reason = step.finish_reason
                 self._finish(chunk)
             yield chunk
+            if request.is_dropped:
+                self._finish(Chunk(finish_reason="cancelled"))
+                yield self.last
+                return
         if not tokens:  # none was asked for
             self._finish(self.last)
             yield self.last
@@ -316,10 +344,15 @@ class Draft:
         chunk.dropped_turns = self._dropped_turns
         self.last = chunk
 
+    @property
+    def mean_logprob(self) -> float:
+        """The mean of the tokens' log-probabilities, which have to be asked for; minus infinity without any."""
+        entries = self._logprobs[-len(self.tokens) :] if self.tokens else []
+        values = [entry.logprob for entry in entries if entry.logprob is not None]
+        return sum(values) / len(values) if values else -math.inf
+
     def completion(self) -> Completion:
-        """Return the whole, writing what is not written yet."""
-        for _ in () if self.last.usage else self.chunks():
-            pass
+        """Return the whole, once it is written."""
         last = self.last
         return Completion(
             text="".join(self._texts),
@@ -340,3 +373,14 @@ class Draft:
             # A stop string is not part of the text, but what the guide has seen.
             is_complete=self._guide is None or (last.finish_reason != "stop" and self._guide.can_end),
         )
+
+
+def write_together(request: Request, drafts: Sequence[Draft]) -> Iterator[Signal]:
+    """Write several drafts of one request side by side."""
+    writing = {draft: draft.chunks() for draft in drafts}
+    while writing:
+        request.writers = tuple(writing)
+        yield Signal.EVALUATE
+        for draft, chunks in list(writing.items()):
+            if next(chunks).finish_reason is not None:
+                del writing[draft]

@@ -1,33 +1,39 @@
 """`LLM`: what people do with a model, in one object over the engine."""
 
+import contextlib
 import dataclasses
 import inspect
 import math
 import os
+import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, NoReturn, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Self, TypeAlias, overload
 
-from ._arguments import integer, many, path, what
-from .calling import ToolGiven, described
+from ._arguments import flag, function, integer, many, path, what
+from .beams import BeamSearch, check_beams
+from .calling import ToolGiven, ToolUse, described
 from .chat import ChatTemplate, Message
 from .completion import Chunk, Completion, TokenLogprob
 from .context import Context
 from .conversation import Chat, OpenChats, WhenFull, read_chat
-from .draft import Draft, RequestOptions
+from .draft import Draft, RequestOptions, write_together
 from .engine.gate import CancelToken
-from .errors import EmptySequenceError, MinervaError, SequencesInUseError, TemplateError
+from .errors import ContextFullError, EmptySequenceError, MinervaError, SequencesInUseError, TemplateError
 from .model import Model
 from .options import ContextOptions
-from .requests import AsyncStream, Request, RequestQueue, Stream
+from .requests import AsyncStream, Request, RequestQueue, Signal, Stream
 from .sampling import logprob
+from .scheduler import Scheduler
 from .sequence import Sequence as TokenSequence
 from .speculative import DraftModel, Speculation
 from .tokenizer import TokenIds, Tokenizer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 Prompt = str | TokenIds
 """A text, which is encoded as the model expects it (with its BOS), or token ids, which are taken as they are."""
@@ -52,13 +58,39 @@ class Scores(NamedTuple):
     logprobs: list[float]
 
 
+Echoed: TypeAlias = tuple[str, list[TokenLogprob]]
+"""The text of a prompt, and the log-probabilities of its tokens if they were asked for."""
+
+
+class Beginning(NamedTuple):
+    """A prompt that is evaluated, for answers to go on from.
+
+    Attributes:
+        sequence: holds the prompt.
+        cached_tokens: how many of its tokens were not evaluated.
+        is_chat: whether it is messages.
+        tools: which tools the answers may call, and how.
+        echoed: the prompt, if answers begin with it.
+    """
+
+    sequence: TokenSequence
+    cached_tokens: int = 0
+    is_chat: bool = False
+    tools: ToolUse | None = None
+    echoed: Echoed | None = None
+
+
+Begin: TypeAlias = Callable[[Request], Generator[Signal, None, Beginning]]
+"""Evaluates the prompt of a request."""
+
+
 class LLM:
     """A model, its context and its chat template, with a queue in front: text, chats and probabilities from any thread.
 
-    Requests are served one after another in the order they came. `async` methods have the names of the others with an
-    `a` before them; they never block the event loop. Whatever a request takes beside its prompt is a keyword: the
-    fields of `RequestOptions` (`max_tokens`, `stop`, `logprobs`, `timeout`, `cancel`, ...) and of `SamplingParams`
-    (`temperature`, `seed`, ...), whose defaults are the model's own.
+    Requests are served in the order they came, one after another or up to `n_parallel` at once. `async` methods have
+    the names of the others with an `a` before them; they never block the event loop. Whatever a request takes beside
+    its prompt is a keyword: the fields of `RequestOptions` (`max_tokens`, `stop`, `logprobs`, `timeout`, `cancel`, ...)
+    and of `SamplingParams` (`temperature`, `seed`, ...), whose defaults are the model's own.
 
     What a finished request has evaluated stays in the KV cache while there is room: a prompt that begins like an
     earlier one is evaluated from where they part. A request leaves the queue, or ends within a token, when it is
@@ -71,11 +103,15 @@ class LLM:
         template: a chat template, if not the model's own.
         on_full: what a chat does if its messages do not fit. "error" raises `ContextFullError`. "drop_turns" drops the
             oldest turns after the system prompt. A function gets the messages and returns fewer.
-        n_parallel: how many requests are served at once; only 1 so far.
+        n_parallel: how many requests to serve at once, a token of each in one batch. They share the `n_ctx` tokens.
         cache_dir: not there yet.
         speculate: guesses tokens, to evaluate several in one pass. "lookup" guesses that the text repeats, a smaller
             `Model` of the same vocabulary writes drafts; or a function of the tokens and a number for so many guesses.
-        options: those of `Model.load` and `ContextOptions`; `n_seq` is 8 by default.
+        deterministic: make what is computed for a request depend on nothing else, neither on what is served beside it
+            nor on what was before. Each sequence is evaluated by itself and has its share of the `n_ctx` tokens, and
+            nothing is reused between requests: slower, but equal to the last bit.
+        options: those of `Model.load` and `ContextOptions`; `n_seq` is 8 by default, and one more for each request that
+            may be served beside the first.
 
     Attributes:
         model: the model.
@@ -101,19 +137,28 @@ class LLM:
         n_parallel: int = 1,
         cache_dir: str | os.PathLike[str] | None = None,
         speculate: Any = None,
+        deterministic: bool = False,
         **options: Any,
     ):
         if cache_dir is not None:
             raise MinervaError("cache_dir= does nothing yet: leave it out")
-        if integer("n_parallel", n_parallel, 1) > 1:
-            raise MinervaError("n_parallel is 1 so far: requests are served one after another")
+        n_parallel = integer("n_parallel", n_parallel, 1)
+        deterministic = flag("deterministic", deterministic)
         if not callable(on_full) and not (isinstance(on_full, str) and on_full in ("error", "drop_turns")):
             raise ValueError(f'on_full must be "error", "drop_turns" or a function, not {on_full!r}')
         loading = {name: options.pop(name) for name in sorted(_OF_LOADING & options.keys())}
         unknown = sorted(options.keys() - _OF_CONTEXT)
         if unknown:
             raise TypeError(f"LLM() has no argument {unknown[0]!r}: see Model.load and ContextOptions")
-        context_options = ContextOptions(**{"n_seq": _N_SEQ, **options})
+        defaults: dict[str, Any] = {"n_seq": n_parallel - 1 + _N_SEQ}
+        if deterministic:
+            defaults = {"n_seq": n_parallel + 1, "kv_unified": False, "prefix_cache": False}
+            wrong = [name for name in ("kv_unified", "prefix_cache") if options.get(name)]
+            if wrong:
+                raise ValueError(f"{wrong[0]} has no place beside deterministic=True: it changes roundings")
+        context_options = ContextOptions(**{**defaults, **options})
+        if context_options.n_seq < n_parallel:
+            raise ValueError(f"n_seq={context_options.n_seq} is too few for n_parallel={n_parallel}")
         if isinstance(template, str):
             template = ChatTemplate(template)
         elif template is not None and not isinstance(template, ChatTemplate):
@@ -142,7 +187,8 @@ class LLM:
             raise
         self.tokenizer: Tokenizer = self.model.tokenizer
         self.on_full = on_full
-        self.queue, self.chats = RequestQueue(), OpenChats()
+        self.chats, self._n_parallel = OpenChats(), n_parallel
+        self.queue = RequestQueue(Scheduler(self.context, self.chats, n_parallel, deterministic))
         self._close = weakref.finalize(self, _close, self.queue, self.context, drafter, owned)
 
     def options(self, caller: str, options: Mapping[str, Any]) -> RequestOptions:
@@ -160,11 +206,23 @@ class LLM:
 
     # Text
 
-    def complete(self, prompt: Prompt, **options: Any) -> Completion:
+    def complete(
+        self,
+        prompt: Prompt,
+        n: int = 1,
+        best_of: int | None = None,
+        beam_width: int | None = None,
+        **options: Any,
+    ) -> Completion:
         """Continue a text, and return what was made.
 
         Args:
             prompt: a text, or token ids.
+            n: how many continuations to make; the others are `Completion.alternatives`. With a seed each takes the next
+                one. They are written side by side, as many at once as there are places.
+            best_of: make as many, and return the `n` whose tokens have the highest mean log-probability.
+            beam_width: instead of drawing, look for the most likely texts by beam search with so many at each length,
+                and return the `n` best by the mean log-probability of their tokens.
             options: the fields of `RequestOptions` and `SamplingParams`.
 
         Raises:
@@ -175,7 +233,8 @@ class LLM:
             ClosedError: the LLM is closed.
         """
         parsed = self.options("complete", options)
-        return self.queue.call(self._completing(self._encoder(prompt), parsed), **parsed.limits)
+        work = self._completing(self._from_text(prompt, parsed), parsed, n, best_of, beam_width)
+        return self.queue.call(work, **parsed.limits)
 
     def stream(self, prompt: Prompt, **options: Any) -> Stream[Chunk]:
         """Do what `complete` does, and return an iterator over the pieces as they are made.
@@ -183,21 +242,82 @@ class LLM:
         The request is in the queue at once, and does not wait to be iterated. Closing the iterator stops it.
         """
         parsed = self.options("stream", options)
-        return self.queue.stream(self._streaming(self._encoder(prompt), parsed), **parsed.limits)
+        return self.queue.stream(self._streaming(self._from_text(prompt, parsed), parsed), **parsed.limits)
 
-    async def acomplete(self, prompt: Prompt, **options: Any) -> Completion:
+    async def acomplete(
+        self,
+        prompt: Prompt,
+        n: int = 1,
+        best_of: int | None = None,
+        beam_width: int | None = None,
+        **options: Any,
+    ) -> Completion:
         """Do what `complete` does, without blocking the event loop."""
         parsed = self.options("acomplete", options)
-        return await self.queue.acall(self._completing(self._encoder(prompt), parsed), **parsed.limits)
+        work = self._completing(self._from_text(prompt, parsed), parsed, n, best_of, beam_width)
+        return await self.queue.acall(work, **parsed.limits)
 
     def astream(self, prompt: Prompt, **options: Any) -> AsyncStream[Chunk]:
         """Do what `stream` does, as an asynchronous iterator."""
         parsed = self.options("astream", options)
-        return self.queue.astream(self._streaming(self._encoder(prompt), parsed), **parsed.limits)
+        return self.queue.astream(self._streaming(self._from_text(prompt, parsed), parsed), **parsed.limits)
 
-    def map(self, prompts: Iterable[Prompt], **options: Any) -> list[Completion]:
-        """Complete several prompts, and return the completions in the same order."""
-        return [self.complete(prompt, **options) for prompt in list(many("prompts", prompts))]
+    @overload
+    def map(
+        self,
+        prompts: Iterable[Prompt],
+        return_exceptions: Literal[False] = False,
+        progress: bool | None = None,
+        on_progress: Callable[[int, int], object] | None = None,
+        **options: Any,
+    ) -> list[Completion]: ...
+    @overload
+    def map(
+        self,
+        prompts: Iterable[Prompt],
+        return_exceptions: bool,
+        progress: bool | None = None,
+        on_progress: Callable[[int, int], object] | None = None,
+        **options: Any,
+    ) -> list[Completion | Exception]: ...
+    def map(
+        self,
+        prompts: Iterable[Prompt],
+        return_exceptions: bool = False,
+        progress: bool | None = None,
+        on_progress: Callable[[int, int], object] | None = None,
+        **options: Any,
+    ) -> list[Completion] | list[Completion | Exception]:
+        """Complete several prompts, `n_parallel` at once, and return the completions in the order of the prompts.
+
+        Args:
+            prompts: texts or token ids.
+            return_exceptions: put what went wrong with a prompt into its place in the list; else the first error stops
+                the others and is raised.
+            progress: show a progress bar on stderr; by default if that is a terminal.
+            on_progress: called with the prompts done and the prompts in all.
+            options: see `complete`; a `seed` is that of each.
+
+        Raises what `complete` does.
+        """
+        function("on_progress", on_progress)
+        parsed = self.options("map", options)
+        works = [self._completing(self._from_text(prompt, parsed), parsed, 1) for prompt in many("prompts", prompts)]
+        with contextlib.ExitStack() as stack:
+            bar = (
+                stack.enter_context(_progress_bar())
+                if (sys.stderr.isatty() if progress is None else progress)
+                else None
+            )
+            task = None if bar is None else bar.add_task("Completing", total=len(works))
+
+            def show(done: int) -> None:
+                if bar is not None and task is not None:
+                    bar.update(task, completed=done)
+                if on_progress is not None:
+                    on_progress(done, len(works))
+
+            return self.queue.gather(works, 2 * self._n_parallel, return_exceptions, show, **parsed.limits)
 
     # Messages
 
@@ -241,6 +361,7 @@ class LLM:
         tools: Sequence[ToolGiven] | None = None,
         n: int = 1,
         stream: Literal[False] = False,
+        best_of: int | None = None,
         **options: Any,
     ) -> Completion: ...
     @overload
@@ -259,6 +380,7 @@ class LLM:
         tools: Sequence[ToolGiven] | None = None,
         n: int = 1,
         stream: bool = False,
+        best_of: int | None = None,
         **options: Any,
     ) -> Completion | Stream[Chunk]:
         """Answer messages, which are kept nowhere; what was evaluated of them before is found in the KV cache.
@@ -268,30 +390,38 @@ class LLM:
             tools: what the model may call: functions with type hints, or descriptions (dicts) as in OpenAI's API.
             n: how many answers to make; the others are `Completion.alternatives`. With a seed each takes the next one.
             stream: return an iterator over the pieces of the one answer.
+            best_of: see `complete`.
             options: see `complete`.
         """
-        work, parsed = self._answering("chat_completion", messages, tools, n, options)
-        if stream:
-            return self.queue.stream(self._in_pieces(work, n), **parsed.limits)
-        return self.queue.call(lambda request: iter([_together(work(request))]), **parsed.limits)
+        parsed = self._answer_options("chat_completion", options)
+        begin = self._from_messages(messages, tools, parsed)
+        if not stream:
+            return self.queue.call(self._completing(begin, parsed, n, best_of), **parsed.limits)
+        if n != 1 or best_of is not None:
+            raise ValueError("n must be 1 with stream=True, and best_of None: make a request for each")
+        return self.queue.stream(self._streaming(begin, parsed), **parsed.limits)
 
     async def achat_completion(
         self,
         messages: Sequence[Message],
         tools: Sequence[ToolGiven] | None = None,
         n: int = 1,
+        best_of: int | None = None,
         **options: Any,
     ) -> Completion:
         """Do what `chat_completion` does, without blocking the event loop."""
-        work, parsed = self._answering("achat_completion", messages, tools, n, options)
-        return await self.queue.acall(lambda request: iter([_together(work(request))]), **parsed.limits)
+        parsed = self._answer_options("achat_completion", options)
+        work = self._completing(self._from_messages(messages, tools, parsed), parsed, n, best_of)
+        return await self.queue.acall(work, **parsed.limits)
 
     def achat_completion_stream(
         self, messages: Sequence[Message], tools: Sequence[ToolGiven] | None = None, **options: Any
     ) -> AsyncStream[Chunk]:
         """Do what `chat_completion` does with `stream=True`, as an asynchronous iterator."""
-        work, parsed = self._answering("achat_completion_stream", messages, tools, 1, options)
-        return self.queue.astream(self._in_pieces(work, 1), **parsed.limits)
+        parsed = self._answer_options("achat_completion_stream", options)
+        return self.queue.astream(
+            self._streaming(self._from_messages(messages, tools, parsed), parsed), **parsed.limits
+        )
 
     # Probabilities
 
@@ -299,11 +429,11 @@ class LLM:
         """Return the tokens of a text, and the log-probability of each given those before it."""
         encode = self._encoder(text)
 
-        def work(request: Request) -> Iterator[Scores]:
+        def work(request: Request) -> Iterator[Scores | Signal]:
             ids = encode()
-            with self._sequence() as sequence:
-                scores = self.chats.with_room(lambda: sequence.score(ids, cancel=request))
-                yield Scores(ids, scores.tolist())
+            sequence, values = yield from self._scored(request, ids)
+            sequence.close()
+            yield Scores(ids, values)
 
         return self.queue.call(work, cancel=cancel, timeout=timeout)
 
@@ -332,12 +462,12 @@ class LLM:
         texts = list(dict.fromkeys(given))
         encoders = [self._encoder(prompt, text) for text in texts]
 
-        def work(request: Request) -> Iterator[dict[str, float]]:
+        def work(request: Request) -> Iterator[dict[str, float] | Signal]:
             candidates = [encode() for encode in encoders]
             shortest = min(map(len, candidates)) - 1  # at least one token of each has a probability
             n = next((at for at in range(shortest) if len({ids[at] for ids in candidates}) > 1), shortest)
-            with self._evaluated(candidates[0][:n], request) as (sequence, _):
-                logprobs = self._logprobs_of(sequence, [ids[n:] for ids in candidates], request)
+            with (yield from self._evaluated(request, candidates[0][:n])) as sequence:
+                logprobs = yield from self._logprobs_of(sequence, [ids[n:] for ids in candidates], request)
             largest = max(logprobs)
             weights = [math.exp(value - largest) for value in logprobs]
             yield {text: weight / sum(weights) for text, weight in zip(texts, weights, strict=True)}
@@ -355,129 +485,194 @@ class LLM:
     # On the queue's thread
 
     def _completing(
-        self, encode: Callable[[], list[int]], options: RequestOptions
-    ) -> Callable[[Request], Iterator[Completion]]:
-        def work(request: Request) -> Iterator[Completion]:
-            with self._draft(encode, options, request) as draft:
-                yield draft.completion()
-
-        return work
-
-    def _streaming(
-        self, encode: Callable[[], list[int]], options: RequestOptions
-    ) -> Callable[[Request], Iterator[Chunk]]:
-        def work(request: Request) -> Iterator[Chunk]:
-            with self._draft(encode, options, request) as draft:
-                yield from draft.chunks()
-
-        return work
-
-    def _answering(
-        self,
-        caller: str,
-        messages: Sequence[Message],
-        tools: Sequence[ToolGiven] | None,
-        n: int,
-        options: Mapping[str, Any],
-    ) -> tuple[Callable[[Request], Iterator[Draft]], RequestOptions]:
-        """Return what yields a draft of each answer, and the options."""
-        template = self._chosen(None)
-        parsed = self.options(caller, {"thinking_tags": template.thinking_tags, **options})
+        self, begin: Begin, options: RequestOptions, n: int, best_of: int | None = None, beam_width: int | None = None
+    ) -> Callable[[Request], Iterator[Completion | Signal]]:
+        """Return the work that yields a completion, with the others that were asked for as its alternatives."""
         n = integer("n", n, 1, _MOST_ANSWERS)
-        read, descriptions = described(() if tools is None else tools)
-        use = parsed.tools_of(read, template, self.tokenizer)
+        n_drafts = n if best_of is None else integer("best_of", best_of, n, _MOST_ANSWERS)
+        width = 0 if beam_width is None else integer("beam_width", beam_width, n, _MOST_ANSWERS)
+        if width:
+            check_beams(options)
+            if best_of is not None:
+                raise TypeError("give best_of or beam_width, not both")
+        written = dataclasses.replace(options, logprobs=True) if n_drafts > n else options
 
-        def work(request: Request) -> Iterator[Draft]:
+        def work(request: Request) -> Iterator[Completion | Signal]:
+            beginning = yield from begin(request)
+            with beginning.sequence as sequence:
+                if width:
+                    search = BeamSearch(request, self.chats, width, options.max_tokens)
+                    answers = yield from search.run(sequence, beginning.cached_tokens, beginning.is_chat)
+                else:
+                    drafts = yield from self._written(request, beginning, written, n_drafts)
+                    if n_drafts > n:
+                        drafts.sort(key=lambda draft: -draft.mean_logprob)
+                    answers = [draft.completion() for draft in drafts]
+            if not options.logprobs:
+                answers = [dataclasses.replace(answer, logprobs=None) for answer in answers]
+            yield dataclasses.replace(answers[0], alternatives=tuple(answers[1:n]))
+
+        return work
+
+    def _streaming(self, begin: Begin, options: RequestOptions) -> Callable[[Request], Iterator[Chunk | Signal]]:
+        """Return the work that yields the pieces of one answer."""
+
+        def work(request: Request) -> Iterator[Chunk | Signal]:
+            beginning = yield from begin(request)
+            with beginning.sequence as sequence:
+                self.chats.leave_room(self.context, options.max_tokens)
+                yield from self._draft(request, beginning, sequence, options).chunks()
+
+        return work
+
+    def _written(
+        self, request: Request, beginning: Beginning, options: RequestOptions, count: int
+    ) -> Generator[Signal, None, list[Draft]]:
+        """Return `count` answers, written side by side in forks, as many at once as there are places."""
+        drafts: list[Draft] = []
+        while len(drafts) < count:
+            n_left = count - len(drafts)
+            forks = yield from self._forks(request, beginning.sequence, n_left - 1)
+            try:
+                sequences = [*forks, beginning.sequence] if len(forks) == n_left - 1 else forks
+                wanted = None if options.max_tokens is None else options.max_tokens * len(sequences)
+                self.chats.leave_room(self.context, wanted)
+                wave = [
+                    self._draft(request, beginning, sequence, options, seed_offset=len(drafts) + at)
+                    for at, sequence in enumerate(sequences)
+                ]
+                if len(wave) == 1:
+                    for _ in wave[0].chunks():
+                        yield Signal.STEP
+                else:
+                    yield from write_together(request, wave)
+                drafts += wave
+            finally:
+                _close_all(forks)
+        return drafts
+
+    def _draft(
+        self,
+        request: Request,
+        beginning: Beginning,
+        sequence: TokenSequence,
+        options: RequestOptions,
+        seed_offset: int = 0,
+    ) -> Draft:
+        return Draft(
+            sequence,
+            options,
+            request,
+            cached_tokens=beginning.cached_tokens,
+            is_chat=beginning.is_chat,
+            tools=beginning.tools,
+            speculation=self.speculation(),
+            echoed=beginning.echoed,
+            seed_offset=seed_offset,
+        )
+
+    def _forks(self, request: Request, sequence: TokenSequence, n: int) -> Generator[Signal, None, list[TokenSequence]]:
+        """Return `n` forks of a sequence, or fewer if there are not so many places, but at least one."""
+        forks: list[TokenSequence] = []
+        try:
+            while len(forks) < n:
+                try:
+                    forks.append(self.chats.with_room(sequence.fork))
+                except (ContextFullError, SequencesInUseError):
+                    if forks:
+                        break
+                    forks.append((yield from self.chats.room(request, sequence.fork)))
+        except BaseException:
+            _close_all(forks)
+            raise
+        return forks
+
+    def _from_text(self, prompt: Prompt, options: RequestOptions) -> Begin:
+        encode = self._encoder(prompt)
+
+        def begin(request: Request) -> Generator[Signal, None, Beginning]:
+            ids = encode()
+            if options.echo and options.logprobs:
+                sequence, values = yield from self._scored(request, ids)
+                entries = [
+                    TokenLogprob(token, self.tokenizer.piece(token, special=True), None if math.isnan(value) else value)
+                    for token, value in zip(ids, values, strict=True)
+                ]
+                return Beginning(sequence, echoed=(self.tokenizer.decode(ids), entries))
+            sequence = yield from self._evaluated(request, ids)
+            echoed: Echoed | None = (self.tokenizer.decode(ids), []) if options.echo else None
+            return Beginning(sequence, max(0, len(ids) - request.n_evaluated), echoed=echoed)
+
+        return begin
+
+    def _from_messages(
+        self, messages: Sequence[Message], tools: Sequence[ToolGiven] | None, options: RequestOptions
+    ) -> Begin:
+        template = self._chosen(None)
+        read, descriptions = described(() if tools is None else tools)
+        use = options.tools_of(read, template, self.tokenizer)
+
+        def begin(request: Request) -> Generator[Signal, None, Beginning]:
             shown = descriptions if use is not None else []
             said = template.with_arguments(messages)
-            ids = template.encode(self.tokenizer, said, shown or None, **parsed.chat_template_kwargs)
-            with self._evaluated(ids, request) as (sequence, cached):
-                self.chats.leave_room(self.context, parsed.max_tokens)
-                for number in range(n):
-                    is_last = number == n - 1
-                    answer = sequence if is_last else self.chats.with_room(sequence.fork)
-                    try:
-                        yield Draft(
-                            answer,
-                            parsed,
-                            request,
-                            cached_tokens=cached,
-                            is_chat=True,
-                            tools=use,
-                            speculation=self.speculation(),
-                            seed_offset=number,
-                        )
-                    finally:
-                        if not is_last:
-                            answer.close()
+            ids = template.encode(self.tokenizer, said, shown or None, **options.chat_template_kwargs)
+            sequence = yield from self._evaluated(request, ids)
+            return Beginning(sequence, max(0, len(ids) - request.n_evaluated), is_chat=True, tools=use)
 
-        return work, parsed
+        return begin
 
-    def _in_pieces(self, work: Callable[[Request], Iterator[Draft]], n: int) -> Callable[[Request], Iterator[Chunk]]:
-        if n != 1:
-            raise ValueError(f"n must be 1 with stream=True, not {n}: make a request for each")
-        return lambda request: (chunk for draft in work(request) for chunk in draft.chunks())
+    def _answer_options(self, caller: str, options: Mapping[str, Any]) -> RequestOptions:
+        return self.options(caller, {"thinking_tags": self._chosen(None).thinking_tags, **options})
 
-    @contextmanager
-    def _draft(self, encode: Callable[[], list[int]], options: RequestOptions, request: Request) -> Iterator[Draft]:
-        ids = encode()
-        if not (options.echo and options.logprobs):
-            with self._evaluated(ids, request) as (sequence, cached):
-                echoed: tuple[str, list[TokenLogprob]] | None = (
-                    (self.tokenizer.decode(ids), []) if options.echo else None
-                )
-                self.chats.leave_room(self.context, options.max_tokens)
-                yield Draft(
-                    sequence, options, request, cached_tokens=cached, speculation=self.speculation(), echoed=echoed
-                )
-            return
-        with self._sequence() as sequence:
-            scores = self.chats.with_room(lambda: sequence.score(ids, cancel=request)).tolist()
-            entries = [
-                TokenLogprob(token, self.tokenizer.piece(token, special=True), None if math.isnan(value) else value)
-                for token, value in zip(ids, scores, strict=True)
-            ]
-            self.chats.leave_room(self.context, options.max_tokens)
-            yield Draft(sequence, options, request, cached_tokens=0, echoed=(self.tokenizer.decode(ids), entries))
-
-    @contextmanager
-    def _sequence(self) -> Iterator[TokenSequence]:
-        with self.chats.with_room(self.context.sequence) as sequence:
-            yield sequence
-
-    @contextmanager
-    def _evaluated(self, ids: list[int], request: Request) -> Iterator[tuple[TokenSequence, int]]:
-        """Lend a sequence with an evaluated prompt, and say how many of its tokens were cached."""
+    def _evaluated(self, request: Request, ids: list[int]) -> Generator[Signal, None, TokenSequence]:
+        """Return a new sequence with an evaluated prompt."""
         if not ids:
             raise EmptySequenceError("the prompt has no tokens, and this model does not begin texts with a BOS token")
-        with self._sequence() as sequence:
-            n_evaluated = self.chats.with_room(lambda: sequence.extend(ids, cancel=request))
-            yield sequence, len(ids) - n_evaluated
+        sequence = yield from self.chats.room(request, self.context.sequence)
+        try:
+            add = partial(sequence.extend, ids, cancel=request, evaluate=False)
+            yield from self.chats.room(request, add)
+            yield from request.evaluate(sequence)
+        except BaseException:
+            sequence.close()
+            raise
+        return sequence
 
-    def _logprobs_of(self, sequence: TokenSequence, endings: list[list[int]], request: Request) -> list[float]:
+    def _scored(self, request: Request, ids: list[int]) -> Generator[Signal, None, tuple[TokenSequence, list[float]]]:
+        """Return a new sequence, and the log-probabilities of its tokens, computed in pieces."""
+        sequence = yield from self.chats.room(request, self.context.sequence)
+        values: list[float] = []
+        try:
+            for start in range(0, max(1, len(ids)), self.context.n_ubatch):
+                piece = ids[start : start + self.context.n_ubatch]
+                scores = yield from self.chats.room(request, partial(sequence.score, piece, cancel=request))
+                values += scores.tolist()
+                yield Signal.STEP
+        except BaseException:
+            sequence.close()
+            raise
+        return sequence, values
+
+    def _logprobs_of(
+        self, sequence: TokenSequence, endings: list[list[int]], request: Request
+    ) -> Generator[Signal, None, list[float]]:
         """Return the log-probability of each ending of a sequence, all of them a token further with each batch."""
         logits = sequence.logits
         sums = [logprob(logits, ids[0]) for ids in endings]
         waiting = [at for at, ids in enumerate(endings) if len(ids) > 1]
         while waiting:
-            forks: dict[int, TokenSequence] = {}
+            made = yield from self._forks(request, sequence, len(waiting))
+            forks = dict(zip(waiting, made, strict=False))
             try:
-                for at in waiting:
-                    try:
-                        forks[at] = self.chats.with_room(sequence.fork)
-                    except SequencesInUseError:
-                        if not forks:
-                            raise
-                        break
                 for depth in range(max(len(endings[at]) for at in forks) - 1):
                     growing = {fork: [endings[at][depth]] for at, fork in forks.items() if depth + 1 < len(endings[at])}
-                    self.chats.with_room(partial(self.context.extend, growing, cancel=request))
+                    yield from self.chats.room(request, partial(self.context.extend, growing, cancel=request))
                     for at, fork in forks.items():
                         if fork in growing:
                             sums[at] += logprob(fork.logits, endings[at][depth + 1])
+                    yield Signal.STEP
             finally:
-                for fork in forks.values():
-                    fork.close()
+                _close_all(made)
             waiting = [at for at in waiting if at not in forks]
         return sums
 
@@ -539,6 +734,14 @@ def _close(queue: RequestQueue, context: Context, drafter: DraftModel | None, mo
         model.close()
 
 
+def _progress_bar() -> "Progress":
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
 def _template_of(model: Model) -> ChatTemplate | None:
     """Return a model's own template; None if it has none, or one that cannot be compiled."""
     try:
@@ -547,7 +750,6 @@ def _template_of(model: Model) -> ChatTemplate | None:
         return None
 
 
-def _together(drafts: Iterator[Draft]) -> Completion:
-    """Write drafts, one after another, and return the first with the others as its alternatives."""
-    first, *others = [draft.completion() for draft in drafts]
-    return dataclasses.replace(first, alternatives=tuple(others))
+def _close_all(sequences: Iterable[TokenSequence]) -> None:
+    for sequence in sequences:
+        sequence.close()

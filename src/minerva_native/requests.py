@@ -1,4 +1,4 @@
-"""The queue in front of a context: requests, the thread that serves them in order, and how callers get the results.
+"""The queue in front of a context: requests, the thread that serves them, and how callers get the results.
 
 One thread computes, so that a caller waits for a result and for nothing else: Ctrl-C, a cancelled task or a closed
 iterator is a flag that the computation looks at after each token.
@@ -10,14 +10,17 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from enum import Enum
+from functools import partial
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Any, Generic, NamedTuple, Self, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
 from ._arguments import cancel_token, what
 from .engine.gate import CancelToken
 from .errors import BrokenContextError, Cancelled, ClosedError, ReentryError
+from .sequence import Sequence as TokenSequence
 
 T = TypeVar("T")
 
@@ -28,6 +31,10 @@ class _End(NamedTuple):
     """What comes after the last item."""
 
     error: BaseException | None = None
+
+
+def _put(items: "SimpleQueue[Any]", at: int, item: Any) -> None:
+    items.put((at, item))
 
 
 _LONGEST_TIMEOUT = 10**9  # seconds
@@ -43,12 +50,44 @@ def check_timeout(timeout: object) -> None:
         raise ValueError(f"timeout must be from 0 to {_LONGEST_TIMEOUT:,} seconds, not {timeout}")
 
 
+class Signal(Enum):
+    """What a request's work yields besides results."""
+
+    STEP = "a step is done: others may have theirs"
+    EVALUATE = "evaluate what the writers have waiting before the next step"
+    BLOCKED = "there is no room: go on when another request has ended"
+
+
+class Writer(Protocol):
+    """What writes into a sequence."""
+
+    @property
+    def sequence(self) -> TokenSequence:
+        """The sequence."""
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the next step reads the sequence's logits."""
+
+
+class Prompt(NamedTuple):
+    """A sequence that waits to be evaluated."""
+
+    sequence: TokenSequence
+    needs_logits: bool = True
+
+
 class Request:
     """A piece of work, and the cancel token of everything that it calls.
 
     Attributes:
+        key: requests of one key, if it is not None, are served one after another.
         submitted: when it was made, by `time.perf_counter`.
         started: when its turn came, or None.
+        writers: what writes now, so that several requests can be evaluated together. Whoever does the work sets them.
+        n_evaluated: how many tokens of its prompt were evaluated.
+        may_wait: whether there are others, for whose end it can wait if there is no room.
+        is_dropped: whether it was stopped when its sequences had been taken away: it ends with what it has.
     """
 
     def __init__(
@@ -57,12 +96,18 @@ class Request:
         deliver: Callable[[Any], object],
         cancel: CancelToken | None = None,
         timeout: float | None = None,
+        key: object = None,
     ):
         cancel_token(cancel)
         check_timeout(timeout)
+        self.key = key
         self.submitted = time.perf_counter()
         self.started: float | None = None
-        self._work, self._deliver, self._cancel, self._timeout = work, deliver, cancel, timeout
+        self.writers: Sequence[Writer] = ()
+        self.n_evaluated = 0
+        self.may_wait = self.is_dropped = False
+        self.deliver = deliver
+        self._work, self._cancel, self._timeout = work, cancel, timeout
         self._deadline = None if timeout is None else self.submitted + timeout
         self._is_stopped = False
 
@@ -89,39 +134,47 @@ class Request:
             return Cancelled(f"the request was stopped by its timeout of {self._timeout:g} s before the first token")
         return Cancelled("the request was cancelled before the first token")
 
-    def run(self) -> None:
-        """Do the work, and deliver its results one by one."""
-        self.started = time.perf_counter()
-        deliver = self._deliver
-        try:
-            if self.is_set():
-                raise self.cancelled()
-            for item in self._work(self):
-                deliver(item)
-            deliver(_End())
-        except Cancelled as error:
-            deliver(_End(self.cancelled() if self.is_set() else error))
-        except BaseException as error:  # the caller's to handle, whatever it is
-            deliver(_End(error))
+    def evaluate(self, sequence: TokenSequence) -> Iterator[Signal]:
+        """Have what waits in a sequence evaluated; `n_evaluated` says how much that was. For `yield from`."""
+        self.writers, self.n_evaluated = (Prompt(sequence),), 0
+        yield Signal.EVALUATE
 
-    def fail(self, error: BaseException) -> None:
-        """Deliver an error instead of results."""
-        self._deliver(_End(error))
+    def start(self) -> Generator[Any, None, None]:
+        """Begin: what is returned does a step each time that it is asked, and yields a result or a signal."""
+        self.started = time.perf_counter()
+        if self.is_set():
+            raise self.cancelled()
+        yield from self._work(self)
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Deliver the end: of the results, or by an error."""
+        self.writers = ()
+        if isinstance(error, Cancelled) and self.is_set():
+            error = self.cancelled()
+        self.deliver(_End(error))
+
+
+class Server(Protocol):
+    """Serves requests; `scheduler.Scheduler` is one. Only the queue's thread uses it."""
+
+    def serve(self, queue: "RequestQueue") -> None:
+        """Serve requests until the queue is closed."""
 
 
 class RequestQueue:
-    """Serves requests one after another in the order they came, on a thread of its own. Safe to use from any thread."""
+    """Requests in the order they came, and the thread that serves them. Safe to use from any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, server: Server) -> None:
+        self._server = server
         self._waiting: deque[Request] = deque()
-        self._running: Request | None = None
+        self._served: list[Request] = []
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._process = os.getpid()
         self.closed = False
 
     def __len__(self) -> int:
-        """Return how many requests wait, without the one that is served."""
+        """Return how many requests wait, without those that are served."""
         return len(self._waiting)
 
     def submit(self, request: Request) -> None:
@@ -141,7 +194,9 @@ class RequestQueue:
                 raise ClosedError("this LLM is closed")
             self._waiting.append(request)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._serve, name="minerva_native LLM", daemon=True)
+                self._thread = threading.Thread(
+                    target=self._server.serve, args=(self,), name="minerva_native LLM", daemon=True
+                )
                 self._thread.start()
             self._changed.notify()
 
@@ -152,44 +207,54 @@ class RequestQueue:
             return True
         return False
 
+    def take(self, wait: bool) -> Request | None:
+        """Return the first request whose turn may come, as served; None if there is none, or the queue is closed.
+
+        `wait`: until there is one.
+        """
+        with self._changed:
+            while True:
+                keys = [request.key for request in self._served if request.key is not None]
+                for request in self._waiting:
+                    if request.key is None or not any(request.key is key for key in keys):
+                        self._waiting.remove(request)
+                        self._served.append(request)
+                        return request
+                if not wait or self.closed:
+                    return None
+                self._changed.wait()
+
+    def done(self, request: Request) -> None:
+        """Note that a request is not served any more."""
+        with self._changed:
+            self._served.remove(request)
+
     def close(self) -> None:
-        """Stop the request that is served, refuse those that wait, and end the thread."""
+        """Stop the requests that are served, refuse those that wait, and end the thread."""
         if self._process != os.getpid():
             return
         with self._changed:
             self.closed = True
             refused = list(self._waiting)
             self._waiting.clear()
-            if self._running is not None:
-                self._running.stop()
+            for request in self._served:
+                request.stop()
             self._changed.notify()
         for request in refused:
-            request.fail(ClosedError("this LLM was closed before the request's turn came"))
+            request.end(ClosedError("this LLM was closed before the request's turn came"))
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
-    def _serve(self) -> None:
-        while True:
-            with self._changed:
-                self._running = None
-                while not self._waiting and not self.closed:
-                    self._changed.wait()
-                if not self._waiting:
-                    return
-                self._running = request = self._waiting.popleft()
-            request.run()
-            del request
-
     # How a caller gets results
 
-    def stream(self, work: Callable[[Request], Iterator[T]], **limits: Any) -> "Stream[T]":
+    def stream(self, work: Callable[[Request], Iterator[T | Signal]], **limits: Any) -> "Stream[T]":
         """Return an iterator over what `work` yields; `limits` are `cancel` and `timeout`."""
         items: SimpleQueue[Any] = SimpleQueue()
         request = Request(work, items.put, **limits)
         self.submit(request)
         return Stream(self, request, items)
 
-    def call(self, work: Callable[[Request], Iterator[T]], **limits: Any) -> T:
+    def call(self, work: Callable[[Request], Iterator[T | Signal]], **limits: Any) -> T:
         """Return the one thing that `work` yields."""
         with self.stream(work, **limits) as results:
             result = next(results)
@@ -197,7 +262,58 @@ class RequestQueue:
                 pass
             return result
 
-    def astream(self, work: Callable[[Request], Iterator[T]], **limits: Any) -> "AsyncStream[T]":
+    def gather(
+        self,
+        works: Sequence[Callable[[Request], Iterator[Any]]],
+        n_at_once: int,
+        return_exceptions: bool,
+        on_done: Callable[[int], object],
+        **limits: Any,
+    ) -> list[Any]:
+        """Return the one thing that each of several works yields, in their order.
+
+        Args:
+            works: the works.
+            n_at_once: how many requests to have in the queue, or served, at one time.
+            return_exceptions: return errors in the place of results; else the first one stops the others.
+            on_done: called with the number of those that have ended.
+            limits: of each request.
+        """
+        arrived: SimpleQueue[tuple[int, Any]] = SimpleQueue()
+        results: list[Any] = [None] * len(works)
+        waiting: dict[int, Request] = {}
+        n_begun = 0
+        try:
+            while n_begun < len(works) or waiting:
+                while n_begun < len(works) and len(waiting) < n_at_once:
+                    at = n_begun
+                    waiting[at] = Request(works[at], partial(_put, arrived, at), **limits)
+                    self.submit(waiting[at])
+                    n_begun += 1
+                for request in list(waiting.values()):
+                    is_waiting = request.started is None and request.may_stop_itself
+                    if is_waiting and request.is_set() and self.withdraw(request):
+                        request.end(request.cancelled())
+                try:
+                    at, item = arrived.get(timeout=_LOOK_SECONDS)
+                except Empty:
+                    continue
+                if not isinstance(item, _End):
+                    results[at] = item
+                    continue
+                del waiting[at]
+                if item.error is not None:
+                    if not (return_exceptions and isinstance(item.error, Exception)):
+                        raise item.error
+                    results[at] = item.error
+                on_done(n_begun - len(waiting))
+        finally:
+            for request in waiting.values():
+                request.stop()
+                self.withdraw(request)
+        return results
+
+    def astream(self, work: Callable[[Request], Iterator[T | Signal]], **limits: Any) -> "AsyncStream[T]":
         """Return what `stream` does, for the running event loop, which is never blocked."""
         try:
             inbox = _Inbox(asyncio.get_running_loop())
@@ -211,7 +327,7 @@ class RequestQueue:
             inbox.loop.call_later(_LOOK_SECONDS, self._look, request, inbox.loop)
         return AsyncStream(self, request, inbox)
 
-    async def acall(self, work: Callable[[Request], Iterator[T]], **limits: Any) -> T:
+    async def acall(self, work: Callable[[Request], Iterator[T | Signal]], **limits: Any) -> T:
         """Return the one thing that `work` yields, without blocking the event loop."""
         results = self.astream(work, **limits)
         result = await anext(results)
@@ -226,7 +342,7 @@ class RequestQueue:
         if not request.is_set():
             loop.call_later(_LOOK_SECONDS, self._look, request, loop)
         elif self.withdraw(request):
-            request.fail(request.cancelled())
+            request.end(request.cancelled())
 
 
 class Stream(Generic[T]):

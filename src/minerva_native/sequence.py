@@ -120,9 +120,12 @@ class Sequence(AbstractSequence[int]):
         ids: TokenIds,
         on_progress: Callable[[int, int], object] | None = None,
         cancel: CancelToken | None = None,
+        evaluate: bool = True,
     ) -> int:
         """Add tokens and evaluate them in batches of `n_batch`; return how many were evaluated.
 
+        With `evaluate=False` they wait for `Context.evaluate`, which evaluates several sequences together, apart from
+        what another sequence has cached. Then it returns how many wait; without ids it looks again for what is cached.
         `on_progress` is called after each batch with the tokens done and the tokens in all. Raises `TypeError` or
         `ValueError` for what is no token id, `ContextFullError` if they do not fit. Whatever is raised, the sequence is
         as it was before, or as `on_full` has made it.
@@ -136,22 +139,26 @@ class Sequence(AbstractSequence[int]):
                 and 0 <= ids[0] < self._n_vocab
                 and on_progress is None
                 and cancel is None
+                and evaluate
                 and cache.extend_by_one(slot, ids[0])
             ):
                 return 1
             slot.check_open()
             function("on_progress", on_progress)
             with cache.handle:
-                return cache.extend(slot, self._tokenizer.as_array(ids), on_progress, cancel)
+                ids = self._tokenizer.as_array(ids)
+                return cache.extend(slot, ids, on_progress, cancel, evaluate=flag("evaluate", evaluate))
 
     def assign(
         self,
         ids: TokenIds,
         on_progress: Callable[[int, int], object] | None = None,
         cancel: CancelToken | None = None,
+        evaluate: bool = True,
     ) -> int:
         """Make the sequence these tokens, evaluating only what is not cached already; return how many that were.
 
+        With `evaluate=False` those wait for `Context.evaluate`.
         The longest prefix is kept that it has in common with them, or that another sequence has, open or closed. What
         is given up stays in the prefix cache while there is room, so that switching back costs nothing.
 
@@ -162,7 +169,7 @@ class Sequence(AbstractSequence[int]):
         with cache.gate.enter(cancel), cache.handle:
             slot.check_open()
             function("on_progress", on_progress)
-            return cache.assign(slot, self._tokenizer.as_array(ids), on_progress, cancel)
+            return cache.assign(slot, self._tokenizer.as_array(ids), on_progress, cancel, flag("evaluate", evaluate))
 
     def logits_after(self, ids: TokenIds, cancel: CancelToken | None = None) -> npt.NDArray[np.float32]:
         """Add tokens and evaluate them, with what waits, in one pass; return the logits before and after each of them.

@@ -215,14 +215,22 @@ class KVCache:
         on_progress: OnProgress | None = None,
         cancel: CancelToken | None = None,
         exactly: bool = False,
+        evaluate: bool = True,
     ) -> int:
-        """Add tokens and evaluate them; return how many were evaluated. `exactly`: those that are there must stay."""
+        """Add tokens and evaluate them; return how many were evaluated, or are to be.
+
+        `exactly`: those that are there must stay.
+        """
         slot.check_open()
-        if not ids.size:
-            return 0
         with self._rollback() as undo:
-            self._grow(slot, ids, undo, exactly)
-            return self._evaluate([slot], on_progress, cancel) if slot.n_waiting else 0
+            if ids.size:
+                self._grow(slot, ids, undo, exactly)
+                if evaluate and slot.n_waiting:
+                    return self._evaluate([slot], on_progress, cancel)
+            elif not evaluate:
+                slot.settle()
+                self.stats.tokens_reused += self._attach_prefix(slot)
+        return 0 if evaluate else slot.n_waiting
 
     def extend_by_one(self, slot: Slot, token: int) -> bool:
         """Add a valid token and evaluate it, if it is as simple as that; return whether it was.
@@ -272,13 +280,18 @@ class KVCache:
                 return False
         if self.runner.was_cancelled:
             self.runner.begin()
-        positions = [slot.n_cached for slot in slots]
-        ids = [slot.id for slot in slots]
-        self._decode(tuple(slots), count, self.runner.decode_each, count, tokens, positions, ids)
+        positions = self._decode_each(slots, tokens)
         pool.spare -= count
         for row, slot in enumerate(slots):
             slot.commit(positions[row] + 1, row, tokens[row])
         return True
+
+    def _decode_each(self, slots: list[Slot], tokens: list[int]) -> list[int]:
+        """Have libllama evaluate the next token of each slot in one batch; return their positions."""
+        positions = [slot.n_cached for slot in slots]
+        ids = [slot.id for slot in slots]
+        self._decode(tuple(slots), len(slots), self.runner.decode_each, len(slots), tokens, positions, ids)
+        return positions
 
     def assign(
         self,
@@ -286,8 +299,12 @@ class KVCache:
         new: Ids,
         on_progress: OnProgress | None = None,
         cancel: CancelToken | None = None,
+        evaluate: bool = True,
     ) -> int:
-        """Make the list these tokens, evaluating only what is not cached; return how many that were."""
+        """Make the list these tokens, evaluating only what is not cached; return how many were evaluated, or are to be.
+
+        If they are only to be, an error in evaluating them undoes nothing.
+        """
         slot.check_open()
         before = slot.tokens[:]
         n = common_prefix(before, new)
@@ -305,7 +322,7 @@ class KVCache:
                 slot.cut(n if kept is None else 0)
             n = len(slot.tokens)
             self.stats.tokens_reused += min(n, slot.n_cached)
-            return self.extend(slot, new[n:], on_progress, cancel, exactly=True)
+            return self.extend(slot, new[n:], on_progress, cancel, exactly=True, evaluate=evaluate)
 
     def _grow(self, slot: Slot, new: Ids, undo: "_Rollback", exactly: bool = False) -> None:
         """Add tokens to the list, with a cell for each, and share what others have cached of the whole."""
@@ -410,6 +427,9 @@ class KVCache:
         Whatever is raised, the lists are as they were, and what was evaluated stays cached.
         """
         slots = list(dict.fromkeys(slots))  # each once, or its tokens would be in a batch twice
+        is_simple = on_progress is None and cancel is None and (max_tokens is None or max_tokens >= len(slots))
+        if is_simple and self._evaluate_one_each(slots):
+            return 0
         for slot in slots:
             slot.check_open()
             self._check_not_empty(slot)
@@ -417,6 +437,23 @@ class KVCache:
         if lacking:
             self._evaluate(lacking, on_progress, cancel, max_tokens)
         return sum(slot.n_waiting for slot in lacking)
+
+    def _evaluate_one_each(self, slots: list[Slot]) -> bool:
+        """Evaluate the one token that waits in each slot, if it is as simple as that; return whether it was.
+
+        The fast path of sequences that are decoded together (bench/test_loop.py measures what it saves).
+        """
+        if not 0 < len(slots) <= self._max_batch or self.pool.spare < 0 or not self.memory.can_truncate:
+            return False
+        for slot in slots:
+            if slot.closed or len(slot.tokens) - slot.n_cached != 1 or not slot.in_sync or slot.id < 0:
+                return False
+        if self.runner.was_cancelled:
+            self.runner.begin()
+        positions = self._decode_each(slots, [slot.tokens[-1] for slot in slots])
+        for row, slot in enumerate(slots):
+            self.stats.tokens_reevaluated += slot.commit(positions[row] + 1, row)
+        return True
 
     def _check_not_empty(self, slot: Slot) -> None:
         if not slot.tokens:

@@ -1,0 +1,318 @@
+"""The scheduler: serves several requests over one context, a token of each in one batch.
+
+A request's work goes step by step. Before each round of steps the scheduler evaluates what they need in one batch: the
+last token of every text that is written, and beside them a piece of the prompts that are read, at most `n_ubatch`
+tokens in all (continuous batching with chunked prefill: Orca, OSDI 2022; Sarathi, arXiv:2308.16369). A request that is
+alone is not told what to evaluate: its steps are those of the plain decode loop.
+"""
+
+from collections.abc import Callable, Generator
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from .context import Context
+from .engine.slot import common_prefix
+from .errors import Cancelled, ContextFullError
+from .requests import Prompt, Request, RequestQueue, Signal
+from .sequence import Sequence
+
+T = TypeVar("T")
+
+_WORTH_WAITING = 16  # tokens of a prompt that another request is about to evaluate
+_MOST_STEPS = 64  # of one request that needs no logits, in a round
+_MOST_WAITING = 32  # tokens of a text that is written; with more, it was parked
+_SLACK = 64  # tokens that a parked request finds room for when it comes back
+
+
+class Room(Protocol):
+    """Makes room in a context; `conversation.OpenChats` does."""
+
+    def make_room(self) -> bool:
+        """Give up what nobody uses now; return False if there is nothing."""
+
+    def with_room(self, action: Callable[[], T]) -> T:
+        """Return what an action returns, making room for it if it finds none."""
+
+
+class _Served:
+    """A request that is served.
+
+    Attributes:
+        request: the request.
+        steps: does a step each time that it is asked.
+        parked: the tokens of its sequences, if others needed their room.
+        is_blocked: whether it waits for another to end.
+    """
+
+    def __init__(self, request: Request):
+        self.request = request
+        self.steps: Generator[Any, None, None] = request.start()
+        self.parked: dict[Sequence, list[int]] = {}
+        self.is_blocked = False
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it takes part in the next round."""
+        return not self.is_blocked and not self.parked
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether its prompt is evaluated."""
+        return any(isinstance(writer, Prompt) for writer in self.request.writers)
+
+    def needed(self) -> list[Sequence]:
+        """Return the sequences whose logits the next step reads, and which have something waiting."""
+        writers = self.request.writers
+        return [writer.sequence for writer in writers if writer.needs_logits and writer.sequence.n_waiting]
+
+
+class Scheduler:
+    """Serves the requests of a queue over one context, up to `n_parallel` at once, in the order they came.
+
+    If the context is full, the request that came last gives its cells up, and goes on when there is room again.
+
+    Args:
+        context: where they compute.
+        room: makes room in it.
+        n_parallel: how many requests to serve at once.
+        deterministic: evaluate each sequence in batches of its own.
+    """
+
+    def __init__(self, context: Context, room: Room, n_parallel: int = 1, deterministic: bool = False):
+        self._context, self._idle = context, room
+        self._n_parallel, self._is_deterministic = n_parallel, deterministic
+        self._served: list[_Served] = []
+        self._room = 0  # how many cells are known to be free
+        self._has_ended = False  # since those that are blocked have last tried
+        self._n_rounds = 0
+
+    def serve(self, queue: RequestQueue) -> None:
+        """Serve requests until the queue is closed and all have ended."""
+        while True:
+            self._admit(queue)
+            if not self._served:
+                return
+            if len(self._served) == 1 and self._served[0].is_running:
+                self._serve_alone(self._served[0], queue)
+            else:
+                self._round(queue)
+
+    def _admit(self, queue: RequestQueue) -> None:
+        """Let requests begin while there are places, but none before one that waits for room."""
+        while len(self._served) < self._n_parallel and all(served.is_running for served in self._served):
+            if self._served and not len(queue):
+                return
+            request = queue.take(wait=not self._served)
+            if request is None:
+                return
+            self._served.append(_Served(request))
+            if len(self._served) > 1:
+                self._step(self._served[-1], queue)
+
+    # One request
+
+    def _serve_alone(self, served: _Served, queue: RequestQueue) -> None:
+        """Do the steps of the only request, until it ends or others have come."""
+        request, steps, deliver = served.request, served.steps, served.request.deliver
+        may_join = self._n_parallel > 1
+        request.may_wait = False
+        # From a round it may come with something that its next step would not evaluate, or not well.
+        evaluates = served.is_reading or len(request.writers) > 1 or any(s.n_waiting > 1 for s in served.needed())
+        try:
+            while True:
+                if evaluates and not self._evaluate_alone(served, queue):
+                    return
+                item = next(steps)
+                evaluates = item is Signal.EVALUATE
+                if not isinstance(item, Signal):
+                    deliver(item)
+                if may_join and len(queue):
+                    return
+        except StopIteration:
+            self._end(served, queue)
+        except BaseException as error:  # the caller's to handle, whatever it is
+            self._end(served, queue, error)
+
+    def _evaluate_alone(self, served: _Served, queue: RequestQueue) -> bool:
+        """Evaluate what the only request needs; return False if it was left off for others, or has failed."""
+        max_tokens = self._context.n_ubatch if self._n_parallel > 1 else None
+        while needed := served.needed():
+            try:
+                self._evaluate([served], needed, max_tokens)
+            except BaseException as error:
+                self._step(served, queue, error)
+                return False
+            if self._n_parallel > 1 and len(queue):
+                return False
+        return True
+
+    # Several
+
+    def _round(self, queue: RequestQueue) -> None:
+        """Evaluate what all requests need next, as far as it goes into one batch, and do a step of those that can."""
+        self._drop_stopped(queue)
+        self._return_parked(queue)
+        self._make_room()
+        self._n_rounds += 1
+        running = [served for served in self._served if served.is_running]
+        writing, reading = list[Sequence](), list[Sequence]()
+        for served in running:
+            for sequence in served.needed():
+                is_written = not served.is_reading and sequence.n_waiting <= _MOST_WAITING
+                (writing if is_written else reading).append(sequence)
+        needed = [*writing, *self._in_order(reading)]
+        if needed:
+            try:
+                self._evaluate(running, needed, self._context.n_ubatch)
+            except BaseException as error:
+                self._find_failed(running, error, queue)
+        for served in running:
+            if served in self._served and served.is_running and not served.needed():
+                self._step(served, queue)
+        if self._has_ended:
+            self._has_ended = False
+            for served in [served for served in self._served if served.is_blocked]:
+                self._step(served, queue)
+
+    def _in_order(self, reading: list[Sequence]) -> list[Sequence]:
+        """Return which prompts to evaluate first: in turns the first come, and the shortest.
+
+        A prompt waits while an earlier one is evaluated that begins with the same tokens, to share its cells.
+        """
+        ready = list[Sequence]()
+        texts = [np.array(sequence[:], np.int32) for sequence in reading]
+        may_share = self._context.options.prefix_cache
+        for at, sequence in enumerate(reading):
+            if may_share:
+                sequence.extend([], evaluate=False)
+            cached = len(sequence) - sequence.n_waiting
+            for other, text in zip(reading[:at], texts, strict=False):
+                n_common = common_prefix(text, texts[at]) if may_share else 0
+                if n_common >= cached + _WORTH_WAITING and len(other) - other.n_waiting < n_common:
+                    break
+            else:
+                ready.append(sequence)
+        return sorted(ready, key=lambda sequence: sequence.n_waiting) if self._n_rounds % 2 else ready
+
+    def _evaluate(self, running: list[_Served], needed: list[Sequence], max_tokens: int | None) -> None:
+        """Evaluate what waits in sequences, and count what of it was prompts."""
+        context = self._context
+        reading = [
+            (served.request, writer.sequence, writer.sequence.n_waiting)
+            for served in running
+            for writer in served.request.writers
+            if isinstance(writer, Prompt)
+        ]
+        cancel = running[0].request if len(running) == 1 else None
+        batches = [[sequence] for sequence in needed] if self._is_deterministic else [needed]
+        for batch in batches:
+            self._idle.with_room(lambda batch=batch: context.evaluate(batch, max_tokens, cancel=cancel))  # type: ignore[misc]
+        for request, sequence, before in reading:
+            request.n_evaluated += before - sequence.n_waiting
+
+    def _find_failed(self, running: list[_Served], error: BaseException, queue: RequestQueue) -> None:
+        """Evaluate what each request needs by itself, after an error in a common batch; end those that fail."""
+        for served in running:
+            try:
+                if isinstance(error, Cancelled):  # by `Context.cancel`: it concerns whatever was computed
+                    raise error
+                if needed := served.needed():
+                    self._evaluate([served], needed, self._context.n_ubatch)
+            except BaseException as own:
+                self._step(served, queue, own)
+
+    # Steps
+
+    def _step(self, served: _Served, queue: RequestQueue, error: BaseException | None = None) -> None:
+        """Do the next step of a request, or have it fail, and deliver what comes of it."""
+        request, steps = served.request, served.steps
+        request.may_wait = any(other.is_running for other in self._served if other is not served)
+        served.is_blocked = False
+        try:
+            for _ in range(_MOST_STEPS):
+                item = next(steps) if error is None else steps.throw(error)
+                error = None
+                if not isinstance(item, Signal):
+                    request.deliver(item)
+                served.is_blocked = item is Signal.BLOCKED
+                if item is not Signal.STEP and isinstance(item, Signal):
+                    self._room = 0  # a prompt was added, or sequences were
+                    return
+                self._room -= len(request.writers)
+                if not request.writers or any(writer.needs_logits for writer in request.writers) or self._room < 1:
+                    return
+        except StopIteration:
+            self._end(served, queue)
+        except BaseException as failed:  # the caller's to handle, whatever it is
+            self._end(served, queue, failed)
+
+    def _end(self, served: _Served, queue: RequestQueue, error: BaseException | None = None) -> None:
+        self._served.remove(served)
+        self._has_ended = True
+        queue.done(served.request)
+        served.request.end(error)
+
+    def _drop_stopped(self, queue: RequestQueue) -> None:
+        """End the requests that were stopped and do not look whether they were: they wait, or their prompt is read."""
+        for served in list(self._served):
+            request = served.request
+            if served.is_running and not served.is_reading:
+                continue
+            try:
+                if not request.is_set():
+                    continue
+                failed: BaseException = request.cancelled()
+            except BaseException as error:  # of the caller's token
+                failed = error
+            if served.parked and not served.is_reading:
+                request.is_dropped, served.parked = True, {}
+                self._step(served, queue)
+            else:
+                served.parked = {}
+                self._step(served, queue, failed)
+
+    # Room
+
+    def _make_room(self) -> None:
+        """Have a free cell for each sequence that is written, and one more: if need be, the last request's."""
+        context = self._context
+        if not context.options.kv_unified:
+            return
+        n = 1 + sum(len(served.request.writers) for served in self._served if served.is_running)
+        while self._room < n:
+            self._room = context.n_ctx - context.cells_used
+            if self._room < n and not self._idle.make_room() and not self._park_last():
+                return
+
+    def _park_last(self) -> bool:
+        """Leave the cells of the request that came last to the prefix cache; return False if there is no other."""
+        running = [served for served in self._served if served.is_running and served.request.writers]
+        if len(running) < 2:
+            return False
+        last = running[-1]
+        for writer in last.request.writers:
+            last.parked[writer.sequence] = writer.sequence[:]
+            writer.sequence.assign([])
+        return True
+
+    def _return_parked(self, queue: RequestQueue) -> None:
+        """Give requests that were parked their tokens back if there is room."""
+        for served in [served for served in self._served if served.parked]:
+            others = [other for other in self._served if other.is_running]
+            wanted = sum(map(len, served.parked.values())) + _SLACK * (1 + len(others))
+            if others and self._context.n_ctx - self._context.cells_used < wanted:
+                return
+            try:
+                for sequence, tokens in served.parked.items():
+                    self._idle.with_room(lambda: sequence.assign(tokens, evaluate=False))  # noqa: B023
+            except ContextFullError as error:
+                if others:
+                    for sequence in served.parked:
+                        sequence.assign([])
+                else:
+                    served.parked = {}
+                    self._step(served, queue, error)
+                return
+            served.parked = {}
+            self._room = 0
