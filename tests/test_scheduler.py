@@ -1,0 +1,515 @@
+"""Several requests over one context: the same texts as alone, in fewer batches, in a fair order, whatever happens."""
+
+import asyncio
+import gc
+import itertools
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+import minerva_native as mn
+from test_llm import CHATML, evaluated, no_end
+
+STORY = "Once upon a time, there was a little"
+EXACT: dict[str, Any] = {"n_threads": 1, "kv_type": "f32", "flash_attention": "off"}
+"""With these options and F32 weights, what is computed for a token hardly depends on what else is in its batch."""
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[mn.Model]:
+    """The built-in model with F32 weights: quantised ones make much of a rounding."""
+    path = tmp_path_factory.mktemp("model") / "demo-f32.gguf"
+    reader = gguf.GGUFReader(mn.DEMO_PATH)
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            kind = field.types[0]
+            writer.add_key_value(name, field.contents(), kind, field.types[-1] if len(field.types) > 1 else None)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with mn.Model.load(path, gpu_layers=0) as model:
+        yield model
+
+
+@pytest.fixture
+def eight(demo: mn.Model) -> Iterator[mn.LLM]:
+    with mn.LLM(demo, n_ctx=2048, n_parallel=8, **EXACT) as llm:
+        yield llm
+
+
+def alone(model: mn.Model, requests: list[dict[str, Any]], **options: Any) -> list[list[int]]:
+    """Return the tokens of each request, served by itself in a new context."""
+    found = []
+    for request in requests:
+        with mn.LLM(model, **{"n_ctx": 2048, **EXACT, **options}) as llm:
+            found.append(llm.complete(**request).tokens)
+    return found
+
+
+def side_by_side(llm: mn.LLM, requests: list[dict[str, Any]]) -> list[mn.Completion]:
+    async def main() -> list[mn.Completion]:
+        return await asyncio.gather(*(llm.acomplete(**request) for request in requests))
+
+    return asyncio.run(main())
+
+
+def record_batches(llm: mn.LLM, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Return a list that grows by (sequences, tokens evaluated) with each evaluation of several requests."""
+    batches: list[tuple[int, int]] = []
+    evaluate = llm.context.evaluate
+
+    def recorded(sequences: Any, *arguments: Any, **options: Any) -> int:
+        before = llm.context.stats.tokens_evaluated
+        left = evaluate(sequences, *arguments, **options)
+        batches.append((len(sequences), llm.context.stats.tokens_evaluated - before))
+        return left
+
+    monkeypatch.setattr(llm.context, "evaluate", recorded)
+    return batches
+
+
+def assert_nothing_is_held(llm: mn.LLM) -> None:
+    """Wait until the requests that were left have ended."""
+    deadline = time.monotonic() + 30
+    while llm.context.cells_used and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.01)
+    assert llm.context.cells_used == 0
+
+
+class Hold:
+    """Keeps the queue's thread busy, so that what is submitted meanwhile begins together."""
+
+    def __init__(self, llm: mn.LLM):
+        self._go = threading.Event()
+        started = threading.Event()
+
+        def work(request: Any) -> Iterator[int]:
+            started.set()
+            self._go.wait(60)
+            yield 0
+
+        self._stream = llm.queue.stream(work)
+        assert started.wait(60)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self._go.set()
+        list(self._stream)
+
+
+# The same texts
+
+
+def test_texts_are_those_of_requests_that_are_alone(demo: mn.Model, eight: mn.LLM) -> None:
+    requests: list[dict[str, Any]] = [
+        {"prompt": STORY + " boy" * (11 * at), "max_tokens": 20 + at, "seed": at, "temperature": 0.0 if at % 2 else 0.9}
+        for at in range(12)
+    ]
+    requests[3] |= {"stop": ["the", "a"]}
+    requests[4] |= {"logprobs": True, "top_logprobs": 3}
+    requests[5] |= {"repeat_penalty": 1.3}
+    requests[6] |= {"max_tokens": 0}
+    assert [answer.tokens for answer in side_by_side(eight, requests)] == alone(demo, requests)
+    assert eight.context.cells_used == 0
+
+
+def test_constraints_and_forced_tokens(demo: mn.Model, eight: mn.LLM) -> None:
+    schema = {"type": "object", "properties": {"a_long_name": {"type": "boolean"}, "another": {"type": "integer"}}}
+    schema["required"] = ["a_long_name", "another"]
+    requests: list[dict[str, Any]] = [
+        {"prompt": STORY, "response_format": schema, "max_tokens": 60, "seed": at} for at in range(4)
+    ]
+    answers = side_by_side(eight, [*requests, {"prompt": STORY, "max_tokens": 30, "seed": 9}])
+    with mn.LLM(demo, n_ctx=2048, **EXACT) as llm:
+        expected = [llm.complete(**request) for request in requests]
+    for one, other in zip(answers, expected, strict=False):
+        assert (one.tokens, one.usage.forced_tokens) == (other.tokens, other.usage.forced_tokens)
+        assert one.usage.forced_tokens > 3
+
+
+def test_one_batch_a_token(eight: mn.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [
+        {"prompt": f"{STORY} {name}", "max_tokens": 30, "logit_bias": no_end(eight), "seed": at}
+        for at, name in enumerate(["boy", "girl", "dog", "cat", "bird", "fish", "bear", "frog"])
+    ]
+    batches = record_batches(eight, monkeypatch)
+    with Hold(eight):
+        streams = [eight.stream(**request) for request in requests]
+    for stream in streams:
+        assert len(list(stream)) == 30
+    full = [n for n, tokens in batches if n == tokens == 8]
+    assert len(full) >= 28
+    assert len(batches) <= 29 + 8
+
+
+def test_a_prompt_in_common_is_evaluated_once(eight: mn.LLM) -> None:
+    prompt = eight.tokenizer.encode(STORY + " boy" * 300)
+    options: dict[str, Any] = {"max_tokens": 1, "temperature": 0}
+    n = len(prompt)
+    answers: list[mn.Completion] = []
+
+    def ask() -> None:
+        with Hold(eight):
+            threads = [
+                threading.Thread(target=lambda: answers.append(eight.complete(prompt, **options))) for _ in range(8)
+            ]
+            for thread in threads:
+                thread.start()
+            while len(eight.queue) < 8:
+                time.sleep(0.001)
+        for thread in threads:
+            thread.join()
+
+    count = evaluated(eight, ask)
+    assert n <= count <= n + 8 * 16  # each may evaluate a few at the end that are not worth waiting for
+    assert sorted(answer.usage.cached_tokens for answer in answers)[0] == 0
+    again = eight.context.stats.tokens_reevaluated  # the last token, where its logits were gone
+    assert sum(n - answer.usage.cached_tokens for answer in answers) == count - again
+    assert again < 8
+    assert len({tuple(answer.tokens) for answer in answers}) == 1
+
+
+# Fairness
+
+
+def test_a_long_prompt_costs_others_a_piece_a_token(demo: mn.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    with mn.LLM(demo, n_ctx=2048, n_parallel=2, n_ubatch=64, n_batch=512, **EXACT) as llm:
+        batches = record_batches(llm, monkeypatch)
+        first = llm.stream(STORY, max_tokens=60, logit_bias=no_end(llm))
+        next(first)
+        long = llm.stream(STORY + " boy" * 900, max_tokens=1)
+        assert len(list(first)) == 59
+        assert len(list(long)) == 1
+        mixed = [tokens for n, tokens in batches if n == 2]
+        assert mixed
+        assert max(tokens for _, tokens in batches) <= 64
+        assert sum(mixed) > 500  # the prompt was read beside the text
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one(demo: mn.Model) -> None:
+    ended: list[str] = []
+    with mn.LLM(demo, n_ctx=2048, n_parallel=3, n_ubatch=32, n_batch=512, **EXACT) as llm:
+
+        def ask(name: str, prompt: str) -> None:
+            llm.complete(prompt, max_tokens=1)
+            ended.append(name)
+
+        with Hold(llm):
+            threads = []
+            for name, prompt in [("long", "x" + " boy" * 1000), ("other", "y" + " girl" * 900), ("short", STORY)]:
+                threads.append(threading.Thread(target=ask, args=(name, prompt)))
+                threads[-1].start()
+                while len(llm.queue) < len(threads):
+                    time.sleep(0.001)
+        for thread in threads:
+            thread.join()
+    assert ended[0] == "short"
+
+
+def test_first_come_first_served(demo: mn.Model) -> None:
+    with mn.LLM(demo, n_ctx=512, n_parallel=2, **EXACT) as llm:
+        started = []
+        with Hold(llm):
+            streams = []
+            for at in range(6):
+                streams.append(llm.stream(STORY, max_tokens=3, seed=at))
+        for stream in streams:
+            started.append([chunk.timings for chunk in stream][-1])
+        queued = [timings.queue for timings in started if timings is not None]
+        assert queued == sorted(queued)
+        assert len(queued) == 6
+
+
+# Room
+
+
+def test_what_does_not_fit_beside_others_waits(demo: mn.Model) -> None:
+    requests: list[dict[str, Any]] = [
+        {"prompt": [5 + at] * 100, "max_tokens": 40, "seed": at} for at in range(6)
+    ]
+    expected = alone(demo, requests, n_ctx=256)
+    with mn.LLM(demo, n_ctx=256, n_parallel=4, **EXACT) as llm:
+        assert [answer.tokens for answer in side_by_side(llm, requests)] == expected
+        with pytest.raises(mn.ContextFullError):
+            side_by_side(llm, [*requests[:2], {"prompt": [5] * 257, "max_tokens": 4}])
+        assert llm.context.cells_used == 0
+
+
+def test_who_came_last_gives_way_when_the_context_is_full(demo: mn.Model) -> None:
+    with mn.LLM(demo, n_ctx=256, n_parallel=4, **EXACT) as llm:
+        requests: list[dict[str, Any]] = [
+            {"prompt": [5 + at] * 30, "max_tokens": 150, "seed": at, "logit_bias": no_end(llm)} for at in range(4)
+        ]
+        answers = side_by_side(llm, requests)
+        assert [len(answer.tokens) for answer in answers] == [150] * 4
+        assert not any(answer.context_full for answer in answers)
+        assert [answer.tokens for answer in answers] == alone(demo, requests, n_ctx=256)
+        assert llm.context.cells_used == 0
+
+
+def test_a_request_that_gave_way_can_be_stopped(demo: mn.Model) -> None:
+    with mn.LLM(demo, n_ctx=200, n_parallel=2, **EXACT) as llm:
+        stop = threading.Event()
+        first = llm.stream([5] * 20, max_tokens=150, logit_bias=no_end(llm))
+        second = llm.stream([6] * 20, max_tokens=150, logit_bias=no_end(llm), cancel=stop)
+        n_first = 0
+        for chunk in first:
+            n_first += 1
+            if n_first == 140:  # by now both cannot fit
+                stop.set()
+        assert chunk.finish_reason == "length"
+        chunks = list(second)
+        assert chunks[-1].finish_reason == "cancelled"
+        assert 0 < len(chunks) < 150
+        assert llm.complete([5] * 20, max_tokens=5).usage.completion_tokens > 0
+        assert llm.context.cells_used == 0
+
+
+def test_chats_that_are_idle_make_room(demo: mn.Model) -> None:
+    with mn.LLM(demo, n_ctx=256, n_parallel=4, template=CHATML, **EXACT) as llm:
+        chats = [llm.chat(temperature=0, max_tokens=8) for _ in range(4)]
+        for at, chat in enumerate(chats):
+            chat.send("Hello " * (10 + at))
+        requests: list[dict[str, Any]] = [{"prompt": [5 + at] * 50, "max_tokens": 10} for at in range(4)]
+        assert len(side_by_side(llm, requests)) == 4
+        assert chats[0].send("And?").text == llm.chat_completion(chats[0].messages[:-1], temperature=0, max_tokens=8).text
+
+
+# Chats
+
+
+def test_turns_of_one_chat_come_one_after_another(demo: mn.Model) -> None:
+    with mn.LLM(demo, n_ctx=1024, n_parallel=4, template=CHATML, **EXACT) as llm:
+        options: dict[str, Any] = {"temperature": 0, "max_tokens": 6}
+
+        async def main() -> None:
+            one, other = llm.chat(**options), llm.chat(**options)
+            await asyncio.gather(*(chat.asend(f"Say {n}") for n in range(3) for chat in (one, other)))
+            assert one.messages == other.messages
+            assert [message["content"] for message in one.messages[::2]] == ["Say 0", "Say 1", "Say 2"]
+            serial = llm.chat(**options)
+            for n in range(3):
+                await serial.asend(f"Say {n}")
+            assert serial.messages == one.messages
+
+        asyncio.run(main())
+
+
+# The end
+
+
+def test_closing_ends_all(demo: mn.Model) -> None:
+    llm = mn.LLM(demo, n_ctx=1024, n_parallel=2, **EXACT)
+    streams = [llm.stream(STORY, max_tokens=200, logit_bias=no_end(llm)) for _ in range(4)]
+    next(streams[0])
+    llm.close()
+    for stream in streams:
+        with pytest.raises((mn.ClosedError, mn.Cancelled)) as caught:
+            if list(stream)[-1].finish_reason == "cancelled":
+                raise mn.Cancelled("as it should")
+        assert caught.value
+
+
+def test_an_error_ends_one_request_only(eight: mn.LLM) -> None:
+    class Failing:
+        def is_set(self) -> bool:
+            raise OSError("a token that fails")
+
+    with Hold(eight):
+        good = eight.stream(STORY, max_tokens=10, temperature=0)
+        bad = eight.stream(STORY, max_tokens=10, cancel=Failing())
+    with pytest.raises(OSError, match="a token that fails"):
+        list(bad)
+    assert list(good)[-1].finish_reason in ("length", "end")
+
+
+def test_context_cancel_stops_what_computes(eight: mn.LLM) -> None:
+    with Hold(eight):
+        streams = [eight.stream("x" + " boy" * 400, max_tokens=10 + at) for at in range(2)]
+    deadline = time.monotonic() + 60
+    while not eight.context.stats.decode_calls and time.monotonic() < deadline:
+        time.sleep(0.0005)
+    eight.context.cancel()
+    for stream in streams:
+        try:
+            assert list(stream)  # it was between two batches
+        except mn.Cancelled:
+            pass
+    assert eight.complete(STORY, max_tokens=3).tokens
+
+
+# Deterministic
+
+
+def test_deterministic_is_equal_to_the_last_bit(demo: mn.Model) -> None:
+    requests: list[dict[str, Any]] = [
+        {"prompt": STORY + " boy" * (40 * at), "max_tokens": 20, "seed": at, "logprobs": True} for at in range(5)
+    ]
+    options: dict[str, Any] = {"n_ctx": 2560, "deterministic": True, "n_threads": 2, "n_ubatch": 64}
+
+    def exact(answer: mn.Completion) -> list[tuple[int, float | None]]:
+        return [(entry.token, entry.logprob) for entry in answer.logprobs or []]
+
+    with mn.LLM(demo, n_parallel=4, **options) as llm:
+        first = [exact(answer) for answer in side_by_side(llm, requests)]
+        again = [exact(answer) for answer in side_by_side(llm, requests[::-1])]
+        single = [exact(llm.complete(**request)) for request in requests]
+    assert first == again[::-1] == single
+    with mn.LLM(demo, n_parallel=1, n_seq=5, **options) as llm:
+        assert [exact(llm.complete(**request)) for request in requests] == first
+
+
+# Several answers
+
+
+def test_best_of_returns_the_most_likely(eight: mn.LLM) -> None:
+    options: dict[str, Any] = {"max_tokens": 12, "seed": 3}
+    every = eight.complete(STORY, n=6, logprobs=True, **options).choices
+    mean = {tuple(one.tokens): np.mean([entry.logprob for entry in one.logprobs or []]) for one in every}
+    best = eight.complete(STORY, n=2, best_of=6, **options).choices
+    assert [tuple(one.tokens) for one in best] == sorted(mean, key=lambda tokens: -mean[tokens])[:2]
+    assert best[0].logprobs is None
+    with pytest.raises(ValueError, match="best_of"):
+        eight.complete(STORY, n=3, best_of=2)
+
+
+def test_more_answers_than_places(demo: mn.Model) -> None:
+    with mn.LLM(demo, n_ctx=512, n_seq=3, **EXACT) as llm:
+        answers = llm.complete(STORY, n=7, seed=1, max_tokens=5).choices
+        assert [one.tokens for one in answers] == [
+            llm.complete(STORY, seed=1 + at, max_tokens=5).tokens for at in range(7)
+        ]
+
+
+def searched(model: mn.Model, prompt: str, width: int, n: int) -> list[list[int]]:
+    """Beam search as in the books, with a fresh evaluation of every text."""
+    tokenizer = model.tokenizer
+    with model.context(n_ctx=256, **EXACT) as context:
+
+        def logprobs(tokens: list[int]) -> Any:
+            with context.sequence() as sequence:
+                sequence.extend(tokens)
+                logits = sequence.logits.astype(np.float64)
+                return logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+
+        start = tokenizer.encode(prompt)
+        beams: list[tuple[float, list[int]]] = [(0.0, [])]
+        done: list[tuple[float, list[int]]] = []
+        for _ in range(n):
+            found = []
+            for total, tokens in beams:
+                row = logprobs(start + tokens)
+                found += [(total + row[token], [*tokens, token]) for token in range(len(row))]
+            found.sort(key=lambda one: -one[0])
+            done += [one for one in found[:width] if tokenizer.is_end(one[1][-1])]
+            beams = [one for one in found[: 2 * width] if not tokenizer.is_end(one[1][-1])][:width]
+            best = sorted((total / len(tokens) for total, tokens in done), reverse=True)[:width]
+            if len(best) == width and best[-1] >= max(total / len(tokens) for total, tokens in beams):
+                break
+        return [tokens for _, tokens in sorted(done + beams, key=lambda one: -one[0] / len(one[1]))[:width]]
+
+
+@pytest.mark.parametrize(("width", "n"), [(1, 10), (2, 12), (4, 16)])
+def test_beam_search_finds_what_the_books_say(eight: mn.LLM, demo: mn.Model, width: int, n: int) -> None:
+    answer = eight.complete("The end. He was", beam_width=width, n=width, max_tokens=n)
+    assert [one.tokens for one in answer.choices] == searched(demo, "The end. He was", width, n)
+    assert eight.context.cells_used == 0
+    with pytest.raises(ValueError, match="stop has no place beside beam_width"):
+        eight.complete(STORY, beam_width=2, stop="x")
+
+
+# map
+
+
+@pytest.mark.parametrize("n_parallel", [1, 4])
+def test_map_keeps_the_order_and_the_errors(demo: mn.Model, n_parallel: int) -> None:
+    done: list[tuple[int, int]] = []
+    with mn.LLM(demo, n_ctx=512, n_parallel=n_parallel, **EXACT) as llm:
+        prompts: list[Any] = [STORY + " boy" * at for at in range(9)]
+        expected = [llm.complete(prompt, max_tokens=6, temperature=0).tokens for prompt in prompts]
+        answers = llm.map(prompts, on_progress=lambda *counts: done.append(counts), max_tokens=6, temperature=0)
+        assert [answer.tokens for answer in answers] == expected
+        assert done == [(at + 1, 9) for at in range(9)]
+        prompts[4] = [5] * 600
+        both = llm.map(prompts, return_exceptions=True, max_tokens=6, temperature=0)
+        assert isinstance(both[4], mn.ContextFullError)
+        assert [answer.tokens for answer in both if isinstance(answer, mn.Completion)] == expected[:4] + expected[5:]
+        with pytest.raises(mn.ContextFullError):
+            llm.map(prompts, max_tokens=6)
+        assert llm.map([]) == []
+        assert len(llm.queue) == 0
+
+
+# Everything at once
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("MINERVA_WALKS", "3"))))
+@pytest.mark.parametrize("speculate", [None, "lookup"])
+def test_a_walk_of_requests_that_come_and_go(demo: mn.Model, seed: int, speculate: str | None) -> None:
+    choice = random.Random(seed)
+    prompts = [STORY + " and" * choice.randrange(60) + word for word in (" boy", " girl", " dog") for _ in range(3)]
+    options: dict[str, Any] = {"template": CHATML, "n_ctx": 512}
+    expected: dict[tuple[str, int, int], list[int]] = {}
+    with mn.LLM(demo, **options, **EXACT) as llm:
+        for prompt, length, number in itertools.product(prompts, (5, 60), (0, 1)):
+            expected[prompt, length, number] = llm.complete(prompt, max_tokens=length, seed=number).tokens
+        chat = llm.chat(max_tokens=10, temperature=0)
+        said = [chat.send(f"Say {n}").text for n in range(3)]
+    with mn.LLM(demo, n_parallel=4, speculate=speculate, **options, **EXACT) as llm:
+
+        async def one(number: int) -> None:
+            own = random.Random(1000 * seed + number)
+            for _ in range(6):
+                key = own.choice(list(expected))
+                request: dict[str, Any] = {"prompt": key[0], "max_tokens": key[1], "seed": key[2]}
+                way = own.choice(["whole", "whole", "left", "late", "chat", "several"])
+                if way == "whole":
+                    assert (await llm.acomplete(**request)).tokens == expected[key]
+                elif way == "left":
+                    async with llm.astream(**request) as chunks:
+                        for at in range(own.randrange(4)):
+                            if at < len(expected[key]):
+                                assert (await anext(chunks)).token == expected[key][at]
+                elif way == "late":
+                    cut: list[int] = []
+                    try:
+                        cut = (await llm.acomplete(**request, timeout=own.random() / 50)).tokens
+                    except mn.Cancelled:
+                        pass
+                    assert cut == expected[key][: len(cut)]
+                elif way == "several":
+                    several = await llm.acomplete(**(request | {"n": 2, "seed": 0}))
+                    assert [other.tokens for other in several.choices] == [
+                        expected[key[0], key[1], number] for number in (0, 1)
+                    ]
+                else:
+                    chat = llm.chat(max_tokens=10, temperature=0)
+                    for n, text in enumerate(said):
+                        if own.random() < 0.2:
+                            chat = chat.fork()
+                        if own.random() < 0.3:
+                            await chat.asend(f"Say {n}")
+                            chat.undo()
+                        assert (await chat.asend(f"Say {n}")).text == text
+                    chat.close()
+
+        async def main() -> None:
+            await asyncio.gather(*(one(number) for number in range(12)))
+
+        asyncio.run(main())
+        assert len(llm.queue) == 0
+        assert_nothing_is_held(llm)
