@@ -1,13 +1,14 @@
 """Several requests over one context: the same texts as alone, in fewer batches, in a fair order, whatever happens."""
 
 import asyncio
+import contextlib
 import gc
 import itertools
 import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import gguf
@@ -142,7 +143,7 @@ def test_constraints_and_forced_tokens(demo: mn.Model, eight: mn.LLM) -> None:
 
 
 def test_one_batch_a_token(eight: mn.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    requests = [
+    requests: list[dict[str, Any]] = [
         {"prompt": f"{STORY} {name}", "max_tokens": 30, "logit_bias": no_end(eight), "seed": at}
         for at, name in enumerate(["boy", "girl", "dog", "cat", "bird", "fish", "bear", "frog"])
     ]
@@ -238,9 +239,7 @@ def test_first_come_first_served(demo: mn.Model) -> None:
 
 
 def test_what_does_not_fit_beside_others_waits(demo: mn.Model) -> None:
-    requests: list[dict[str, Any]] = [
-        {"prompt": [5 + at] * 100, "max_tokens": 40, "seed": at} for at in range(6)
-    ]
+    requests: list[dict[str, Any]] = [{"prompt": [5 + at] * 100, "max_tokens": 40, "seed": at} for at in range(6)]
     expected = alone(demo, requests, n_ctx=256)
     with mn.LLM(demo, n_ctx=256, n_parallel=4, **EXACT) as llm:
         assert [answer.tokens for answer in side_by_side(llm, requests)] == expected
@@ -266,12 +265,12 @@ def test_a_request_that_gave_way_can_be_stopped(demo: mn.Model) -> None:
         stop = threading.Event()
         first = llm.stream([5] * 20, max_tokens=150, logit_bias=no_end(llm))
         second = llm.stream([6] * 20, max_tokens=150, logit_bias=no_end(llm), cancel=stop)
-        n_first = 0
+        of_first = []
         for chunk in first:
-            n_first += 1
-            if n_first == 140:  # by now both cannot fit
+            of_first.append(chunk)
+            if len(of_first) == 140:  # by now both cannot fit
                 stop.set()
-        assert chunk.finish_reason == "length"
+        assert of_first[-1].finish_reason == "length"
         chunks = list(second)
         assert chunks[-1].finish_reason == "cancelled"
         assert 0 < len(chunks) < 150
@@ -286,7 +285,9 @@ def test_chats_that_are_idle_make_room(demo: mn.Model) -> None:
             chat.send("Hello " * (10 + at))
         requests: list[dict[str, Any]] = [{"prompt": [5 + at] * 50, "max_tokens": 10} for at in range(4)]
         assert len(side_by_side(llm, requests)) == 4
-        assert chats[0].send("And?").text == llm.chat_completion(chats[0].messages[:-1], temperature=0, max_tokens=8).text
+        assert (
+            chats[0].send("And?").text == llm.chat_completion(chats[0].messages[:-1], temperature=0, max_tokens=8).text
+        )
 
 
 # Chats
@@ -345,10 +346,8 @@ def test_context_cancel_stops_what_computes(eight: mn.LLM) -> None:
         time.sleep(0.0005)
     eight.context.cancel()
     for stream in streams:
-        try:
-            assert list(stream)  # it was between two batches
-        except mn.Cancelled:
-            pass
+        with contextlib.suppress(mn.Cancelled):  # unless it was between two batches
+            assert list(stream)
     assert eight.complete(STORY, max_tokens=3).tokens
 
 
@@ -486,10 +485,8 @@ def test_a_walk_of_requests_that_come_and_go(demo: mn.Model, seed: int, speculat
                                 assert (await anext(chunks)).token == expected[key][at]
                 elif way == "late":
                     cut: list[int] = []
-                    try:
+                    with contextlib.suppress(mn.Cancelled):
                         cut = (await llm.acomplete(**request, timeout=own.random() / 50)).tokens
-                    except mn.Cancelled:
-                        pass
                     assert cut == expected[key][: len(cut)]
                 elif way == "several":
                     several = await llm.acomplete(**(request | {"n": 2, "seed": 0}))
