@@ -1157,3 +1157,18 @@ def test_runs_are_clipped_to_the_remaining_tokens() -> None:
 )
 def test_the_common_prefix_of_two_texts(one: list[int], other: list[int], n: int) -> None:
     assert common_prefix(np.array(one, np.int32), np.array(other, np.int32)) == n
+
+
+def test_pieces_of_a_prompt_are_not_given_up_for_a_window_that_is_gone(
+    load_tiny: Callable[[TinyModel], mn.Model],
+) -> None:
+    model = load_tiny(TinyModel("gemma2", tied=True))
+    with model.context(n_ctx=512, n_seq=4, kv_unified=False, n_ubatch=32, n_batch=64, n_threads=1) as context:
+        with context.sequence() as first:
+            first.extend([5] * 54 + [7] * 20)
+        with context.sequence() as second:
+            waiting = [second.extend([5] * 88, evaluate=False)]
+            while waiting[-1] and len(waiting) < 10:
+                waiting.append(context.evaluate([second], max_tokens=32))
+                second.extend([], evaluate=False)
+            assert waiting == [88, 56, 24, 0]

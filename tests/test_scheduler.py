@@ -8,7 +8,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gguf
@@ -17,6 +17,7 @@ import pytest
 
 import minerva_native as mn
 from test_llm import CHATML, evaluated, no_end
+from tiny_models import TinyModel
 
 STORY = "Once upon a time, there was a little"
 EXACT: dict[str, Any] = {"n_threads": 1, "kv_type": "f32", "flash_attention": "off"}
@@ -182,6 +183,29 @@ def test_a_prompt_in_common_is_evaluated_once(eight: mn.LLM) -> None:
     assert sum(n - answer.usage.cached_tokens for answer in answers) == count - again
     assert again < 8
     assert len({tuple(answer.tokens) for answer in answers}) == 1
+
+
+@pytest.mark.parametrize("architecture", ["mamba", "lfm2", "gemma2"])
+@pytest.mark.parametrize("kv_unified", [True, False])
+def test_every_kind_of_memory(load_tiny: Callable[[TinyModel], mn.Model], architecture: str, kv_unified: bool) -> None:
+    model = load_tiny(TinyModel(architecture, tied=architecture == "gemma2"))
+    options: dict[str, Any] = {"kv_unified": kv_unified, "n_ctx": 1024, "n_seq": 8, "n_ubatch": 32, "n_batch": 64}
+    requests: list[dict[str, Any]] = [
+        {"prompt": [5 + at % 2] * (20 + 17 * at), "max_tokens": 20, "seed": at} for at in range(6)
+    ]
+    with mn.LLM(model, n_parallel=4, **{**EXACT, **options}) as llm:
+        more = {"logprobs": True, "logit_bias": no_end(llm)}
+        answers = side_by_side(llm, [request | more for request in requests])
+        if kv_unified:
+            assert llm.context.cells_used == 0
+    with model.context(n_ctx=512, **EXACT) as context:
+        for request, answer in zip(requests, answers, strict=True):
+            with context.sequence() as sequence:
+                sequence.extend(request["prompt"])
+                scores = sequence.score(answer.tokens)
+            context.clear_cache()
+            assert len(answer.tokens) == 20
+            assert [entry.logprob for entry in answer.logprobs or []] == pytest.approx(scores.tolist(), abs=1e-3)
 
 
 # Fairness

@@ -101,9 +101,21 @@ class Cells:
             return True
         if lib.llama_memory_seq_pos_max(self._memory, sequence_id) != n - 1:
             return n == 0
+        return self._reaches(sequence_id, n)
+
+    def has_beginning(self, sequence_id: int, n: int) -> bool:
+        """Return whether another sequence can have the first `n` tokens of this one, which holds more."""
+        if self.facts.kind == "sliding window" and not self.facts.can_share:
+            return False  # a state that is read has no more than the last window
+        return self._reaches(sequence_id, n)
+
+    def _reaches(self, sequence_id: int, n: int) -> bool:
+        """Return whether a sequence still has what the token after its first `n` attends to.
+
+        libllama reuses the cells of tokens that have left a window, which is then not there to go back to.
+        """
         if self.facts.kind != "sliding window":
             return True
-        # libllama reuses the cells of tokens that have left the window, which is then not there to go back to.
         return bool(lib.llama_memory_seq_pos_min(self._memory, sequence_id) <= max(0, n + 1 - self.facts.window))
 
     def is_whole(self, sequence_id: int, n: int) -> bool:

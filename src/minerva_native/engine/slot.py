@@ -411,6 +411,8 @@ class Slot:
         n = common_prefix(self.tokens[:limit], wanted)
         if not self._cells.facts.can_truncate and n < self.n_cached:
             n = max((checkpoint.n for checkpoint in self.checkpoints if checkpoint.n <= n), default=0)
+        elif n < self.n_cached and not self._cells.has_beginning(self.id, n):
+            return 0
         return n if n > at_least else 0
 
 
