@@ -114,7 +114,9 @@ def test_what_is_dropped_is_closed(demo: mn.Model) -> None:
         ({"template": "{% if %}"}, mn.TemplateError, "cannot be compiled"),
         ({"n_parallel": 2}, mn.MinervaError, "n_parallel is 1 so far"),
         ({"n_parallel": 0}, ValueError, "n_parallel"),
-        ({"cache_dir": "/tmp"}, mn.MinervaError, "cache_dir= does nothing yet"),
+        ({"cache_dir": 3}, TypeError, "cache_dir must be a str or a path"),
+        ({"cache_dir": mn.DEMO_PATH}, OSError, "Not a directory"),
+        ({"cache_bytes": -1}, ValueError, "cache_bytes"),
         ({"speculate": True}, TypeError, 'speculate must be "lookup"'),
     ],
 )

@@ -218,6 +218,7 @@ class Chat:
                 if not is_kept:
                     with suppress(MinervaError):  # the context may be closed
                         sequence.truncate(_common(tokens, list(sequence)))
+                self._llm.store_prompt(sequence)
 
         return turn
 
@@ -240,6 +241,7 @@ class Chat:
             length = len(ids)
             fewer = self._fewer(messages) if is_shorter and length + room > n_cells else None
             if fewer is None:
+                self._llm.load_prompt(ids, keep=self)
                 try:
                     assign = partial(sequence.assign, ids, cancel=request)
                     return messages, self._llm.chats.with_room(assign, keep=self)

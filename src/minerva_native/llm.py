@@ -6,13 +6,13 @@ import math
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, NoReturn, Self, overload
 
-from ._arguments import integer, many, path, what
+from ._arguments import file_path, integer, many, path, what
 from .calling import ToolGiven, described
 from .chat import ChatTemplate, Message
 from .completion import Chunk, Completion, TokenLogprob
@@ -20,9 +20,10 @@ from .context import Context
 from .conversation import Chat, OpenChats, WhenFull, read_chat
 from .draft import Draft, RequestOptions
 from .engine.gate import CancelToken
-from .errors import EmptySequenceError, MinervaError, SequencesInUseError, TemplateError
+from .errors import ContextFullError, EmptySequenceError, MinervaError, SequencesInUseError, TemplateError
 from .model import Model
 from .options import ContextOptions
+from .prompt_cache import MAX_BYTES, PromptCache
 from .requests import AsyncStream, Request, RequestQueue, Stream
 from .sampling import logprob
 from .sequence import Sequence as TokenSequence
@@ -72,7 +73,10 @@ class LLM:
         on_full: what a chat does if its messages do not fit. "error" raises `ContextFullError`. "drop_turns" drops the
             oldest turns after the system prompt. A function gets the messages and returns fewer.
         n_parallel: how many requests are served at once; only 1 so far.
-        cache_dir: not there yet.
+        cache_dir: a directory in which prompts and chats are kept, so that another process need not evaluate them
+            again; True for the usual one (see `PromptFiles`). What people write is in those files, for this user alone
+            to read. None, the default, writes nothing.
+        cache_bytes: how large that directory may become; what was not used for longest is removed. 4 GiB by default.
         speculate: guesses tokens, to evaluate several in one pass. "lookup" guesses that the text repeats, a smaller
             `Model` of the same vocabulary writes drafts; or a function of the tokens and a number for so many guesses.
         options: those of `Model.load` and `ContextOptions`; `n_seq` is 8 by default.
@@ -84,6 +88,7 @@ class LLM:
         template: the chat template, or None.
         queue: the requests; `len(llm.queue)` of them wait.
         chats: the chats that have an open sequence.
+        prompt_cache: what `cache_dir` has, or None.
         on_full: see there.
 
     Raises:
@@ -99,12 +104,14 @@ class LLM:
         template: str | ChatTemplate | None = None,
         on_full: WhenFull = "error",
         n_parallel: int = 1,
-        cache_dir: str | os.PathLike[str] | None = None,
+        cache_dir: str | os.PathLike[str] | Literal[True] | None = None,
+        cache_bytes: int = MAX_BYTES,
         speculate: Any = None,
         **options: Any,
     ):
-        if cache_dir is not None:
-            raise MinervaError("cache_dir= does nothing yet: leave it out")
+        if cache_dir is not None and cache_dir is not True:
+            cache_dir = file_path("cache_dir", cache_dir)
+        cache_bytes = integer("cache_bytes", cache_bytes, 0)
         if integer("n_parallel", n_parallel, 1) > 1:
             raise MinervaError("n_parallel is 1 so far: requests are served one after another")
         if not callable(on_full) and not (isinstance(on_full, str) and on_full in ("error", "drop_turns")):
@@ -134,6 +141,9 @@ class LLM:
             if (speculation := self.speculation()) is not None:
                 speculation.check(self.context)
             self.template = _template_of(self.model) if template is None else template
+            self.prompt_cache = None
+            if cache_dir is not None:
+                self.prompt_cache = PromptCache(None if cache_dir is True else cache_dir, self.context, cache_bytes)
         except BaseException:
             if drafter is not None:
                 drafter.close()
@@ -143,7 +153,7 @@ class LLM:
         self.tokenizer: Tokenizer = self.model.tokenizer
         self.on_full = on_full
         self.queue, self.chats = RequestQueue(), OpenChats()
-        self._close = weakref.finalize(self, _close, self.queue, self.context, drafter, owned)
+        self._close = weakref.finalize(self, _close, self.queue, self.prompt_cache, self.context, drafter, owned)
 
     def options(self, caller: str, options: Mapping[str, Any]) -> RequestOptions:
         """Return the options of a call, checked; `caller` is its name, for messages."""
@@ -450,9 +460,24 @@ class LLM:
         """Lend a sequence with an evaluated prompt, and say how many of its tokens were cached."""
         if not ids:
             raise EmptySequenceError("the prompt has no tokens, and this model does not begin texts with a BOS token")
+        self.load_prompt(ids)
         with self._sequence() as sequence:
             n_evaluated = self.chats.with_room(lambda: sequence.extend(ids, cancel=request))
-            yield sequence, len(ids) - n_evaluated
+            try:
+                yield sequence, len(ids) - n_evaluated
+            finally:
+                self.store_prompt(sequence)
+
+    def load_prompt(self, ids: list[int], keep: Chat | None = None) -> None:
+        """Bring what the disk has of a prompt into the context. `keep` is the chat whose prompt it is."""
+        if self.prompt_cache is not None:
+            with suppress(ContextFullError, SequencesInUseError):
+                self.chats.with_room(partial(self.prompt_cache.load, ids), keep)
+
+    def store_prompt(self, sequence: TokenSequence) -> None:
+        """Keep what a request has evaluated on disk."""
+        if self.prompt_cache is not None:
+            self.prompt_cache.store(sequence)
 
     def _logprobs_of(self, sequence: TokenSequence, endings: list[list[int]], request: Request) -> list[float]:
         """Return the log-probability of each ending of a sequence, all of them a token further with each batch."""
@@ -530,8 +555,16 @@ class LLM:
         return f"<LLM {self.model.path.name}: {'closed' if self.closed else f'n_ctx={self.context.n_ctx}'}>"
 
 
-def _close(queue: RequestQueue, context: Context, drafter: DraftModel | None, model: Model | None) -> None:
+def _close(
+    queue: RequestQueue,
+    prompt_cache: PromptCache | None,
+    context: Context,
+    drafter: DraftModel | None,
+    model: Model | None,
+) -> None:
     queue.close()
+    if prompt_cache is not None:
+        prompt_cache.close()
     context.close()
     if drafter is not None:
         drafter.close()
