@@ -1,0 +1,113 @@
+"""What the prompt cache on disk saves and costs: `python bench/prompt_cache.py MODEL.gguf`.
+
+Restart: a process that finds the prompt on disk against one that has no cache, in turns: how many of the prompt's
+tokens it evaluates, and the time from the request to the first token, with the model loaded and the files in the page
+cache. Writing: the speed of decoding while a prompt of the same length is written, against decoding without a cache, in
+turns within one process. Ratios are medians of pairs, with the smallest and the largest in brackets.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import minerva_native as mn
+
+WORDS = "the river rises in northern hills near a village and flows south for ninety miles before it meets the sea".split()
+
+
+def prompt(tokenizer: mn.Tokenizer, n: int, seed: int = 0) -> list[int]:
+    """Return n tokens of text that hardly repeats."""
+    text = " ".join(WORDS[(at * at + seed * at + at // 7) % len(WORDS)] + str((at * 31 + seed) % 97) for at in range(n))
+    return tokenizer.encode(f"{seed}: {text}")[:n]
+
+
+def restart(arguments: argparse.Namespace) -> None:
+    """Answer one request, and print what it took."""
+    options = {"n_ctx": arguments.tokens + 512, "n_threads": arguments.threads, "cache_dir": arguments.restart or None}
+    with mn.LLM(arguments.model, **options) as llm:
+        ids = prompt(llm.tokenizer, arguments.tokens)
+        llm.complete("warm", max_tokens=2)
+        before, n_before = time.perf_counter(), llm.context.stats.tokens_evaluated
+        first, n_evaluated = 0.0, 0
+        for chunk in llm.stream(ids, max_tokens=8, temperature=0.0):
+            if not first:
+                first = time.perf_counter() - before
+                n_evaluated = llm.context.stats.tokens_evaluated - n_before
+            if chunk.usage is not None:
+                cached = chunk.usage.cached_tokens
+        print(json.dumps({"seconds": first, "evaluated": n_evaluated, "cached": cached, "prompt": len(ids)}))
+
+
+def in_process(arguments: argparse.Namespace, directory: str) -> dict[str, float]:
+    sizes = ["--tokens", str(arguments.tokens), "--threads", str(arguments.threads)]
+    command = [sys.executable, __file__, arguments.model, "--restart", directory, *sizes]
+    result: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return result
+
+
+def restarts(arguments: argparse.Namespace) -> None:
+    """Compare restarts with and without the cache."""
+    with tempfile.TemporaryDirectory() as directory:
+        in_process(arguments, directory)
+        ratios = []
+        for at in range(arguments.pairs):
+            order = (directory, "") if at % 2 else ("", directory)
+            results = {where: in_process(arguments, where) for where in order}
+            ratios.append(results[""]["seconds"] / results[directory]["seconds"])
+            print(f"  without {results['']}, with {results[directory]}")
+    median = statistics.median(ratios)
+    print(f"first token after a restart: {median:.1f} [{min(ratios):.1f}, {max(ratios):.1f}] times sooner")
+
+
+def decoding_seconds(llm: mn.LLM, long: list[int], n: int) -> float:
+    """Return the time of a token, right after the end of a request with a long prompt."""
+    llm.complete(long, max_tokens=1)
+    times = [time.perf_counter() for _ in llm.stream("Once upon a time", max_tokens=n, temperature=0.0, min_p=0.0,
+                                                     logit_bias={llm.tokenizer.eos: -1e9})]  # fmt: skip
+    return (times[-1] - times[1]) / (len(times) - 2)
+
+
+def writing(arguments: argparse.Namespace) -> None:
+    """Compare decoding with and without what the cache writes meanwhile."""
+    ratios, n_busy = [], 0
+    with tempfile.TemporaryDirectory() as directory, mn.Model.load(arguments.model) as model:
+        options = {"n_ctx": arguments.tokens + 1024, "n_threads": arguments.threads}
+        with mn.LLM(model, cache_dir=directory, **options) as writes, mn.LLM(model, **options) as plain:
+            for at in range(arguments.decode_pairs):
+                seconds = {}
+                for llm in (writes, plain) if at % 2 else (plain, writes):
+                    long = prompt(model.tokenizer, arguments.tokens, seed=at + 1)
+                    seconds[llm] = decoding_seconds(llm, long, arguments.decode)
+                    if llm is writes and (cache := llm.prompt_cache) is not None:
+                        n_busy += not cache.flush(0.0)
+                        cache.flush()
+                ratios.append(seconds[writes] / seconds[plain])
+                print(f"  {1 / seconds[plain]:.1f} tokens/s without, {1 / seconds[writes]:.1f} with: {ratios[-1]:.4f}")
+    median = statistics.median(ratios)
+    print(f"a token while the cache writes takes {median:.4f} [{min(ratios):.4f}, {max(ratios):.4f}] times as long; "
+          f"it still wrote at the end in {n_busy} of {arguments.decode_pairs} pairs")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--tokens", type=int, default=4000)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--decode-pairs", type=int, default=9)
+    parser.add_argument("--decode", type=int, default=128)
+    parser.add_argument("--restart", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.restart is not None:
+        restart(arguments)
+        return
+    restarts(arguments)
+    writing(arguments)
+
+
+if __name__ == "__main__":
+    main()
