@@ -16,7 +16,7 @@ import time
 
 import minerva_native as mn
 
-WORDS = "the river rises in northern hills near a village and flows south for ninety miles before it meets the sea".split()
+WORDS = ["the", "river", "rises", "in", "northern", "hills", "near", "a", "village", "and", "flows", "south"]
 
 
 def prompt(tokenizer: mn.Tokenizer, n: int, seed: int = 0) -> list[int]:

@@ -214,6 +214,8 @@ def test_every_memory_goes_on_from_what_is_on_disk(
         sequence.extend([93])
         expected = sequence.logits
         cache.flush()
+    with context.sequence() as sequence:
+        n_in_memory = sequence.extend([*prompt, 95, 96])
     context, cache = make()
     assert cache.load([*prompt, *answer, 93]) == n + 3
     with context.sequence() as sequence:
@@ -222,7 +224,7 @@ def test_every_memory_goes_on_from_what_is_on_disk(
     context, cache = make()  # the same prompt and another answer
     cache.load([*prompt, 95, 96])
     with context.sequence() as sequence:
-        assert sequence.extend([*prompt, 95, 96]) == 2
+        assert sequence.extend([*prompt, 95, 96]) == n_in_memory
         found = sequence.logits
     context.clear_cache()
     with context.sequence() as sequence:
@@ -375,6 +377,11 @@ def link(path: Path) -> None:
     path.symlink_to("elsewhere")
 
 
+def make_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 def make_fifo(path: Path) -> None:
     path.unlink()
     os.mkfifo(path, 0o600)
@@ -396,7 +403,7 @@ HARM: dict[str, tuple[Callable[[Path], object], str]] = {
     "a symbolic link": (link, "is a symbolic link"),
     "a FIFO": (make_fifo, "not a file that only this user"),
     "others can write": (lambda path: path.chmod(0o666), "not a file that only this user"),
-    "a directory": (lambda path: (path.unlink(), path.mkdir()), "not a file that only this user"),
+    "a directory": (make_directory, "not a file that only this user"),
 }
 
 

@@ -356,23 +356,21 @@ class Walk(stateful.RuleBasedStateMachine):
         with cache.gate.enter(), cache.handle:
             n = cache.n_exact(slot)
             ids = np.array(text.tokens[:n], np.int32)
-            if not n or (n < slot.n_cached and not cache.can_split):
+            if not n:
                 return
             try:
-                if cache.can_split:
-                    parts = [cache.part(slot, at, min(at + size, n)) for at in range(0, n, size)]
-                    kept = data.draw(st.integers(1, n), label="kept")
-                    if forget:
-                        cache.clear_finished()
-                    cache.keep_parts(ids[:kept], parts)
-                else:
-                    payload = cache.snapshot(slot)
-                    if forget:
-                        cache.clear_finished()
+                parts = [cache.part(slot, at, min(at + size, n)) for at in range(0, n, size)] if cache.can_split else []
+                whole = [part for part in parts if part is not None]
+                kept = data.draw(st.integers(1, n), label="kept")
+                payload = cache.snapshot(slot) if n == slot.n_cached else None
+                if forget:
+                    cache.clear_finished()
+                if whole and len(whole) == len(parts):
+                    cache.keep_parts(ids[:kept], whole)
+                elif payload is not None:
                     cache.keep_snapshot(payload)
             except (mn.ContextFullError, mn.SequencesInUseError):
                 return
-            assert cache.n_cached(ids) > 0
 
     @stateful.rule(data=st.data(), ids=st.lists(FEW, min_size=17, max_size=24))
     def stop_in_the_middle_of_a_text(self, data: st.DataObject, ids: list[int]) -> None:

@@ -2,8 +2,8 @@
 
 If the memory can give the state of any part of a sequence, a prefix is kept in pieces of 256 tokens, and a tail. The
 name of a piece is a digest of the model, the context's form, and all tokens up to its end, so that prompts with a
-common beginning share its pieces, and a chat that grows writes only what is new. Other memories (windows, recurrent
-states) are kept as a whole, with their checkpoints.
+common beginning share its pieces, and a chat that grows writes only what is new. What cannot be cut (recurrent states,
+small windows) is kept as a whole, a snapshot with its checkpoints.
 
 Files are written by one thread in the background, beside their name and then renamed. Any number of processes may use
 one directory: a file that is gone is no error, and what cannot be verified is skipped.
@@ -223,6 +223,8 @@ class PromptCache:
         self._make_directory()
         self._context, self._cache = context, cache_of(context)
         self._name = context.model.path.name
+        window = context.memory.window
+        self._piece = min(_PIECE, max(1, window // 2)) if window else _PIECE  # a window leaves nothing of it out
         self._bad: set[str] = set()  # files that were skipped: they may be replaced
         self._foreign: set[str] = set()
         self._most_waiting = min(_MOST_WAITING_BYTES, physical_memory_bytes() // 8)
@@ -239,6 +241,7 @@ class PromptCache:
         self._engine = {
             "engine": [build["llama_cpp_source"], build["llama_cpp"]],
             "flash_attention": context.options.flash_attention,
+            "piece": self._piece,
         }
 
     # Reading
@@ -260,10 +263,18 @@ class PromptCache:
                 requirements, n_before = self._requirements(), cache.n_cached(wanted)
                 if len(wanted) - n_before < _LEAST:
                     return 0
-                if cache.can_split:
-                    self._load_parts(wanted, n_before, requirements)
+                children = self._children()
+                chain, n = self._chain(wanted, requirements, children) if cache.can_split else ([], 0)
+                snapshot, n_there = self._best_snapshot(wanted, requirements, children)
+                if max(n, n_there) - n_before < _LEAST:
+                    return 0
+                if n >= n_there:
+                    self._touch(name for name, _ in chain)
+                    needed = [(name, start) for name, start in chain if start + self._piece > n_before]
+                    cache.keep_parts(wanted[:n], self._read_each(needed, requirements))
                 else:
-                    self._load_snapshot(wanted, n_before, requirements)
+                    self._touch([snapshot])
+                    self._keep_snapshot(snapshot, requirements)
                 return cache.n_cached(wanted) - n_before
         except (ContextFullError, SequencesInUseError):
             raise
@@ -271,21 +282,14 @@ class PromptCache:
             _logger.warning("the prompt cache is not used: %s", error)
             return 0
 
-    def _load_parts(self, wanted: Ids, n_before: int, requirements: Mapping[str, Any]) -> None:
-        chain, n = self._chain(wanted, requirements)
-        if n - n_before < _LEAST:
-            return
-        self._touch(name for name, _ in chain)
-        needed = [(name, start) for name, start in chain if start + _PIECE > n_before]
-        self._cache.keep_parts(wanted[:n], self._read_each(needed, requirements))
-
-    def _chain(self, wanted: Ids, requirements: Mapping[str, Any]) -> tuple[list[tuple[str, int]], int]:
+    def _chain(
+        self, wanted: Ids, requirements: Mapping[str, Any], children: Mapping[str, list[str]]
+    ) -> tuple[list[tuple[str, int]], int]:
         """Return the names and positions of the pieces of the longest prefix that is there, and its length."""
-        children = self._children()
         chain: list[tuple[str, int]] = []
         parent, n = _root(requirements), 0
         while n < len(wanted):
-            piece = wanted[n : n + _PIECE]
+            piece = wanted[n : n + self._piece]
             name = _name(parent, piece, n)
             if name not in children.get(parent, ()):
                 name, n_common = self._closest(children.get(parent, ()), piece)
@@ -310,21 +314,28 @@ class PromptCache:
                 return
             yield payload
 
-    def _load_snapshot(self, wanted: Ids, n_before: int, requirements: Mapping[str, Any]) -> None:
-        best, most = "", n_before + _LEAST - 1
-        for name in self._children().get(_root(requirements), ()):
+    def _best_snapshot(
+        self, wanted: Ids, requirements: Mapping[str, Any], children: Mapping[str, list[str]]
+    ) -> tuple[str, int]:
+        """Return the name of the snapshot that gives most of some tokens, from the first, and how many."""
+        memory = self._cache.memory
+        best, most = "", 0
+        for name in children.get(_root(requirements, is_whole=True), ()):
             header, tokens = self._peek(name)
             n = common_prefix(tokens, wanted)
-            if n < len(tokens) and not self._cache.memory.can_truncate:
+            if n < len(tokens) and (memory.window or not memory.can_truncate):
                 n = max((form[0] for form in header.get("checkpoints", []) if form[0] <= n), default=0)
             if n > most:
                 best, most = name, n
-        if best and (payload := self._read(best, 0, requirements)) is not None:
-            self._touch([best])
+        return best, most
+
+    def _keep_snapshot(self, name: str, requirements: Mapping[str, Any]) -> None:
+        payload = self._read(name, 0, requirements)
+        if payload is not None:
             try:
                 self._cache.keep_snapshot(payload)
             except StateError as error:
-                self._skip(best, StateError(f"{self.files.directory / best} cannot be restored here ({error})"))
+                self._skip(name, StateError(f"{self.files.directory / name} cannot be restored here ({error})"))
 
     def _children(self) -> dict[str, list[str]]:
         """Return the names of the files by the piece that they follow."""
@@ -377,12 +388,13 @@ class PromptCache:
             self._bad.add(name)
             _logger.warning("%s; the prompt cache skips it", error)
 
-    def _touch(self, names: Iterable[str]) -> None:
+    def _touch(self, names: Iterable[str], now: int | None = None) -> None:
         """Note that the pieces of a prompt were used, its beginning last: that it is evicted last."""
-        now = time.time_ns()
+        now = time.time_ns() if now is None else now
         for number, name in enumerate(names):
             with suppress(OSError):
-                os.utime(self.files.directory / name, ns=(now - number * 1000,) * 2, follow_symlinks=False)
+                used = now - number * _PIECE
+                os.utime(self.files.directory / name, ns=(used, used), follow_symlinks=False)
 
     # Writing
 
@@ -400,42 +412,44 @@ class PromptCache:
                 ids = np.array(slot.tokens[:n], np.int32)
                 if n < _LEAST:
                     return
-                if cache.can_split:
-                    self._store_parts(slot, ids, self._requirements())
-                elif n == slot.n_cached:  # what was shifted is not what an evaluation gives
-                    self._store_snapshot(slot, ids, self._requirements())
+                requirements, children = self._requirements(), self._children()
+                is_done = cache.can_split and self._store_parts(slot, ids, requirements, children)
+                if not is_done and n == slot.n_cached:  # what was shifted is not what an evaluation gives
+                    self._store_snapshot(slot, ids, requirements, children)
         except (MinervaError, OSError, MemoryError) as error:
             _logger.warning("the prompt cache keeps nothing of this request: %s", error)
 
-    def _store_parts(self, slot: Slot, ids: Ids, requirements: Mapping[str, Any]) -> None:
-        children = self._children()
-        parent = _root(requirements)
-        for start in range(0, len(ids), _PIECE):
-            piece = ids[start : start + _PIECE]
-            name = _name(parent, piece, start)
-            is_there = name in children.get(parent, ()) or name in self._waiting
-            if is_there:
-                self._touch_at(name, start)
-            elif len(piece) == _PIECE or not self._has_most_of(children.get(parent, ()), piece):
+    def _store_parts(
+        self, slot: Slot, ids: Ids, requirements: Mapping[str, Any], children: Mapping[str, list[str]]
+    ) -> bool:
+        """Keep pieces that are not there yet; return False if the memory has lost one."""
+        now, parent = time.time_ns(), _root(requirements)
+        for start in range(0, len(ids), self._piece):
+            piece = ids[start : start + self._piece]
+            name, siblings = _name(parent, piece, start), children.get(parent, ())
+            if name in siblings or name in self._waiting:
+                self._touch([name], now - start)
+            elif len(piece) == self._piece or not self._has_most_of(siblings, piece):
                 if sum(self._waiting.values()) > self._most_waiting:
                     _logger.info("the prompt cache drops a part of a prompt: too much waits to be written")
-                    return
-                self._submit(name, piece, self._cache.part(slot, start, start + len(piece)), requirements)
+                    return True
+                payload = self._cache.part(slot, start, start + len(piece))
+                if payload is None:
+                    return False
+                self._submit(name, piece, payload, requirements, now - start)
             parent = name[33:65]
-
-    def _touch_at(self, name: str, start: int) -> None:
-        with suppress(OSError):
-            used = time.time_ns() - start
-            os.utime(self.files.directory / name, ns=(used, used), follow_symlinks=False)
+        return True
 
     def _has_most_of(self, names: Iterable[str], piece: Ids) -> bool:
         """Return whether too little of a tail is new."""
-        return len(piece) < _LEAST or len(piece) - self._closest(names, piece)[1] < _LEAST
+        least = min(_LEAST, max(1, self._piece // 8))
+        return len(piece) < least or len(piece) - self._closest(names, piece)[1] < least
 
-    def _store_snapshot(self, slot: Slot, ids: Ids, requirements: Mapping[str, Any]) -> None:
-        root = _root(requirements)
-        name = _name(root, ids, 0)
-        names = self._children().get(root, [])
+    def _store_snapshot(
+        self, slot: Slot, ids: Ids, requirements: Mapping[str, Any], children: Mapping[str, list[str]]
+    ) -> None:
+        root = _root(requirements, is_whole=True)
+        name, names = _name(root, ids, 0), children.get(root, [])
         if name in names or name in self._waiting:
             self._touch([name])
             return
@@ -447,15 +461,15 @@ class PromptCache:
         if sum(self._waiting.values()) + size > self._most_waiting:
             _logger.info("the prompt cache drops a prompt of %d bytes: too much waits to be written", size)
             return
-        self._submit(name, ids, self._cache.snapshot(slot), requirements)
+        self._submit(name, ids, self._cache.snapshot(slot), requirements, time.time_ns())
 
-    def _submit(self, name: str, tokens: Ids, payload: Payload, requirements: Mapping[str, Any]) -> None:
+    def _submit(self, name: str, tokens: Ids, payload: Payload, requirements: Mapping[str, Any], used_ns: int) -> None:
         needed = {**requirements, "start": payload.start, "parent": name[:32]}
         parts = state.parts(payload, needed, self._name)
         size = sum(len(part) for part in parts)
         if size > self.max_bytes:
             return
-        job = _Job(name, name[:32], tokens, parts, size, time.time_ns() - payload.start)
+        job = _Job(name, name[:32], tokens, parts, size, used_ns)
         with self._changed:
             if self._is_closed:
                 return
@@ -604,9 +618,9 @@ def _chunks(parts: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
             yield view[start : start + _CHUNK_BYTES]
 
 
-def _root(requirements: Mapping[str, Any]) -> str:
-    """Return what the first piece follows: the model and the form of the context."""
-    return state.short_digest(json.dumps(requirements, sort_keys=True).encode())
+def _root(requirements: Mapping[str, Any], is_whole: bool = False) -> str:
+    """Return what the first piece, or a snapshot, follows: the model and the form of the context."""
+    return state.short_digest(json.dumps([requirements, is_whole], sort_keys=True).encode())
 
 
 def _name(parent: str, tokens: Ids, start: int) -> str:

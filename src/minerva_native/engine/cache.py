@@ -741,7 +741,7 @@ class KVCache:
 
     @property
     def can_split(self) -> bool:
-        """Whether `part` and `keep_parts` can be used; if not, `snapshot` and `keep_snapshot`."""
+        """Whether `part` and `keep_parts` can be used. `snapshot` and `keep_snapshot` always can."""
         return self._cells.can_split
 
     def n_cached(self, ids: Ids) -> int:
@@ -754,11 +754,14 @@ class KVCache:
         slot.settle()
         return slot.n_cached if slot.n_exact is None else min(slot.n_exact, slot.n_cached)
 
-    def part(self, slot: Slot, start: int, stop: int) -> Payload:
-        """Return the tokens from `start` to `stop` of a slot, which are cached exactly."""
+    def part(self, slot: Slot, start: int, stop: int) -> Payload | None:
+        """Return the tokens from `start` to `stop` of a slot, which are cached exactly, no more than a window.
+
+        Return None if others have been given cells of tokens that had left the window.
+        """
         state = slot.part(start, stop)
         if state is None:
-            raise StateError("libllama does not give the state of this sequence")
+            return None
         return Payload(np.array(slot.tokens[start:stop], np.int32), stop - start, None, None, state, start)
 
     def snapshot(self, slot: Slot) -> Payload:
@@ -779,6 +782,7 @@ class KVCache:
                     break
                 if reason := slot.add_part(part.state, part.start, part.start + len(part.tokens)):
                     self._refuse(reason)
+            slot.rollback(slot.n_cached)  # to where the window is whole
         self.pool.release(slot)
 
     def keep_snapshot(self, payload: Payload) -> None:

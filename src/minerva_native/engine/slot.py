@@ -349,7 +349,7 @@ class Slot:
         return ""
 
     def part(self, start: int, stop: int) -> State | None:
-        """Return the state of the cached tokens from `start` to `stop`; None if libllama does not give it."""
+        """Return the state of the cached tokens from `start` to `stop`; None if some of it is gone."""
         self.doubt()
         state = self._cells.read_part(self.id, start, stop)
         self.in_sync, self._is_doubtful = True, False
