@@ -2,7 +2,7 @@
 
 Restart: a process that finds the prompt on disk against one that has no cache, in turns: how many of the prompt's
 tokens it evaluates, and the time from the request to the first token, with the model loaded and the files in the page
-cache. Writing: the speed of decoding while a prompt of the same length is written, against decoding without a cache, in
+cache. Writing: the time of a token while a prompt of the same length is written, against that while nothing is, in
 turns within one process. Ratios are medians of pairs, with the smallest and the largest in brackets.
 """
 
@@ -63,33 +63,46 @@ def restarts(arguments: argparse.Namespace) -> None:
     print(f"first token after a restart: {median:.1f} [{min(ratios):.1f}, {max(ratios):.1f}] times sooner")
 
 
-def decoding_seconds(llm: mn.LLM, long: list[int], n: int) -> float:
-    """Return the time of a token, right after the end of a request with a long prompt."""
-    llm.complete(long, max_tokens=1)
-    times = [time.perf_counter() for _ in llm.stream("Once upon a time", max_tokens=n, temperature=0.0, min_p=0.0,
-                                                     logit_bias={llm.tokenizer.eos: -1e9})]  # fmt: skip
-    return (times[-1] - times[1]) / (len(times) - 2)
-
-
 def writing(arguments: argparse.Namespace) -> None:
     """Compare decoding with and without what the cache writes meanwhile."""
-    ratios, n_busy = [], 0
-    with tempfile.TemporaryDirectory() as directory, mn.Model.load(arguments.model) as model:
-        options = {"n_ctx": arguments.tokens + 1024, "n_threads": arguments.threads}
-        with mn.LLM(model, cache_dir=directory, **options) as writes, mn.LLM(model, **options) as plain:
+    ratios, copying, n_busy = [], [], 0
+    options = {"n_ctx": arguments.tokens + 1024, "n_threads": arguments.threads}
+    with tempfile.TemporaryDirectory() as directory, mn.LLM(arguments.model, cache_dir=directory, **options) as llm:
+        cache, n = llm.prompt_cache, arguments.decode
+        assert cache is not None
+        with llm.context.sequence() as long, llm.context.sequence() as short:
+            long.extend(prompt(llm.tokenizer, arguments.tokens))
+            short.extend(llm.tokenizer.encode("Once upon a time"))
+
+            def decode(is_writing: bool) -> float:
+                """Return the seconds that some tokens take."""
+                nonlocal n_busy
+                if is_writing:
+                    cache.files.clear()
+                    began = time.perf_counter()
+                    cache.store(long)
+                    copying.append(time.perf_counter() - began)
+                _ = short.logits
+                began = time.perf_counter()
+                for token in range(n):
+                    short.extend([1000 + token])
+                    _ = short.logits
+                seconds = time.perf_counter() - began
+                n_busy += is_writing and not cache.flush(0.0)
+                cache.flush()
+                short.rewind(n)
+                return seconds
+
+            decode(True)
             for at in range(arguments.decode_pairs):
-                seconds = {}
-                for llm in (writes, plain) if at % 2 else (plain, writes):
-                    long = prompt(model.tokenizer, arguments.tokens, seed=at + 1)
-                    seconds[llm] = decoding_seconds(llm, long, arguments.decode)
-                    if llm is writes and (cache := llm.prompt_cache) is not None:
-                        n_busy += not cache.flush(0.0)
-                        cache.flush()
-                ratios.append(seconds[writes] / seconds[plain])
-                print(f"  {1 / seconds[plain]:.1f} tokens/s without, {1 / seconds[writes]:.1f} with: {ratios[-1]:.4f}")
-    median = statistics.median(ratios)
+                seconds = {
+                    is_writing: decode(is_writing) for is_writing in ((False, True) if at % 2 else (True, False))
+                }
+                ratios.append(seconds[True] / seconds[False])
+    low, median, high = statistics.quantiles(ratios)
     print(f"a token while the cache writes takes {median:.4f} [{min(ratios):.4f}, {max(ratios):.4f}] times as long; "
-          f"it still wrote at the end in {n_busy} of {arguments.decode_pairs} pairs")  # fmt: skip
+          f"quartiles {low:.4f} and {high:.4f}; it still wrote at the end of {n_busy} of {len(copying)}")  # fmt: skip
+    print(f"before that, copying the prompt's state out of the memory takes {1e3 * statistics.median(copying):.0f} ms")
 
 
 def main() -> None:
@@ -98,8 +111,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4000)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--decode-pairs", type=int, default=9)
-    parser.add_argument("--decode", type=int, default=128)
+    parser.add_argument("--decode-pairs", type=int, default=41)
+    parser.add_argument("--decode", type=int, default=64)
     parser.add_argument("--restart", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.restart is not None:

@@ -233,6 +233,7 @@ class PromptCache:
         self._waiting: dict[str, int] = {}  # the names of jobs, and their sizes
         self._thread: threading.Thread | None = None
         self._hurry = threading.Event()
+        self._process = os.getpid()
         self._is_closed = self._is_abandoned = self._has_warned = False
         self._n_calls, self._called_at = 0, 0.0
         self._size_bytes: int | None = None  # of all files, when they were last looked at
@@ -404,7 +405,7 @@ class PromptCache:
         Its state is copied here; all else is done in the background. If that falls behind, nothing is kept.
         """
         cache, slot = self._cache, slot_of(sequence)
-        if slot.closed or self._is_closed:
+        if slot.closed or self._is_closed or self._process != os.getpid():
             return
         try:
             with cache.gate.enter(), cache.handle:
@@ -496,7 +497,7 @@ class PromptCache:
             try:
                 self._write(job)
                 self._has_warned = False
-            except OSError as error:
+            except (OSError, MemoryError) as error:
                 if not self._has_warned:
                     _logger.warning("the prompt cache cannot write to %s: %s", self.files.directory, error)
                 self._has_warned = True
@@ -573,6 +574,8 @@ class PromptCache:
 
     def close(self, timeout: float = _CLOSE_SECONDS) -> None:
         """Write what waits, but for no longer than so many seconds. Closing twice is no error."""
+        if self._process != os.getpid():  # inherited by a fork, without the thread
+            return
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()

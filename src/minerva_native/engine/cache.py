@@ -792,7 +792,7 @@ class KVCache:
             self._reserve_place(slot)
             if reason := slot.read_back(payload.state, payload.n_cached, None):
                 self._refuse(reason)
-            slot.return_only_to(list(payload.checkpoints))
+            slot.take_checkpoints(list(payload.checkpoints))
             slot.take_logits(payload.logits)
         self.pool.release(slot)
 

@@ -368,7 +368,7 @@ class Slot:
         self.in_sync = True
         return ""
 
-    def return_only_to(self, checkpoints: list[Checkpoint]) -> None:
+    def take_checkpoints(self, checkpoints: list[Checkpoint]) -> None:
         """Take over the checkpoints that were saved with the state."""
         self.checkpoints = checkpoints
 

@@ -122,7 +122,7 @@ def _checkpoints(
             stop = at + 4 * n_logits + n_bytes
             if not (last < n <= header["n_cached"] and n_logits in (0, n_vocab) and n_bytes > 0 and stop <= len(body)):
                 break
-            state = np.frombuffer(body, np.uint8, n_bytes, offset=at + 4 * n_logits)
+            state = np.array(np.frombuffer(body, np.uint8, n_bytes, offset=at + 4 * n_logits))
             found.append(Checkpoint(n, state, _logits(path, body, n_logits, at)))
             last, at = n, stop
         else:
