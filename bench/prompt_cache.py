@@ -12,7 +12,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from pathlib import Path
 
 import minerva_native as mn
 
@@ -63,9 +65,16 @@ def restarts(arguments: argparse.Namespace) -> None:
     print(f"first token after a restart: {median:.1f} [{min(ratios):.1f}, {max(ratios):.1f}] times sooner")
 
 
+def writer_seconds() -> float:
+    """Return the CPU time that the thread in the background has taken so far (Linux)."""
+    threads = [thread for thread in threading.enumerate() if thread.name == "minerva_native prompt cache"]
+    paths = [Path(f"/proc/self/task/{thread.native_id}/schedstat") for thread in threads]
+    return sum(int(path.read_text().split()[0]) for path in paths if path.exists()) / 1e9
+
+
 def writing(arguments: argparse.Namespace) -> None:
     """Compare decoding with and without what the cache writes meanwhile."""
-    ratios, copying, n_busy = [], [], 0
+    ratios, copying, shares, n_busy = [], [], [], 0
     options = {"n_ctx": arguments.tokens + 1024, "n_threads": arguments.threads}
     with tempfile.TemporaryDirectory() as directory, mn.LLM(arguments.model, cache_dir=directory, **options) as llm:
         cache, n = llm.prompt_cache, arguments.decode
@@ -83,11 +92,14 @@ def writing(arguments: argparse.Namespace) -> None:
                     cache.store(long)
                     copying.append(time.perf_counter() - began)
                 _ = short.logits
+                used = writer_seconds()
                 began = time.perf_counter()
                 for token in range(n):
                     short.extend([1000 + token])
                     _ = short.logits
                 seconds = time.perf_counter() - began
+                if is_writing:
+                    shares.append((writer_seconds() - used) / seconds)
                 n_busy += is_writing and not cache.flush(0.0)
                 cache.flush()
                 short.rewind(n)
@@ -102,6 +114,9 @@ def writing(arguments: argparse.Namespace) -> None:
     low, median, high = statistics.quantiles(ratios)
     print(f"a token while the cache writes takes {median:.4f} [{min(ratios):.4f}, {max(ratios):.4f}] times as long; "
           f"quartiles {low:.4f} and {high:.4f}; it still wrote at the end of {n_busy} of {len(copying)}")  # fmt: skip
+    print(
+        f"the writer takes {statistics.median(shares):.2%} [{min(shares):.2%}, {max(shares):.2%}] of one core meanwhile"
+    )
     print(f"before that, copying the prompt's state out of the memory takes {1e3 * statistics.median(copying):.0f} ms")
 
 
