@@ -1,11 +1,14 @@
 """The prompt cache on disk: what one process has evaluated, the next one reads, whatever happens in between."""
 
+import hashlib
 import json
 import logging
 import os
+import random
 import re
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -436,6 +439,52 @@ def test_a_file_that_cannot_be_trusted_is_skipped_by_name(
             cache.store(sequence)
         cache.flush()
         assert room(**options).cache.load(prompt) == len(prompt)
+
+
+@pytest.mark.parametrize("model", [None, TinyModel("jamba")], ids=["pieces", "states"])
+def test_a_state_that_libllama_refuses_is_skipped_once(
+    room: Callable[..., Room],
+    directory: Path,
+    caplog: pytest.LogCaptureFixture,
+    load_tiny: Callable[[TinyModel], mn.Model],
+    model: TinyModel | None,
+) -> None:
+    options = {} if model is None else {"model": load_tiny(model)}
+    prompt = [20 + at % 37 for at in range(600 if model is None else 200)]
+    keep(room(**options), prompt)
+    path = files(directory)[-1]
+    content = path.read_bytes()[:-40]  # without the end of the state, and the digest
+    path.write_bytes(content + hashlib.blake2b(content, digest_size=32).digest())
+    context, cache = room(**options)
+    with context.sequence() as sequence:
+        sequence.extend([5, 6, 7])
+        expected = sequence.logits
+        sequence.append(8)
+        assert cache.load(prompt) == 0
+        sequence.rewind(1)
+        assert np.allclose(sequence.logits, expected, atol=1e-3)
+    assert cache.load(prompt) == (512 if model is None else 0)
+    lines = [line for line in caplog.messages if path.name in line]
+    assert len(lines) == 1
+    assert "cannot be restored here" in lines[0]
+
+
+@pytest.mark.parametrize("model", [None, TinyModel("jamba")], ids=["pieces", "states"])
+def test_no_header_makes_a_request_fail(
+    room: Callable[..., Room], directory: Path, load_tiny: Callable[[TinyModel], mn.Model], model: TinyModel | None
+) -> None:
+    options = {} if model is None else {"model": load_tiny(model)}
+    prompt = [20 + at % 37 for at in range(100)]
+    keep(room(**options), prompt)
+    (path,) = files(directory)
+    content, choose = path.read_bytes(), random.Random(1)
+    n_header = struct.unpack_from("<I", content, 20)[0]
+    for _ in range(60):
+        mutant = bytearray(content)
+        for _ in range(choose.choice([1, 1, 2, 40])):
+            mutant[choose.randrange(24 + n_header)] = choose.choice(b'0129[]{},:"nx\xff')
+        path.write_bytes(mutant)
+        assert room(**options).cache.load([*prompt[:90], 5, 6]) <= 0 or mutant == content
 
 
 def test_a_file_under_the_name_of_another_is_skipped(

@@ -272,7 +272,7 @@ class PromptCache:
                 if n >= n_there:
                     self._touch(name for name, _ in chain)
                     needed = [(name, start) for name, start in chain if start + self._piece > n_before]
-                    cache.keep_parts(wanted[:n], self._read_each(needed, requirements))
+                    self._keep_parts(wanted[:n], needed, requirements)
                 else:
                     self._touch([snapshot])
                     self._keep_snapshot(snapshot, requirements)
@@ -308,12 +308,21 @@ class PromptCache:
                 best, most = name, n
         return best, most
 
-    def _read_each(self, chain: list[tuple[str, int]], requirements: Mapping[str, Any]) -> Iterator[Payload]:
-        for name, start in chain:
-            payload = self._read(name, start, requirements)
-            if payload is None:
-                return
-            yield payload
+    def _keep_parts(self, ids: Ids, chain: list[tuple[str, int]], requirements: Mapping[str, Any]) -> None:
+        last = ""
+
+        def parts() -> Iterator[Payload]:  # one at a time in memory
+            nonlocal last
+            for last, start in chain:
+                payload = self._read(last, start, requirements)
+                if payload is None:
+                    return
+                yield payload
+
+        try:
+            self._cache.keep_parts(ids, parts())
+        except StateError as error:
+            self._refuse(last, error)
 
     def _best_snapshot(
         self, wanted: Ids, requirements: Mapping[str, Any], children: Mapping[str, list[str]]
@@ -325,7 +334,7 @@ class PromptCache:
             header, tokens = self._peek(name)
             n = common_prefix(tokens, wanted)
             if n < len(tokens) and (memory.window or not memory.can_truncate):
-                n = max((form[0] for form in header.get("checkpoints", []) if form[0] <= n), default=0)
+                n = max((end for end in state.checkpoint_ends(header) if end <= n), default=0)
             if n > most:
                 best, most = name, n
         return best, most
@@ -336,7 +345,10 @@ class PromptCache:
             try:
                 self._cache.keep_snapshot(payload)
             except StateError as error:
-                self._skip(name, StateError(f"{self.files.directory / name} cannot be restored here ({error})"))
+                self._refuse(name, error)
+
+    def _refuse(self, name: str, error: StateError) -> None:
+        self._skip(name, StateError(f"{self.files.directory / name} cannot be restored here ({error})"))
 
     def _children(self) -> dict[str, list[str]]:
         """Return the names of the files by the piece that they follow."""

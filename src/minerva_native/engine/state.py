@@ -152,6 +152,14 @@ def peeked(path: Path | str, file: BinaryIO) -> tuple[dict[str, Any], npt.NDArra
     raise StateError(f"{path} is damaged, or no saved sequence of this version")
 
 
+def checkpoint_ends(header: Mapping[str, Any]) -> list[int]:
+    """Return after how many tokens a saved sequence has checkpoints; of a header that is not proven, whatever it is."""
+    forms = header.get("checkpoints")
+    if not isinstance(forms, list):
+        return []
+    return [form[0] for form in forms if isinstance(form, list) and form and type(form[0]) is int]
+
+
 def short_digest(*parts: bytes) -> str:
     """Return a digest of 128 bits, in hexadecimal."""
     import hashlib
