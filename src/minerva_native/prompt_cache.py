@@ -52,7 +52,7 @@ _DRAFT = re.compile(r"\.[0-9a-f]{16}\.part")
 _STALE_SECONDS = 3600  # a draft that nobody has written to for so long was left by a process that was killed
 
 _CHUNK_BYTES = 1 << 20
-_REST = 50  # times as long as a chunk took, while tokens are generated: 2% of one core
+_REST = 100  # times as long as a chunk took, while tokens are generated: 1% of one core
 _MOST_REST_SECONDS = 1.0
 _DECODING_SECONDS = 1.0  # after a call of libllama's it may be that another follows
 _MOST_WAITING_BYTES = 1 << 30
