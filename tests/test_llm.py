@@ -115,7 +115,9 @@ def test_what_is_dropped_is_closed(demo: mn.Model) -> None:
         ({"n_parallel": 8, "n_seq": 4}, ValueError, "n_seq=4 is too few for n_parallel=8"),
         ({"deterministic": True, "prefix_cache": True}, ValueError, "prefix_cache has no place beside deterministic"),
         ({"n_parallel": 0}, ValueError, "n_parallel"),
-        ({"cache_dir": "/tmp"}, mn.MinervaError, "cache_dir= does nothing yet"),
+        ({"cache_dir": 3}, TypeError, "cache_dir must be a str or a path"),
+        ({"cache_dir": mn.DEMO_PATH}, OSError, "Not a directory"),
+        ({"cache_bytes": -1}, ValueError, "cache_bytes"),
         ({"speculate": True}, TypeError, 'speculate must be "lookup"'),
     ],
 )

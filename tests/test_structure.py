@@ -49,6 +49,7 @@ LAYERS = {
     "calling": 8,
     "speculative": 8,
     "draft": 8,
+    "prompt_cache": 8,
     "conversation": 8,
     "beams": 8,
     "scheduler": 8,
@@ -188,7 +189,7 @@ UNGUARDED = re.compile(
     r"minerva_\w+|llama_(free|log_set|max_parallel_sequences|max_devices|ftype_name)"
     r"|llama_vocab_\w+|llama_model_(n_\w+|has_\w+|is_\w+|size|desc|ftype|get_vocab|meta_val_str|rope_type|free"
     r"|decoder_start_token|default_params)|llama_(get_memory|get_logits_ith|n_ctx_seq|context_default_params)"
-    r"|llama_memory_(can_shift|seq_pos_min|seq_pos_max)|gguf_(get_\w+|find_\w+|type_name|free)"
+    r"|llama_memory_(can_shift|seq_cp|seq_pos_min|seq_pos_max)|gguf_(get_\w+|find_\w+|type_name|free)"
     r"|ggml_(type_\w+|blck_size|is_quantized|get_type_traits_cpu)"
 )
 

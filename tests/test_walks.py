@@ -349,6 +349,29 @@ class Walk(stateful.RuleBasedStateMachine):
         self.attempt(lambda: self.texts.update({self.context.restore(self.folder / "sequence"): copy}), copy)
         copy.waits = text.waits
 
+    @stateful.rule(data=st.data(), size=st.integers(3, 9), forget=st.booleans())
+    def keep_and_bring_back(self, data: st.DataObject, size: int, forget: bool) -> None:
+        sequence, text = self.pick(data)
+        cache, slot = self.cache, slot_of(sequence)
+        with cache.gate.enter(), cache.handle:
+            n = cache.n_exact(slot)
+            ids = np.array(text.tokens[:n], np.int32)
+            if not n:
+                return
+            try:
+                parts = [cache.part(slot, at, min(at + size, n)) for at in range(0, n, size)] if cache.can_split else []
+                whole = [part for part in parts if part is not None]
+                kept = data.draw(st.integers(1, n), label="kept")
+                payload = cache.snapshot(slot) if n == slot.n_cached else None
+                if forget:
+                    cache.clear_finished()
+                if whole and len(whole) == len(parts):
+                    cache.keep_parts(ids[:kept], whole)
+                elif payload is not None:
+                    cache.keep_snapshot(payload)
+            except (mn.ContextFullError, mn.SequencesInUseError):
+                return
+
     @stateful.rule(data=st.data(), ids=st.lists(FEW, min_size=17, max_size=24))
     def stop_in_the_middle_of_a_text(self, data: st.DataObject, ids: list[int]) -> None:
         sequence, text = self.pick(data)

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from .conversation import Chat
     from .draft import RequestOptions
     from .llm import LLM
+    from .prompt_cache import CachedPrompt, PromptFiles
     from .speculative import DraftModel, Lookup, Speculation
     from .structured import Constraint, Matcher
     from .tools import Tool, ToolCall
@@ -70,6 +71,7 @@ __all__ = [
     "LLM",
     "BrokenContextError",
     "BuildError",
+    "CachedPrompt",
     "Cancelled",
     "Chat",
     "ChatTemplate",
@@ -94,6 +96,7 @@ __all__ = [
     "Model",
     "ModelLoadError",
     "OptionError",
+    "PromptFiles",
     "ReentryError",
     "RequestOptions",
     "Sampler",
@@ -122,6 +125,7 @@ __all__ = [
 ]
 
 _LAZY = {  # modules that import more than numpy and the binding, or are not needed to generate a token
+    "CachedPrompt": ".prompt_cache",
     "Chat": ".conversation",
     "ChatTemplate": ".chat",
     "Chunk": ".completion",
@@ -129,6 +133,7 @@ _LAZY = {  # modules that import more than numpy and the binding, or are not nee
     "Constraint": ".structured",
     "LLM": ".llm",
     "Matcher": ".structured",
+    "PromptFiles": ".prompt_cache",
     "RequestOptions": ".draft",
     "DraftModel": ".speculative",
     "Lookup": ".speculative",

@@ -1,6 +1,7 @@
 """A context: libllama's compute graph and KV cache, and the sequences in it."""
 
 import dataclasses
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -329,3 +330,7 @@ class Context:
         if self.closed:
             return "<Context: closed>"
         return f"<Context of {self._model.path.name}: n_ctx={self.n_ctx}, n_seq={self.n_seq}>"
+
+
+# For the prompt cache on disk.
+cache_of: Callable[[Context], KVCache] = operator.attrgetter("_cache")

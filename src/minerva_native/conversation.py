@@ -232,6 +232,8 @@ class Chat:
                 if not is_kept and sequence is not None:
                     with suppress(MinervaError):  # the context may be closed
                         sequence.truncate(_common(tokens, list(sequence)))
+                if sequence is not None:
+                    self._llm.store_prompt(sequence)
 
         return turn
 
@@ -254,6 +256,7 @@ class Chat:
             length = len(ids)
             fewer = self._fewer(messages) if is_shorter and length + room > n_cells else None
             if fewer is None:
+                self._llm.load_prompt(ids, keep=self)
                 try:
                     assign = partial(sequence.assign, ids, cancel=request, evaluate=False)
                     yield from self._llm.chats.room(request, assign, keep=self)

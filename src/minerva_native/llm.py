@@ -8,12 +8,13 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Self, TypeAlias, overload
 
-from ._arguments import flag, function, integer, many, path, what
+from ._arguments import file_path, flag, function, integer, many, path, what
 from .beams import BeamSearch, check_beams
 from .calling import ToolGiven, ToolUse, described
 from .chat import ChatTemplate, Message
@@ -25,6 +26,7 @@ from .engine.gate import CancelToken
 from .errors import ContextFullError, EmptySequenceError, MinervaError, SequencesInUseError, TemplateError
 from .model import Model
 from .options import ContextOptions
+from .prompt_cache import MAX_BYTES, PromptCache
 from .requests import AsyncStream, Request, RequestQueue, Signal, Stream
 from .sampling import logprob
 from .scheduler import Scheduler
@@ -104,7 +106,10 @@ class LLM:
         on_full: what a chat does if its messages do not fit. "error" raises `ContextFullError`. "drop_turns" drops the
             oldest turns after the system prompt. A function gets the messages and returns fewer.
         n_parallel: how many requests to serve at once, a token of each in one batch. They share the `n_ctx` tokens.
-        cache_dir: not there yet.
+        cache_dir: a directory in which prompts and chats are kept, so that another process need not evaluate them
+            again; True for the usual one (see `PromptFiles`). What people write is in those files, for this user alone
+            to read. None, the default, writes nothing.
+        cache_bytes: how large that directory may become; what was not used for longest is removed. 4 GiB by default.
         speculate: guesses tokens, to evaluate several in one pass. "lookup" guesses that the text repeats, a smaller
             `Model` of the same vocabulary writes drafts; or a function of the tokens and a number for so many guesses.
         deterministic: make what is computed for a request depend on nothing else, neither on what is served beside it
@@ -120,6 +125,7 @@ class LLM:
         template: the chat template, or None.
         queue: the requests; `len(llm.queue)` of them wait.
         chats: the chats that have an open sequence.
+        prompt_cache: what `cache_dir` has, or None.
         on_full: see there.
 
     Raises:
@@ -135,13 +141,15 @@ class LLM:
         template: str | ChatTemplate | None = None,
         on_full: WhenFull = "error",
         n_parallel: int = 1,
-        cache_dir: str | os.PathLike[str] | None = None,
+        cache_dir: str | os.PathLike[str] | Literal[True] | None = None,
+        cache_bytes: int = MAX_BYTES,
         speculate: Any = None,
         deterministic: bool = False,
         **options: Any,
     ):
-        if cache_dir is not None:
-            raise MinervaError("cache_dir= does nothing yet: leave it out")
+        if cache_dir is not None and cache_dir is not True:
+            cache_dir = file_path("cache_dir", cache_dir)
+        cache_bytes = integer("cache_bytes", cache_bytes, 0)
         n_parallel = integer("n_parallel", n_parallel, 1)
         deterministic = flag("deterministic", deterministic)
         if not callable(on_full) and not (isinstance(on_full, str) and on_full in ("error", "drop_turns")):
@@ -179,6 +187,9 @@ class LLM:
             if (speculation := self.speculation()) is not None:
                 speculation.check(self.context)
             self.template = _template_of(self.model) if template is None else template
+            self.prompt_cache = None
+            if cache_dir is not None:
+                self.prompt_cache = PromptCache(None if cache_dir is True else cache_dir, self.context, cache_bytes)
         except BaseException:
             if drafter is not None:
                 drafter.close()
@@ -189,7 +200,7 @@ class LLM:
         self.on_full = on_full
         self.chats, self._n_parallel = OpenChats(), n_parallel
         self.queue = RequestQueue(Scheduler(self.context, self.chats, n_parallel, deterministic))
-        self._close = weakref.finalize(self, _close, self.queue, self.context, drafter, owned)
+        self._close = weakref.finalize(self, _close, self.queue, self.prompt_cache, self.context, drafter, owned)
 
     def options(self, caller: str, options: Mapping[str, Any]) -> RequestOptions:
         """Return the options of a call, checked; `caller` is its name, for messages."""
@@ -499,7 +510,7 @@ class LLM:
 
         def work(request: Request) -> Iterator[Completion | Signal]:
             beginning = yield from begin(request)
-            with beginning.sequence as sequence:
+            with self._lent(beginning.sequence) as sequence:
                 if width:
                     search = BeamSearch(request, self.chats, width, options.max_tokens)
                     answers = yield from search.run(sequence, beginning.cached_tokens, beginning.is_chat)
@@ -519,7 +530,7 @@ class LLM:
 
         def work(request: Request) -> Iterator[Chunk | Signal]:
             beginning = yield from begin(request)
-            with beginning.sequence as sequence:
+            with self._lent(beginning.sequence) as sequence:
                 self.chats.leave_room(self.context, options.max_tokens)
                 yield from self._draft(request, beginning, sequence, options).chunks()
 
@@ -628,6 +639,7 @@ class LLM:
         """Return a new sequence with an evaluated prompt."""
         if not ids:
             raise EmptySequenceError("the prompt has no tokens, and this model does not begin texts with a BOS token")
+        self.load_prompt(ids)
         sequence = yield from self.chats.room(request, self.context.sequence)
         try:
             add = partial(sequence.extend, ids, cancel=request, evaluate=False)
@@ -637,6 +649,26 @@ class LLM:
             sequence.close()
             raise
         return sequence
+
+    def load_prompt(self, ids: list[int], keep: Chat | None = None) -> None:
+        """Bring what the disk has of a prompt into the context. `keep` is the chat whose prompt it is."""
+        if self.prompt_cache is not None:
+            with suppress(ContextFullError, SequencesInUseError):
+                self.chats.with_room(partial(self.prompt_cache.load, ids), keep)
+
+    def store_prompt(self, sequence: TokenSequence) -> None:
+        """Keep what a request has evaluated on disk."""
+        if self.prompt_cache is not None:
+            self.prompt_cache.store(sequence)
+
+    @contextmanager
+    def _lent(self, sequence: TokenSequence) -> Iterator[TokenSequence]:
+        """Lend a sequence, and keep what it holds in the end."""
+        with sequence:
+            try:
+                yield sequence
+            finally:
+                self.store_prompt(sequence)
 
     def _scored(self, request: Request, ids: list[int]) -> Generator[Signal, None, tuple[TokenSequence, list[float]]]:
         """Return a new sequence, and the log-probabilities of its tokens, computed in pieces."""
@@ -725,8 +757,16 @@ class LLM:
         return f"<LLM {self.model.path.name}: {'closed' if self.closed else f'n_ctx={self.context.n_ctx}'}>"
 
 
-def _close(queue: RequestQueue, context: Context, drafter: DraftModel | None, model: Model | None) -> None:
+def _close(
+    queue: RequestQueue,
+    prompt_cache: PromptCache | None,
+    context: Context,
+    drafter: DraftModel | None,
+    model: Model | None,
+) -> None:
     queue.close()
+    if prompt_cache is not None:
+        prompt_cache.close()
     context.close()
     if drafter is not None:
         drafter.close()

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from minerva_native import ContextError, DeviceError, MinervaError, SamplingError, TokenizerError, __version__
 
-from . import bench, chat, devices, generate, info, pull, tokenize
+from . import bench, cache, chat, devices, generate, info, pull, tokenize
 from .messages import printable, say, shown_log
 from .options import add_verbosity
 
@@ -19,6 +19,7 @@ COMMANDS = {
     "chat": chat,
     "bench": bench,
     "pull": pull,
+    "cache": cache,
     "info": info,
     "devices": devices,
     "tokenize": tokenize,

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from .gate import CancelToken, Gate, check
 from .memory import Cells, State
 from .pool import SlotPool
 from .runner import ABORTED, NO_CELLS, Logits, Runner
-from .slot import Mark, ReuseKey, Slot, common_prefix
+from .slot import Checkpoint, Mark, ReuseKey, Slot, common_prefix
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -47,6 +47,8 @@ class Payload(NamedTuple):
         n_exact: see `Slot`.
         logits: after the last token, float32, if they are known.
         state: libllama's, uint8.
+        start: the position of the first of the tokens; above 0 this is a part of a slot.
+        checkpoints: of the slot.
     """
 
     tokens: Ids
@@ -54,6 +56,8 @@ class Payload(NamedTuple):
     n_exact: int | None
     logits: Logits | None
     state: State
+    start: int = 0
+    checkpoints: tuple[Checkpoint, ...] = ()
 
 
 class KVCache:
@@ -765,11 +769,86 @@ class KVCache:
                 self.pool.place(slot)
                 self.pool.remove_strays()
                 if reason := slot.read_back(payload.state, payload.n_cached, payload.n_exact):
-                    self.forget_everything()  # what libllama has read of it may lie anywhere
-                    raise StateError(reason)
+                    self._refuse(reason)
                 slot.take_logits(payload.logits)
                 self._checkpoint(slot)  # to go back as far as here: what was shifted before is nowhere else
             return slot
+
+    # What is kept for other processes
+
+    @property
+    def can_split(self) -> bool:
+        """Whether `part` and `keep_parts` can be used. `snapshot` and `keep_snapshot` always can."""
+        return self._cells.can_split
+
+    def n_cached(self, ids: Ids) -> int:
+        """Return how many of some tokens, from the first, need no evaluation."""
+        return self.pool.n_cached(ids)
+
+    def n_exact(self, slot: Slot) -> int:
+        """Return how many tokens of a slot are cached just as an evaluation of them would have it."""
+        slot.check_open()
+        slot.settle()
+        return slot.n_cached if slot.n_exact is None else min(slot.n_exact, slot.n_cached)
+
+    def part(self, slot: Slot, start: int, stop: int) -> Payload | None:
+        """Return the tokens from `start` to `stop` of a slot, which are cached exactly, no more than a window.
+
+        Return None if others have been given cells of tokens that had left the window.
+        """
+        state = slot.part(start, stop)
+        if state is None:
+            return None
+        return Payload(np.array(slot.tokens[start:stop], np.int32), stop - start, None, None, state, start)
+
+    def snapshot(self, slot: Slot) -> Payload:
+        """Return what is cached of a slot, all of it exactly, with its checkpoints."""
+        payload = self.payload(slot)
+        logits = None if slot.n_waiting else payload.logits
+        tokens = payload.tokens[: payload.n_cached]
+        return payload._replace(tokens=tokens, logits=logits, checkpoints=tuple(slot.checkpoints))
+
+    def keep_parts(self, ids: Ids, parts: Iterable[Payload]) -> None:
+        """Put tokens among what closed sequences have left, as many as are cached or are in the saved parts."""
+        with self._rollback() as undo:
+            slot = self._new_for_cache(ids, undo)
+            self._attach_prefix(slot)
+            self._reserve_place(slot)
+            for part in parts:
+                if part.start > slot.n_cached:  # what was cached before it has been evicted
+                    break
+                if reason := slot.add_part(part.state, part.start, part.start + len(part.tokens)):
+                    self._refuse(reason)
+            slot.rollback(slot.n_cached)  # to where the window is whole
+        self.pool.release(slot)
+
+    def keep_snapshot(self, payload: Payload) -> None:
+        """Put what was saved as a whole among what closed sequences have left."""
+        with self._rollback() as undo:
+            slot = self._new_for_cache(payload.tokens, undo)
+            self._reserve_place(slot)
+            if reason := slot.read_back(payload.state, payload.n_cached, None):
+                self._refuse(reason)
+            slot.take_checkpoints(list(payload.checkpoints))
+            slot.take_logits(payload.logits)
+        self.pool.release(slot)
+
+    def _new_for_cache(self, ids: Ids, undo: "_Rollback") -> Slot:
+        slot = self.pool.new_for_cache()
+        undo.made(slot)
+        self._add(slot, ids)
+        return slot
+
+    def _reserve_place(self, slot: Slot) -> None:
+        if lacking := self.pool.reserve(slot, 0):
+            raise self._full(lacking, slot, lacking)
+        self.pool.place(slot)
+        self.pool.remove_strays()
+
+    def _refuse(self, reason: str) -> NoReturn:
+        """Raise `StateError`, with an empty memory: what libllama has read of a bad state may lie anywhere."""
+        self.forget_everything()
+        raise StateError(reason)
 
     def requirements(self) -> dict[str, Any]:
         """Return what has to be the same for a saved slot to be admitted, as JSON has it.

@@ -80,6 +80,9 @@ class Cells:
         self.facts = _facts(model, options, self._memory)
         self._is_small = bool(self.facts.window) and not options.swa_full
         self.key_form = _key_form(model, options, runner.handle.pointer)
+        # Cells in common take any sequence id that libllama knows. Slots use those below `n_seq`.
+        can_split = self.facts.can_truncate and self.facts.can_share
+        self.scratch_id = options.n_seq if can_split and options.n_seq < lib.llama_max_parallel_sequences() else -1
 
     @property
     def _is_gone(self) -> bool:
@@ -173,6 +176,50 @@ class Cells:
             size = lib.minerva_state_write(self._decoder, sequence_id, flags, _pointer(state), state.size, check)
         self._check_not_refused(size)
         return "" if size == state.size else thrown() or callbacks.reason(errors, "libllama gives no reason")
+
+    @property
+    def can_split(self) -> bool:
+        """Whether the state of any part of a sequence can be read, and written after what another has."""
+        return self.scratch_id >= 0
+
+    def read_part(self, sequence_id: int, start: int, stop: int) -> State | None:
+        """Copy the state of a sequence's tokens from `start` to `stop`; return None if some of it is gone.
+
+        A window that is shorter would leave out its beginning. An error may leave the sequence with those tokens alone.
+        """
+        self.remove(self.scratch_id, -1)
+        # libllama writes cells only of ids below `n_seq`: the whole goes to the scratch id, and the part stays.
+        self._check(lib.minerva_memory_seq_cp(self._decoder, sequence_id, self.scratch_id))
+        try:
+            self.remove(sequence_id, stop)
+            if start:
+                self.remove(sequence_id, 0, start)
+            state = self.read(sequence_id) if self._spans(sequence_id, start, stop) else None
+            self.remove(sequence_id, -1)
+            self._check(lib.minerva_memory_seq_cp(self._decoder, self.scratch_id, sequence_id))
+            return state
+        finally:
+            self.remove(self.scratch_id, -1)
+
+    def write_part(self, sequence_id: int, state: State, held: int, start: int, stop: int, n: int) -> str:
+        """Add what a state from outside has of the tokens from `start` to `stop` to a sequence that holds `held`.
+
+        It then holds `n`. Return why it could not be, or an empty string.
+        """
+        try:
+            if reason := self.write(self.scratch_id, state, check=True):
+                return reason
+            if not self._spans(self.scratch_id, start, stop):
+                return "its positions are not its tokens"
+            lib.llama_memory_seq_cp(self._memory, self.scratch_id, sequence_id, held, n)
+            return ""
+        finally:
+            self.remove(self.scratch_id, -1)
+
+    def _spans(self, sequence_id: int, start: int, stop: int) -> bool:
+        first = lib.llama_memory_seq_pos_min(self._memory, sequence_id)
+        last = lib.llama_memory_seq_pos_max(self._memory, sequence_id)
+        return (first, last) == (start, stop - 1)
 
     def _check_not_refused(self, result: int) -> None:
         if result == lib.MINERVA_THREW and lib.minerva_thrown_cause() in (lib.MINERVA_FAILED, lib.MINERVA_INHERITED):

@@ -6,10 +6,13 @@ from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import SequencesInUseError
 from .memory import Cells
 from .slot import ReuseKey, Run, Slot, clipped, common_prefix
+
+Ids = npt.NDArray[np.int32]
 
 
 class Holder(Protocol):
@@ -66,6 +69,10 @@ class SlotPool:
         self.collect()
         if not self.has_place:
             raise self._no_place()
+        return self.new_for_cache()
+
+    def new_for_cache(self) -> Slot:
+        """Return a new empty slot that no sequence is made of: it takes a place only once it has an id."""
         slot = self._new_slot()
         self.open.append(slot)
         return slot
@@ -83,7 +90,7 @@ class SlotPool:
 
     def remove_strays(self) -> bool:
         """Free the cells that an interrupt has left under ids which no slot has; return whether there may be any."""
-        strays = set(range(self._n_seq)) - {slot.id for slot in (*self.open, *self.finished)}
+        strays = {*range(self._n_seq), self._cells.scratch_id} - {slot.id for slot in (*self.open, *self.finished)}
         for sequence_id in strays:
             self._cells.remove(sequence_id, -1)
         return bool(strays)
@@ -180,6 +187,16 @@ class SlotPool:
     def _oldest(self) -> Slot | None:
         """Return the finished slot to evict first."""
         return next((old for old in self.finished if not old.pinned), None)
+
+    def n_cached(self, wanted: Ids) -> int:
+        """Return how many of some tokens, from the first, a slot has cached."""
+        n = 0
+        self.tidy()
+        for slot in (*self.open, *self.finished):
+            slot.settle()
+            if slot.key == self.key:
+                n = max(n, slot.n_usable(wanted, n))
+        return n
 
     def find_prefix(self, slot: Slot) -> tuple[Slot | None, int]:
         """Return which other slot has most of this one's tokens cached, from the first, and how many."""

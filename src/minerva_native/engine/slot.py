@@ -348,6 +348,30 @@ class Slot:
         self.n_exact, self.in_sync = n_exact, True
         return ""
 
+    def part(self, start: int, stop: int) -> State | None:
+        """Return the state of the cached tokens from `start` to `stop`; None if some of it is gone."""
+        self.doubt()
+        state = self._cells.read_part(self.id, start, stop)
+        self.in_sync, self._is_doubtful = True, False
+        return state
+
+    def add_part(self, state: State, start: int, stop: int) -> str:
+        """Hold more of the list, from a saved state of the tokens from `start` to `stop`; return why not, or nothing.
+
+        At least those before `start` are cached.
+        """
+        self.begin()
+        n = min(stop, len(self.tokens))
+        if n > self.n_cached and (reason := self._cells.write_part(self.id, state, self.n_cached, start, stop, n)):
+            return reason
+        self.n_cached = self.n_seen = max(n, self.n_cached)
+        self.in_sync = True
+        return ""
+
+    def take_checkpoints(self, checkpoints: list[Checkpoint]) -> None:
+        """Take over the checkpoints that were saved with the state."""
+        self.checkpoints = checkpoints
+
     def shift(self, keep: int, discard: int) -> bool:
         """Discard cached tokens after the first `keep`, and move those after them up; the cells are its own.
 
