@@ -9,6 +9,7 @@ import contextlib
 import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from enum import Enum
@@ -398,30 +399,55 @@ class Stream(Generic[T]):
         self._request.stop()  # takes no lock, as a finaliser may strike anywhere
 
 
+class _Doorbell:
+    """Wakes an event loop once for all that has come since it last looked: waking it costs as much as a token."""
+
+    def __init__(self) -> None:
+        self._arrived: deque[_Inbox] = deque()
+        self._has_rung = False
+
+    def ring(self, inbox: "_Inbox") -> None:
+        """Have the event loop look into an inbox. If the loop is closed, nobody waits for it."""
+        self._arrived.append(inbox)
+        if not self._has_rung:
+            self._has_rung = True
+            with contextlib.suppress(RuntimeError):
+                inbox.loop.call_soon_threadsafe(self._answer)
+
+    def _answer(self) -> None:
+        self._has_rung = False  # before it looks: what comes from now on rings again
+        while self._arrived:
+            self._arrived.popleft().look()
+
+
+_doorbells: "weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Doorbell]" = weakref.WeakKeyDictionary()
+
+
 class _Inbox:
-    """Results that have come to an event loop."""
+    """Results that have come to an event loop. Made on it."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.loop = loop
-        self.items: deque[Any] = deque()
+        self._doorbell = _doorbells.setdefault(loop, _Doorbell())
+        self._items: deque[Any] = deque()
         self._arrival: asyncio.Future[None] | None = None
 
     def put_from_thread(self, item: Any) -> None:
-        """Hand an item to the event loop. If the loop is closed, nobody waits for it."""
-        with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(self._put, item)
+        """Hand an item to the event loop."""
+        self._items.append(item)
+        self._doorbell.ring(self)
 
-    def _put(self, item: Any) -> None:
-        self.items.append(item)
+    def look(self) -> None:
+        """Wake whoever waits for an item."""
         if self._arrival is not None and not self._arrival.done():
             self._arrival.set_result(None)
 
     async def get(self) -> Any:
         """Return the next item."""
-        while not self.items:
+        while not self._items:
             self._arrival = self.loop.create_future()
             await self._arrival
-        return self.items.popleft()
+        return self._items.popleft()
 
 
 class AsyncStream(AsyncIterator[T]):
