@@ -94,7 +94,7 @@ def theirs(port: int, prompts: list[str], n: int, number: int) -> Turn:
 
 
 @contextmanager
-def llama_server(binary: str, model: str, n_threads: int, n_parallel: int) -> Iterator[int]:
+def llama_server(binary: str, model: str, n_threads: int, n_parallel: int, kv_unified: bool) -> Iterator[int]:
     """Run llama-server on a free port of loopback."""
     import socket
 
@@ -102,7 +102,7 @@ def llama_server(binary: str, model: str, n_threads: int, n_parallel: int) -> It
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [binary, "-m", model, "-t", str(n_threads), "-tb", str(n_threads), "--port", str(port), "-c", "8192"]
-    command += ["--parallel", str(n_parallel), "--host", "127.0.0.1", "--kv-unified"]
+    command += ["--parallel", str(n_parallel), "--host", "127.0.0.1", *(["--kv-unified"] if kv_unified else [])]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         for _ in range(300):
@@ -159,10 +159,10 @@ def in_turns(ways: dict[str, Callable[[int], Turn]], pairs: int) -> dict[str, li
 
 
 def server(arguments: argparse.Namespace) -> None:
-    n_threads, n = arguments.threads, arguments.tokens
+    n_threads, n, unified = arguments.threads, arguments.tokens, arguments.unified
     with (
-        mn.LLM(arguments.model, n_ctx=8192, n_parallel=8, n_threads=n_threads) as llm,
-        llama_server(arguments.llama_server, arguments.model, n_threads, 8) as port,
+        mn.LLM(arguments.model, n_ctx=8192, n_parallel=8, n_seq=8, n_threads=n_threads, kv_unified=unified) as llm,
+        llama_server(arguments.llama_server, arguments.model, n_threads, 8, unified) as port,
     ):
         ways: dict[str, Callable[[int], Turn]] = {
             "minerva": lambda number: ours(llm, PROMPTS, n, number),
@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--batched-bench", default="llama-batched-bench")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--unified", action="store_true", help="server: all streams in one KV cache, on both sides")
     parser.add_argument("--pairs", type=int, default=7)
     arguments: Any = parser.parse_args()
     {"server": server, "batch": batch, "single": single}[arguments.what](arguments)

@@ -9,6 +9,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
@@ -454,6 +455,8 @@ class KVCache:
                 return False
         if self.runner.was_cancelled:
             self.runner.begin()
+        if not self.memory.can_share:  # see `_fill_batch`
+            slots.sort(key=attrgetter("id"))
         positions = self._decode_each(slots, [slot.tokens[-1] for slot in slots])
         for row, slot in enumerate(slots):
             self.stats.tokens_reevaluated += slot.commit(positions[row] + 1, row)
@@ -523,10 +526,15 @@ class KVCache:
             size = min(slot.n_waiting, self._stride, n_max - count)
             if size <= 0 or (parts and is_even and size != parts[0][1]):
                 break
-            n = slot.n_cached
-            self.runner.batch.put(count, slot.tokens[n : n + size], n, slot.id)
             parts.append((slot, size))
             count += size
+        if not self.memory.can_share:  # libllama computes in one pass those whose ids follow each other
+            parts.sort(key=lambda part: part[0].id)
+        at = 0
+        for slot, size in parts:
+            n = slot.n_cached
+            self.runner.batch.put(at, slot.tokens[n : n + size], n, slot.id)
+            at += size
         return parts
 
     def _commit(self, slot: Slot, size: int, row: int) -> None:
