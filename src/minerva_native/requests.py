@@ -88,13 +88,14 @@ class Request:
         writers: what writes now, so that several requests can be evaluated together. Whoever does the work sets them.
         n_evaluated: how many tokens of its prompt were evaluated.
         may_wait: whether there are others, for whose end it can wait if there is no room.
+        deliver: hands a result to the caller, who sees it once the bell that is returned was rung.
         is_dropped: whether it was stopped when its sequences had been taken away: it ends with what it has.
     """
 
     def __init__(
         self,
         work: "Callable[[Request], Iterator[Any]]",
-        deliver: Callable[[Any], object],
+        deliver: "Callable[[Any], Doorbell | None]",
         cancel: CancelToken | None = None,
         timeout: float | None = None,
         key: object = None,
@@ -152,7 +153,8 @@ class Request:
         self.writers = ()
         if isinstance(error, Cancelled) and self.is_set():
             error = self.cancelled()
-        self.deliver(_End(error))
+        if (bell := self.deliver(_End(error))) is not None:
+            bell.ring()
 
 
 class Server(Protocol):
@@ -399,20 +401,25 @@ class Stream(Generic[T]):
         self._request.stop()  # takes no lock, as a finaliser may strike anywhere
 
 
-class _Doorbell:
+class Doorbell:
     """Wakes an event loop once for all that has come since it last looked: waking it costs as much as a token."""
 
-    def __init__(self) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
         self._arrived: deque[_Inbox] = deque()
         self._has_rung = False
 
-    def ring(self, inbox: "_Inbox") -> None:
-        """Have the event loop look into an inbox. If the loop is closed, nobody waits for it."""
+    def put(self, inbox: "_Inbox") -> None:
+        """Have the event loop look into an inbox once it is woken."""
         self._arrived.append(inbox)
-        if not self._has_rung:
+
+    def ring(self) -> None:
+        """Wake the event loop. If it is closed, nobody waits."""
+        loop = self._loop()
+        if not self._has_rung and loop is not None:
             self._has_rung = True
             with contextlib.suppress(RuntimeError):
-                inbox.loop.call_soon_threadsafe(self._answer)
+                loop.call_soon_threadsafe(self._answer)
 
     def _answer(self) -> None:
         self._has_rung = False  # before it looks: what comes from now on rings again
@@ -420,7 +427,7 @@ class _Doorbell:
             self._arrived.popleft().look()
 
 
-_doorbells: "weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Doorbell]" = weakref.WeakKeyDictionary()
+_doorbells: "weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Doorbell]" = weakref.WeakKeyDictionary()
 
 
 class _Inbox:
@@ -428,14 +435,15 @@ class _Inbox:
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.loop = loop
-        self._doorbell = _doorbells.setdefault(loop, _Doorbell())
+        self._doorbell = _doorbells.setdefault(loop, Doorbell(loop))
         self._items: deque[Any] = deque()
         self._arrival: asyncio.Future[None] | None = None
 
-    def put_from_thread(self, item: Any) -> None:
-        """Hand an item to the event loop."""
+    def put_from_thread(self, item: Any) -> Doorbell:
+        """Hand an item to the event loop, which finds it once the bell is rung."""
         self._items.append(item)
-        self._doorbell.ring(self)
+        self._doorbell.put(self)
+        return self._doorbell
 
     def look(self) -> None:
         """Wake whoever waits for an item."""

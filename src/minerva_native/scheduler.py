@@ -14,7 +14,7 @@ import numpy as np
 from .context import Context
 from .engine.slot import common_prefix
 from .errors import Cancelled, ContextFullError
-from .requests import Prompt, Request, RequestQueue, Signal
+from .requests import Doorbell, Prompt, Request, RequestQueue, Signal
 from .sequence import Sequence
 
 T = TypeVar("T")
@@ -86,10 +86,13 @@ class Scheduler:
         self._room = 0  # how many cells are known to be free
         self._has_ended = False  # since those that are blocked have last tried
         self._n_rounds = 0
+        self._bells: set[Doorbell] = set()  # to ring after the round
 
     def serve(self, queue: RequestQueue) -> None:
         """Serve requests until the queue is closed and all have ended."""
         while True:
+            while self._bells:
+                self._bells.pop().ring()
             self._admit(queue)
             if not self._served:
                 return
@@ -125,8 +128,8 @@ class Scheduler:
                     return
                 item = next(steps)
                 evaluates = item is Signal.EVALUATE
-                if not isinstance(item, Signal):
-                    deliver(item)
+                if not isinstance(item, Signal) and (bell := deliver(item)) is not None:
+                    bell.ring()
                 if may_join and len(queue):
                     return
         except StopIteration:
@@ -233,8 +236,8 @@ class Scheduler:
             for _ in range(_MOST_STEPS):
                 item = next(steps) if error is None else steps.throw(error)
                 error = None
-                if not isinstance(item, Signal):
-                    request.deliver(item)
+                if not isinstance(item, Signal) and (bell := request.deliver(item)) is not None:
+                    self._bells.add(bell)
                 served.is_blocked = item is Signal.BLOCKED
                 if item is not Signal.STEP and isinstance(item, Signal):
                     self._room = 0  # a prompt was added, or sequences were
