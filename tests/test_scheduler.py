@@ -362,6 +362,32 @@ def test_an_error_ends_one_request_only(eight: mn.LLM) -> None:
     assert list(good)[-1].finish_reason in ("length", "end")
 
 
+def test_what_others_close_ends_its_request_only(demo: mn.Model) -> None:
+    with mn.LLM(demo, n_ctx=300, n_parallel=3, template=CHATML, **EXACT) as llm:
+        options: dict[str, Any] = {"max_tokens": 120, "logit_bias": no_end(llm)}
+        chats = [llm.chat(**options) for _ in range(3)]
+        with Hold(llm):
+            streams = [chat.stream("Hello") for chat in chats]
+        next(streams[2])
+        chats[2].close()
+        with pytest.raises(mn.ClosedError):
+            list(streams[2])
+        assert [len(list(stream)) for stream in streams[:2]] == [120, 120]
+        assert llm.complete(STORY, max_tokens=3).tokens
+
+
+def test_a_fault_of_the_scheduler_leaves_nobody_waiting(eight: mn.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler: Any = eight.queue._server
+    monkeypatch.setattr(scheduler, "_in_order", None)
+    streams = [eight.stream(STORY, max_tokens=900, logit_bias=no_end(eight)) for _ in range(2)]
+    for stream in streams:
+        with pytest.raises(TypeError):
+            list(stream)
+    monkeypatch.undo()
+    assert eight.complete(STORY, max_tokens=3).tokens
+    assert_nothing_is_held(eight)
+
+
 def test_context_cancel_stops_what_computes(eight: mn.LLM) -> None:
     with Hold(eight):
         streams = [eight.stream("x" + " boy" * 400, max_tokens=10 + at) for at in range(2)]

@@ -13,7 +13,6 @@ from .calling import CallDecoder, ToolUse, read_choice
 from .chat import ChatTemplate
 from .completion import Chunk, Completion, Timings, TokenLogprob, Usage
 from .engine.gate import CancelToken
-from .errors import MinervaError
 from .generation import Guide, generate, guide_of
 from .model import Model
 from .reasoning import AfterReasoning, ReasoningDecoder, opens_reasoning
@@ -228,7 +227,7 @@ class Draft:
             return True
         try:
             return self._guide.forced() is None
-        except MinervaError:  # which the next step raises
+        except Exception:  # which the next step raises
             return True
 
     def _decoder(self) -> ReasoningDecoder | None:

@@ -151,8 +151,11 @@ class Request:
     def end(self, error: BaseException | None = None) -> None:
         """Deliver the end: of the results, or by an error."""
         self.writers = ()
-        if isinstance(error, Cancelled) and self.is_set():
-            error = self.cancelled()
+        try:
+            if isinstance(error, Cancelled) and self.is_set():
+                error = self.cancelled()
+        except Exception as failed:  # of the caller's token
+            error = failed
         if (bell := self.deliver(_End(error))) is not None:
             bell.ring()
 

@@ -7,13 +7,14 @@ alone is not told what to evaluate: its steps are those of the plain decode loop
 """
 
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from .context import Context
 from .engine.slot import common_prefix
-from .errors import Cancelled, ContextFullError
+from .errors import Cancelled, ContextFullError, MinervaError
 from .requests import Doorbell, Prompt, Request, RequestQueue, Signal
 from .sequence import Sequence
 
@@ -96,10 +97,17 @@ class Scheduler:
             self._admit(queue)
             if not self._served:
                 return
-            if len(self._served) == 1 and self._served[0].is_running:
-                self._serve_alone(self._served[0], queue)
-            else:
-                self._round(queue)
+            try:
+                if len(self._served) == 1 and self._served[0].is_running:
+                    self._serve_alone(self._served[0], queue)
+                else:
+                    self._round(queue)
+            except BaseException as error:  # a fault of ours: nobody shall wait for ever
+                for served in list(self._served):
+                    served.parked = {}
+                    self._step(served, queue, error)  # which lets its sequences go
+                    if served in self._served:
+                        self._end(served, queue, error)
 
     def _admit(self, queue: RequestQueue) -> None:
         """Let requests begin while there are places, but none before one that waits for room."""
@@ -156,7 +164,7 @@ class Scheduler:
         """Evaluate what all requests need next, as far as it goes into one batch, and do a step of those that can."""
         self._drop_stopped(queue)
         self._return_parked(queue)
-        self._make_room()
+        self._make_room(queue)
         self._n_rounds += 1
         running = [served for served in self._served if served.is_running]
         writing, reading = list[Sequence](), list[Sequence]()
@@ -188,7 +196,8 @@ class Scheduler:
         may_share = self._context.options.prefix_cache
         for at, sequence in enumerate(reading):
             if may_share:
-                sequence.extend([], evaluate=False)
+                with suppress(MinervaError):  # which evaluating it will raise
+                    sequence.extend([], evaluate=False)
             cached = len(sequence) - sequence.n_waiting
             for other, text in zip(reading[:at], texts, strict=False):
                 n_common = common_prefix(text, texts[at]) if may_share else 0
@@ -277,7 +286,7 @@ class Scheduler:
 
     # Room
 
-    def _make_room(self) -> None:
+    def _make_room(self, queue: RequestQueue) -> None:
         """Have a free cell for each sequence that is written, and one more: if need be, the last request's."""
         context = self._context
         if not context.options.kv_unified:
@@ -285,18 +294,22 @@ class Scheduler:
         n = 1 + sum(len(served.request.writers) for served in self._served if served.is_running)
         while self._room < n:
             self._room = context.n_ctx - context.cells_used
-            if self._room < n and not self._idle.make_room() and not self._park_last():
+            if self._room < n and not self._idle.make_room() and not self._park_last(queue):
                 return
 
-    def _park_last(self) -> bool:
+    def _park_last(self, queue: RequestQueue) -> bool:
         """Leave the cells of the request that came last to the prefix cache; return False if there is no other."""
         running = [served for served in self._served if served.is_running and served.request.writers]
         if len(running) < 2:
             return False
         last = running[-1]
-        for writer in last.request.writers:
-            last.parked[writer.sequence] = writer.sequence[:]
-            writer.sequence.assign([])
+        try:
+            for writer in last.request.writers:
+                last.parked[writer.sequence] = writer.sequence[:]
+                writer.sequence.assign([])
+        except MinervaError as error:  # somebody has closed it
+            last.parked = {}
+            self._step(last, queue, error)
         return True
 
     def _return_parked(self, queue: RequestQueue) -> None:
@@ -309,13 +322,13 @@ class Scheduler:
             try:
                 for sequence, tokens in served.parked.items():
                     self._idle.with_room(lambda: sequence.assign(tokens, evaluate=False))  # noqa: B023
-            except ContextFullError as error:
-                if others:
+            except MinervaError as error:
+                if others and isinstance(error, ContextFullError):
                     for sequence in served.parked:
                         sequence.assign([])
-                else:
-                    served.parked = {}
-                    self._step(served, queue, error)
-                return
+                    return
+                served.parked = {}
+                self._step(served, queue, error)
+                continue
             served.parked = {}
             self._room = 0
