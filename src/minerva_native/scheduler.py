@@ -262,6 +262,8 @@ class Scheduler:
     def _end(self, served: _Served, queue: RequestQueue, error: BaseException | None = None) -> None:
         self._served.remove(served)
         self._has_ended = True
+        with suppress(BaseException):  # what it cleans up with cannot be told to anybody
+            served.steps.close()
         queue.done(served.request)
         served.request.end(error)
 
@@ -291,8 +293,7 @@ class Scheduler:
         context = self._context
         if not context.options.kv_unified:
             return
-        n = 1 + sum(len(served.request.writers) for served in self._served if served.is_running)
-        while self._room < n:
+        while self._room < (n := 1 + sum(len(one.request.writers) for one in self._served if one.is_running)):
             self._room = context.n_ctx - context.cells_used
             if self._room < n and not self._idle.make_room() and not self._park_last(queue):
                 return
