@@ -42,7 +42,15 @@ OTHERS: list[Any] = [
     *(np.zeros((2, 2), np.int32), np.array([2**63], np.uint64), np.zeros(50), np.zeros(50, np.float16), LOGITS[:3]),
     *(np.array([], np.float32), np.zeros((5, 10), np.float32), np.full(50, np.nan, np.float32), np.zeros(50, np.bool_)),
     *(np.zeros(7, np.uint8), np.zeros(1, np.uint8), np.zeros(50, ">i4"), np.zeros(100, np.float32)[::2]),
-    *(threading.Event(), Path("/nowhere/at/all"), iter([1, "x"]), range(3), range(-2, 0), slice(None), ValueError("x")),
+    *(
+        threading.Event(),
+        Path(f"{mn.DEMO_PATH}/at/all"),
+        iter([1, "x"]),
+        range(3),
+        range(-2, 0),
+        slice(None),
+        ValueError("x"),
+    ),
 ]
 ANYTHING = NUMBERS + OTHERS
 
@@ -81,7 +89,12 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Room]:
             folder = tmp_path_factory.mktemp("files")
             (folder / "text").write_text("some text")
             strangers += [folder, folder / "text"]
-            with contextlib.chdir(folder), mn.LLM(model, n_ctx=256, n_threads=1) as llm:  # any string is a file's name
+            with (
+                pytest.MonkeyPatch.context() as patch,
+                contextlib.chdir(folder),
+                mn.LLM(model, n_ctx=256, n_threads=1) as llm,
+            ):  # any string is a file's name
+                patch.setenv("XDG_CACHE_HOME", str(folder))
                 yield Room(model, context, sequence, strangers, folder, llm)
 
 

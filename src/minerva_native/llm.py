@@ -25,7 +25,7 @@ from .draft import Draft, RequestOptions, write_together
 from .engine.gate import CancelToken
 from .errors import ContextFullError, EmptySequenceError, MinervaError, SequencesInUseError, TemplateError
 from .model import Model
-from .options import ContextOptions
+from .options import MOST_SEQUENCES, ContextOptions
 from .prompt_cache import MAX_BYTES, PromptCache
 from .requests import AsyncStream, Request, RequestQueue, Signal, Stream
 from .sampling import logprob
@@ -150,7 +150,7 @@ class LLM:
         if cache_dir is not None and cache_dir is not True:
             cache_dir = file_path("cache_dir", cache_dir)
         cache_bytes = integer("cache_bytes", cache_bytes, 0)
-        n_parallel = integer("n_parallel", n_parallel, 1)
+        n_parallel = integer("n_parallel", n_parallel, 1, MOST_SEQUENCES - 1)
         deterministic = flag("deterministic", deterministic)
         if not callable(on_full) and not (isinstance(on_full, str) and on_full in ("error", "drop_turns")):
             raise ValueError(f'on_full must be "error", "drop_turns" or a function, not {on_full!r}')
@@ -158,7 +158,7 @@ class LLM:
         unknown = sorted(options.keys() - _OF_CONTEXT)
         if unknown:
             raise TypeError(f"LLM() has no argument {unknown[0]!r}: see Model.load and ContextOptions")
-        defaults: dict[str, Any] = {"n_seq": n_parallel - 1 + _N_SEQ}
+        defaults: dict[str, Any] = {"n_seq": min(n_parallel - 1 + _N_SEQ, MOST_SEQUENCES)}
         if deterministic:
             defaults = {"n_seq": n_parallel + 1, "kv_unified": False, "prefix_cache": False}
             wrong = [name for name in ("kv_unified", "prefix_cache") if options.get(name)]

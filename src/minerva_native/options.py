@@ -24,6 +24,8 @@ KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_n
 FLASH_ATTENTION = ("auto", "on", "off")
 """The settings of `flash_attention`."""
 
+MOST_SEQUENCES: int = lib.llama_max_parallel_sequences()  # in one context
+
 CELLS_STEP = 256  # libllama rounds the number of cells up to a multiple of this
 
 # A token of a model this small takes less time than threads need to meet after every layer. If the machine is busy with
@@ -120,7 +122,7 @@ class ContextOptions:
     def __post_init__(self) -> None:
         for name, low, high in (
             ("n_ctx", 0, _MAX + 1 - CELLS_STEP),
-            ("n_seq", 1, lib.llama_max_parallel_sequences()),
+            ("n_seq", 1, MOST_SEQUENCES),
             ("n_batch", 1, _MAX),
             ("n_ubatch", 1, _MAX),
             ("n_keep", 0, _MAX),
