@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import minerva_native as mn
+from minerva_native.scheduler import Scheduler
 from test_llm import CHATML, evaluated, no_end
 from tiny_models import TinyModel
 
@@ -377,8 +378,7 @@ def test_what_others_close_ends_its_request_only(demo: mn.Model) -> None:
 
 
 def test_a_fault_of_the_scheduler_leaves_nobody_waiting(eight: mn.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    scheduler: Any = eight.queue._server
-    monkeypatch.setattr(scheduler, "_in_order", None)
+    monkeypatch.setattr(Scheduler, "_in_order", None)
     streams = [eight.stream(STORY, max_tokens=900, logit_bias=no_end(eight)) for _ in range(2)]
     for stream in streams:
         with pytest.raises(TypeError):
