@@ -17,6 +17,7 @@ import pytest
 
 import minerva_native as mn
 from minerva_native.scheduler import Scheduler
+from minerva_native.requests import Signal
 from test_llm import CHATML, evaluated, no_end
 from tiny_models import TinyModel
 
@@ -386,6 +387,54 @@ def test_a_fault_of_the_scheduler_leaves_nobody_waiting(eight: mn.LLM, monkeypat
     monkeypatch.undo()
     assert eight.complete(STORY, max_tokens=3).tokens
     assert_nothing_is_held(eight)
+def test_a_chat_that_gave_way_can_be_closed(demo: mn.Model) -> None:
+    with mn.LLM(demo, n_ctx=200, n_parallel=2, template=CHATML, **EXACT) as llm:
+        bias = no_end(llm)
+        chat = llm.chat(max_tokens=150, logit_bias=bias)
+        first = llm.stream([5] * 20, max_tokens=150, logit_bias=bias)
+        second = chat.stream("Hello")
+        for at, _ in enumerate(first):
+            if at == 140:  # by now both cannot fit
+                chat.close()
+        with pytest.raises(mn.ClosedError, match="closed"):
+            list(second)
+        assert llm.complete(STORY, max_tokens=3).tokens
+        assert llm.context.cells_used == 0
+
+
+def test_a_token_that_fails_at_the_end(eight: mn.LLM) -> None:
+    class Failing:
+        has_said = False
+
+        def is_set(self) -> bool:
+            if self.has_said:
+                raise OSError("a token that fails")
+            self.has_said = True
+            return True
+
+    with pytest.raises((mn.Cancelled, OSError)):
+        eight.queue.call(lambda request: iter([1]), cancel=Failing())
+    assert eight.complete(STORY, max_tokens=3).tokens
+
+
+def test_an_error_between_the_steps_does_not_end_the_queue(eight: mn.LLM) -> None:
+    class Broken:
+        @property
+        def sequence(self) -> Any:
+            raise KeyError("a writer without a sequence")
+
+        needs_logits = True
+
+    def work(request: Any) -> Iterator[Any]:
+        request.writers = [Broken()]
+        yield Signal.EVALUATE
+
+    with Hold(eight):
+        streams = [eight.queue.stream(work) for _ in range(2)]
+    for stream in streams:
+        with pytest.raises(KeyError):
+            list(stream)
+    assert eight.complete(STORY, max_tokens=3).tokens
 
 
 def test_context_cancel_stops_what_computes(eight: mn.LLM) -> None:

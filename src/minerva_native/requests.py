@@ -154,7 +154,7 @@ class Request:
         try:
             if isinstance(error, Cancelled) and self.is_set():
                 error = self.cancelled()
-        except Exception as failed:  # of the caller's token
+        except BaseException as failed:  # of the caller's token
             error = failed
         if (bell := self.deliver(_End(error))) is not None:
             bell.ring()
