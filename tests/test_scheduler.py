@@ -304,6 +304,84 @@ def test_a_request_that_gave_way_can_be_stopped(demo: mn.Model) -> None:
         assert llm.context.cells_used == 0
 
 
+def test_several_answers_that_gave_way_come_back(demo: mn.Model) -> None:
+    with mn.LLM(demo, n_ctx=256, n_parallel=2, **EXACT) as llm:
+        request: dict[str, Any] = {"prompt": [6] * 100, "n": 4, "max_tokens": 30, "seed": 3}
+        request["logit_bias"] = no_end(llm)
+        expected = [answer.tokens for answer in llm.complete(**request).choices]
+        llm.context.clear_cache()
+        first = llm.stream([5] * 20, max_tokens=220, logit_bias=no_end(llm))
+        next(first)
+        assert [answer.tokens for answer in llm.complete(**request).choices] == expected
+        assert len(list(first)) == 219
+        assert llm.context.cells_used == 0
+
+
+def test_a_beam_search_that_gave_way_can_be_stopped(demo: mn.Model) -> None:
+    with mn.LLM(demo, n_ctx=256, n_parallel=2, **EXACT) as llm:
+        stop = threading.Event()
+        first = llm.stream([5] * 20, max_tokens=220, logit_bias=no_end(llm))
+        next(first)
+        answers: list[mn.Completion] = []
+        other = threading.Thread(
+            target=lambda: answers.append(llm.complete(STORY, beam_width=3, max_tokens=120, cancel=stop))
+        )
+        other.start()
+        for at, _ in enumerate(first):
+            if at == 210:  # by now both cannot fit
+                stop.set()
+        other.join()
+        assert answers[0].finish_reason == "cancelled"
+        assert answers[0].tokens
+        assert llm.context.cells_used == 0
+
+
+@pytest.mark.parametrize("n_words", [60, 150])  # beside the text there is room for the first, but not to its end
+def test_a_chat_leaves_room_to_a_text_that_came_before(demo: mn.Model, n_words: int) -> None:
+    class Slow:
+        def is_set(self) -> bool:
+            time.sleep(0.002)
+            return False
+
+    with mn.LLM(demo, n_ctx=256, n_parallel=2, template=CHATML, **EXACT) as llm:
+        chat = llm.chat(max_tokens=10, temperature=0)
+        first = llm.stream([5] * 20, logit_bias=no_end(llm), cancel=Slow())
+        next(first)
+        chat.send(" boy" * 60)
+        second = chat.stream(" girl" * n_words)
+        assert len(list(first)) == 235  # as many as if it were alone
+        assert list(second)[-1].finish_reason is not None
+        assert len(chat.messages) == 4
+
+
+def test_the_sequence_of_a_chat_is_not_closed_while_it_is_read(demo: mn.Model) -> None:
+    with mn.LLM(demo, n_ctx=256, n_parallel=3, n_ubatch=8, n_batch=8, template=CHATML, **EXACT) as llm:
+        chat = llm.chat(max_tokens=10, temperature=0)
+        chat.send(" boy" * 80)
+        chat.park()
+        llm.context.clear_cache()
+        waiting: list[int] = []
+        park = chat.park
+
+        def recorded() -> None:
+            if chat._sequence is not None:
+                waiting.append(chat._sequence.n_waiting)
+            park()
+
+        chat.park = recorded  # type: ignore[method-assign]
+        with Hold(llm):
+            thread = threading.Thread(target=lambda: chat.sequence)
+            thread.start()
+            while not len(llm.queue):
+                time.sleep(0.001)
+            other = llm.stream([6] * 100, max_tokens=120, logit_bias=no_end(llm))
+            stopped = llm.stream([7] * 20, max_tokens=100, logit_bias=no_end(llm))
+        thread.join()
+        assert not any(waiting)
+        other.close()
+        stopped.close()
+
+
 def test_chats_that_are_idle_make_room(demo: mn.Model) -> None:
     with mn.LLM(demo, n_ctx=256, n_parallel=4, template=CHATML, **EXACT) as llm:
         chats = [llm.chat(temperature=0, max_tokens=8) for _ in range(4)]
@@ -429,7 +507,7 @@ def test_an_error_between_the_steps_does_not_end_the_queue(eight: mn.LLM) -> Non
         request.writers = [Broken()]
         yield Signal.EVALUATE
 
-    with Hold(eight):
+    with contextlib.suppress(KeyError), Hold(eight):  # which is served beside them
         streams = [eight.queue.stream(work) for _ in range(2)]
     for stream in streams:
         with pytest.raises(KeyError):

@@ -73,6 +73,11 @@ class BeamSearch:
             while beams and not self._is_over(beams):
                 request.writers = beams
                 yield Signal.EVALUATE
+                if request.is_dropped:
+                    if not beams[0].tokens:
+                        raise request.cancelled()
+                    self._is_cancelled = True
+                    break
                 beams = yield from self._grow(beams, forks)
                 self._first_token = self._first_token or time.perf_counter()
         finally:

@@ -76,6 +76,8 @@ class OpenChats:
             except (ContextFullError, SequencesInUseError):
                 if not request.may_wait:
                     raise
+            if keep is not None:  # those that it waits for may need its cells
+                keep.empty()
             yield Signal.BLOCKED
 
     def leave_room(self, context: Context, wanted: int | None, keep: "Chat | None" = None) -> None:
@@ -118,7 +120,7 @@ class Chat:
         self._messages = [dict(message) for message in messages]
         self._sequence: TokenSequence | None = None
         self._parked: list[int] = []  # what the sequence held when it was last closed
-        self._is_closed = False
+        self._is_closed = self._is_reading = False
         self._running: tuple[Request, list[dict[str, Any]]] | None = None  # the turn that is written, what was said
         parsed = self._parse("chat", {})
         if parsed.constraint is not None:  # compiled once
@@ -393,18 +395,22 @@ class Chat:
             return sequence
 
         def work(request: Request) -> Iterator[TokenSequence | Signal]:
-            sequence = yield from self._open(request)
-            assign = partial(sequence.assign, self._held, cancel=request, evaluate=False)
-            yield from self._llm.chats.room(request, assign, keep=self)
-            yield from request.evaluate(sequence)
+            self._is_reading = True
+            try:
+                sequence = yield from self._open(request)
+                assign = partial(sequence.assign, self._held, cancel=request, evaluate=False)
+                yield from self._llm.chats.room(request, assign, keep=self)
+                yield from request.evaluate(sequence)
+            finally:
+                self._is_reading = False
             yield sequence
 
         return self._llm.queue.call(work, key=self)
 
     @property
     def is_busy(self) -> bool:
-        """Whether an answer is written."""
-        return self._running is not None
+        """Whether an answer is written, or the sequence is evaluated."""
+        return self._running is not None or self._is_reading
 
     def undo(self) -> list[dict[str, Any]]:
         """Take back the last turn, and return its messages. One that is running is stopped, and nothing else undone."""
@@ -460,6 +466,12 @@ class Chat:
                 self._parked = self._held
                 self._sequence.close()
             self._sequence = None
+
+    def empty(self) -> None:
+        """Leave what the sequence holds to the prefix cache, and keep its place."""
+        if self._sequence is not None and not self._sequence.closed:
+            self._parked = self._held
+            self._sequence.assign([])
 
     @property
     def _held(self) -> list[int]:

@@ -8,6 +8,7 @@ alone is not told what to evaluate: its steps are those of the plain decode loop
 
 from collections.abc import Callable, Generator
 from contextlib import suppress
+from functools import partial, reduce
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -127,7 +128,7 @@ class Scheduler:
         """Do the steps of the only request, until it ends or others have come."""
         request, steps, deliver = served.request, served.steps, served.request.deliver
         may_join = self._n_parallel > 1
-        request.may_wait = False
+        request.may_wait, self._room = False, 0
         # From a round it may come with something that its next step would not evaluate, or not well.
         evaluates = served.is_reading or len(request.writers) > 1 or any(s.n_waiting > 1 for s in served.needed())
         try:
@@ -138,8 +139,12 @@ class Scheduler:
                 evaluates = item is Signal.EVALUATE
                 if not isinstance(item, Signal) and (bell := deliver(item)) is not None:
                     bell.ring()
-                if may_join and len(queue):
-                    return
+                if may_join:
+                    if len(queue):
+                        return
+                    self._room = 0 if evaluates else self._room - 1
+                    if self._room <= len(request.writers):
+                        self._make_room(queue)  # of chats that were busy when it came
         except StopIteration:
             self._end(served, queue)
         except BaseException as error:  # the caller's to handle, whatever it is
@@ -317,10 +322,14 @@ class Scheduler:
         """Give requests that were parked their tokens back if there is room."""
         for served in [served for served in self._served if served.parked]:
             others = [other for other in self._served if other.is_running]
-            wanted = sum(map(len, served.parked.values())) + _SLACK * (1 + len(others))
+            common = reduce(_in_common, served.parked.values())
+            n_own = sum(len(tokens) - len(common) for tokens in served.parked.values())
+            wanted = len(common) + n_own + _SLACK * (1 + len(others))
             if others and self._context.n_ctx - self._context.cells_used < wanted:
                 return
             try:
+                if len(served.parked) > 1:  # they share the cells of what is evaluated
+                    self._idle.with_room(partial(next(iter(served.parked)).assign, common))
                 for sequence, tokens in served.parked.items():
                     self._idle.with_room(lambda: sequence.assign(tokens, evaluate=False))  # noqa: B023
             except MinervaError as error:
@@ -333,3 +342,8 @@ class Scheduler:
                 continue
             served.parked = {}
             self._room = 0
+
+
+def _in_common(one: list[int], other: list[int]) -> list[int]:
+    """Return the tokens at the beginning of both."""
+    return one[: common_prefix(np.array(one, np.int32), np.array(other, np.int32))]
