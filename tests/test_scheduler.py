@@ -571,6 +571,15 @@ def test_more_answers_than_places(demo: mn.Model) -> None:
         ]
 
 
+@pytest.mark.parametrize("n_ctx", [64, 65, 66])
+def test_several_answers_end_where_the_context_does(demo: mn.Model, n_ctx: int) -> None:
+    with mn.LLM(demo, n_ctx=n_ctx, **EXACT) as llm:
+        answers = llm.complete([5] * 20, n=3, logit_bias=no_end(llm)).choices
+        assert all(answer.finish_reason == "length" and answer.context_full for answer in answers)
+        assert sum(len(answer.tokens) for answer in answers) >= n_ctx - 20 - 6
+        assert len(llm.complete([5] * 20, n=4, beam_width=4).choices) == 4
+
+
 def searched(model: mn.Model, prompt: str, width: int, n: int) -> list[list[int]]:
     """Beam search as in the books, with a fresh evaluation of every text."""
     tokenizer = model.tokenizer

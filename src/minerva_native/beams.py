@@ -3,6 +3,7 @@
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -114,6 +115,8 @@ class BeamSearch:
     def _is_over(self, beams: list[_Beam]) -> bool:
         if len(beams[0].tokens) == self._max_tokens or any(beam.sequence.is_full for beam in beams):
             return True
+        if not self._request.may_wait and not self._room.leave_room(beams[0].sequence.context, self._width):
+            return True
         if beams[0].tokens and self._request.is_set():
             self._is_cancelled = True
             return True
@@ -153,7 +156,7 @@ class BeamSearch:
             grown.add(at)
             sequences.append(sequence)
         for sequence, (_, token, _) in zip(sequences, chosen, strict=True):
-            sequence.append(token)
+            yield from self._room.room(self._request, partial(sequence.append, token))
         return [
             beams[at].with_token(sequence, token, logprob)
             for sequence, (at, token, logprob) in zip(sequences, chosen, strict=True)

@@ -80,12 +80,15 @@ class OpenChats:
                 keep.empty()
             yield Signal.BLOCKED
 
-    def leave_room(self, context: Context, wanted: int | None, keep: "Chat | None" = None) -> None:
-        """Make room for an answer of as many tokens, or of any length."""
-        if context.options.kv_unified:
-            wanted = context.n_ctx if wanted is None else wanted
-            while context.cells_used + wanted > context.n_ctx and self.make_room(keep):
-                pass
+    def leave_room(self, context: Context, wanted: int | None, keep: "Chat | None" = None) -> bool:
+        """Make room for an answer of as many tokens, or of any length; return whether there is."""
+        if not context.options.kv_unified:
+            return True
+        wanted = context.n_ctx if wanted is None else wanted
+        while context.cells_used + wanted > context.n_ctx:
+            if not self.make_room(keep):
+                return False
+        return True
 
 
 class Chat:

@@ -6,12 +6,13 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from ._arguments import cancel_token, flag, integer, many, what
 from .calling import CallDecoder, ToolUse, read_choice
 from .chat import ChatTemplate
 from .completion import Chunk, Completion, Timings, TokenLogprob, Usage
+from .context import Context
 from .engine.gate import CancelToken
 from .generation import Guide, generate, guide_of
 from .model import Model
@@ -154,6 +155,13 @@ class RequestOptions:
         return {"cancel": self.cancel, "timeout": self.timeout}
 
 
+class Room(Protocol):
+    """Makes room in a context; `conversation.OpenChats` does."""
+
+    def leave_room(self, context: Context, wanted: int | None) -> bool:
+        """Make room for as many tokens; return whether there is."""
+
+
 class Draft:
     """A completion while it is written into a sequence, whose prompt is evaluated.
 
@@ -168,6 +176,9 @@ class Draft:
         speculation: guesses tokens.
         echoed: the prompt's text and log-probabilities, if they come first.
         seed_offset: added to the seed, if there is one, so that several answers to one prompt differ.
+
+    Attributes:
+        is_last: whether the next token is the last for which there is room, because of others.
     """
 
     def __init__(
@@ -211,6 +222,7 @@ class Draft:
         self._tool_calls: list[ToolCall] = []
         self._tool_errors: list[str] = []
         self.tokens: list[int] = []
+        self.is_last = False
         self.last = Chunk(finish_reason="length")
 
     @property
@@ -258,6 +270,10 @@ class Draft:
         is_over = opens_reasoning(self._tokenizer.decode(self._sequence[-_TAIL:], special=True), tags[::-1])
         return AfterReasoning(guide, reasoning, may_begin=self._is_chat and not is_over, tokenizer=self._tokenizer)
 
+    def is_set(self) -> bool:
+        """Say whether to end after the next token."""
+        return self.is_last or self._request.is_set()
+
     def chunks(self) -> Iterator[Chunk]:
         """Write it, and yield every piece; the last one has a `finish_reason`."""
         options, reasoning, has_logprobs = self._options, self._reasoning, self._options.logprobs
@@ -271,7 +287,7 @@ class Draft:
             self._sampler,
             max_tokens=options.max_tokens,
             stop=options.stop,
-            cancel=self._request,
+            cancel=self,
             decoder=reasoning if self._calls is None else self._calls,
             top_logprobs=self._top_logprobs,
             constraint=self._guide,
@@ -297,7 +313,8 @@ class Draft:
             if not self._first_token:
                 self._first_token = time.perf_counter()
             if step.finish_reason is not None:
-                chunk.finish_reason = step.finish_reason
+                is_full = self.is_last and step.finish_reason == "cancelled" and not request.is_set()
+                chunk.finish_reason = "length" if is_full else step.finish_reason
                 self._finish(chunk)
             yield chunk
             if request.is_dropped:
@@ -374,12 +391,14 @@ class Draft:
         )
 
 
-def write_together(request: Request, drafts: Sequence[Draft]) -> Iterator[Signal]:
-    """Write several drafts of one request side by side."""
+def write_together(request: Request, drafts: Sequence[Draft], room: Room) -> Iterator[Signal]:
+    """Write several drafts of one request side by side, until one more token of each would not fit."""
     writing = {draft: draft.chunks() for draft in drafts}
     while writing:
         request.writers = tuple(writing)
         yield Signal.EVALUATE
+        is_last = not request.may_wait and not room.leave_room(drafts[0].sequence.context, 2 * len(writing))
         for draft, chunks in list(writing.items()):
+            draft.is_last = is_last
             if next(chunks).finish_reason is not None:
                 del writing[draft]

@@ -556,7 +556,7 @@ class LLM:
                     for _ in wave[0].chunks():
                         yield Signal.STEP
                 else:
-                    yield from write_together(request, wave)
+                    yield from write_together(request, wave, self.chats)
                 drafts += wave
             finally:
                 _close_all(forks)

@@ -294,11 +294,11 @@ class Scheduler:
     # Room
 
     def _make_room(self, queue: RequestQueue) -> None:
-        """Have a free cell for each sequence that is written, and one more: if need be, the last request's."""
+        """Have cells for two tokens of each text that is written, and one more: if need be, the last request's."""
         context = self._context
         if not context.options.kv_unified:
             return
-        while self._room < (n := 1 + sum(len(one.request.writers) for one in self._served if one.is_running)):
+        while self._room < (n := 1 + 2 * sum(len(one.request.writers) for one in self._served if one.is_running)):
             self._room = context.n_ctx - context.cells_used
             if self._room < n and not self._idle.make_room() and not self._park_last(queue):
                 return
