@@ -382,6 +382,20 @@ def test_the_sequence_of_a_chat_is_not_closed_while_it_is_read(demo: mn.Model) -
         stopped.close()
 
 
+@pytest.mark.parametrize("n_asked", range(40, 48))
+def test_several_answers_that_are_stopped_keep_what_they_have(eight: mn.LLM, n_asked: int) -> None:
+    class Later:
+        count = 0
+
+        def is_set(self) -> bool:
+            self.count += 1
+            return self.count > n_asked
+
+    answers = eight.complete(STORY, n=2, max_tokens=100, logit_bias=no_end(eight), cancel=Later()).choices
+    assert [answer.finish_reason for answer in answers] == ["cancelled"] * 2
+    assert all(answer.tokens for answer in answers)
+
+
 def test_chats_that_are_idle_make_room(demo: mn.Model) -> None:
     with mn.LLM(demo, n_ctx=256, n_parallel=4, template=CHATML, **EXACT) as llm:
         chats = [llm.chat(temperature=0, max_tokens=8) for _ in range(4)]

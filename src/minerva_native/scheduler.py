@@ -221,7 +221,8 @@ class Scheduler:
             for writer in served.request.writers
             if isinstance(writer, Prompt)
         ]
-        cancel = running[0].request if len(running) == 1 else None
+        # What is written ends by itself, with what it has.
+        cancel = running[0].request if len(running) == 1 and running[0].is_reading else None
         batches = [[sequence] for sequence in needed] if self._is_deterministic else [needed]
         for batch in batches:
             self._idle.with_room(lambda batch=batch: context.evaluate(batch, max_tokens, cancel=cancel))  # type: ignore[misc]
