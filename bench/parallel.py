@@ -1,8 +1,10 @@
-"""Several streams at once: `python bench/parallel.py server | batch | single MODEL.gguf`.
+"""Several streams at once: `python bench/parallel.py server | batch | single | ... MODEL.gguf`.
 
     server --llama-server PATH    eight clients that stream, against `llama-server --parallel 8`, in turns
     batch --batched-bench PATH    eight streams, with our sampler and without one, against `llama-batched-bench`
     single                        one stream, with n_parallel=8 against n_parallel=1
+    deterministic                 eight streams, with deterministic=True against without, both in cells of their own
+    cells                         decoding beside cells of finished sequences, and in cells of one's own, without `LLM`
 
 Ratios are of tokens a second in each pair of turns: the median, the lowest and the highest.
 """
@@ -15,12 +17,11 @@ import statistics
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import minerva_native as mn
+from upstream import llama_server
 
 PROMPTS = [f"The {animal} went to the {place}, and there it saw" for animal in ("cat", "dog", "bear", "hen")
            for place in ("market", "river")]  # fmt: skip
@@ -68,13 +69,13 @@ def ours(
     return asyncio.run(main())
 
 
-def theirs(port: int, prompts: list[str], n: int, number: int) -> Turn:
+def theirs(address: str, prompts: list[str], n: int, number: int) -> Turn:
     """Have each prompt continued by `n` tokens by llama-server."""
 
     async def one(prompt: str) -> list[float]:
         request = {"prompt": prompt, "n_predict": n, "stream": True, "ignore_eos": True, "temperature": 0.8}
         body = json.dumps(request).encode()
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        reader, writer = await asyncio.open_connection(*address.split(":"))
         head = f"POST /completion HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         writer.write(head.encode() + body)
         times = []
@@ -91,32 +92,6 @@ def theirs(port: int, prompts: list[str], n: int, number: int) -> Turn:
         return of_times(start, await asyncio.gather(*(one(f"{number}. {prompt}") for prompt in prompts)))
 
     return asyncio.run(main())
-
-
-@contextmanager
-def llama_server(binary: str, model: str, n_threads: int, n_parallel: int, kv_unified: bool) -> Iterator[int]:
-    """Run llama-server on a free port of loopback."""
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [binary, "-m", model, "-t", str(n_threads), "-tb", str(n_threads), "--port", str(port), "-c", "8192"]
-    command += ["--parallel", str(n_parallel), "--host", "127.0.0.1", *(["--kv-unified"] if kv_unified else [])]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(300):
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
-                    break
-            except OSError:
-                time.sleep(0.2)
-        else:
-            sys.exit("llama-server did not start")
-        yield port
-    finally:
-        process.terminate()
-        process.wait(20)
 
 
 def spread(values: list[float]) -> str:
@@ -160,13 +135,14 @@ def in_turns(ways: dict[str, Callable[[int], Turn]], pairs: int) -> dict[str, li
 
 def server(arguments: argparse.Namespace) -> None:
     n_threads, n, unified = arguments.threads, arguments.tokens, arguments.unified
+    shared = ["--parallel", "8", *(["--kv-unified"] if unified else [])]
     with (
         mn.LLM(arguments.model, n_ctx=8192, n_parallel=8, n_seq=8, n_threads=n_threads, kv_unified=unified) as llm,
-        llama_server(arguments.llama_server, arguments.model, n_threads, 8, unified) as port,
+        llama_server(arguments.llama_server, arguments.model, n_threads, "-c", "8192", *shared) as address,
     ):
         ways: dict[str, Callable[[int], Turn]] = {
             "minerva": lambda number: ours(llm, PROMPTS, n, number),
-            "llama-server": lambda number: theirs(port, PROMPTS, n, number),
+            "llama-server": lambda number: theirs(address, PROMPTS, n, number),
         }
         report(in_turns(ways, arguments.pairs))
 
@@ -181,6 +157,49 @@ def single(arguments: argparse.Namespace) -> None:
             "n_parallel=1": lambda number: ours(one, PROMPTS[:1], arguments.tokens, number),
         }
         report(in_turns(ways, arguments.pairs))
+
+
+def deterministic(arguments: argparse.Namespace) -> None:
+    options: dict[str, Any] = {"n_ctx": 8192, "n_parallel": 8, "n_threads": arguments.threads}
+    with (
+        mn.LLM(arguments.model, deterministic=True, **options) as exact,
+        mn.LLM(exact.model, n_seq=9, kv_unified=False, **options) as plain,
+    ):
+        ways: dict[str, Callable[[int], Turn]] = {
+            "deterministic": lambda number: ours(exact, PROMPTS, arguments.tokens, number),
+            "not deterministic": lambda number: ours(plain, PROMPTS, arguments.tokens, number),
+        }
+        report(in_turns(ways, arguments.pairs))
+
+
+def cells(arguments: argparse.Namespace) -> None:
+    ways = {"in one KV cache": (True, 0), "beside 3,000 cells": (True, 3000), "in cells of their own": (False, 0)}
+    rates: dict[tuple[str, int], list[float]] = {}
+    with mn.Model.load(arguments.model) as model:
+        for _ in range(arguments.pairs):
+            for name, (unified, n_others) in ways.items():
+                options: dict[str, Any] = {"n_ctx": 8192, "n_seq": 16, "n_threads": arguments.threads}
+                with model.context(kv_unified=unified, **options) as context:
+                    for at in range(6 if n_others else 0):
+                        with context.sequence() as other:
+                            other.extend([2000 + at] * (n_others // 6))
+                    sequences = [context.sequence() for _ in range(8)]
+                    for at, sequence in enumerate(sequences):
+                        sequence.extend([1000 + at] * 16)
+                    for some in (sequences, sequences[:1]):
+                        before = time.perf_counter()
+                        for at in range(arguments.tokens):
+                            context.extend({sequence: [500 + at] for sequence in some})
+                        rate = len(some) * arguments.tokens / (time.perf_counter() - before)
+                        rates.setdefault((name, len(some)), []).append(rate)
+                        if not n_others:
+                            for sequence in sequences[1:]:
+                                sequence.close()
+                            context.clear_cache()
+    first = next(iter(ways))
+    for (name, n), values in rates.items():
+        ratios = [one / other for one, other in zip(values, rates[first, n], strict=True)]
+        print(f"{n} streams {name}: {statistics.median(values):.1f} t/s, over {first}: {spread(ratios)}")
 
 
 def batch(arguments: argparse.Namespace) -> None:
@@ -205,7 +224,7 @@ def batch(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["server", "batch", "single"])
+    parser.add_argument("what", choices=["server", "batch", "single", "deterministic", "cells"])
     parser.add_argument("model")
     parser.add_argument("--llama-server", default="llama-server")
     parser.add_argument("--batched-bench", default="llama-batched-bench")
@@ -214,7 +233,9 @@ def main() -> None:
     parser.add_argument("--unified", action="store_true", help="server: all streams in one KV cache, on both sides")
     parser.add_argument("--pairs", type=int, default=7)
     arguments: Any = parser.parse_args()
-    {"server": server, "batch": batch, "single": single}[arguments.what](arguments)
+    {"server": server, "batch": batch, "single": single, "deterministic": deterministic, "cells": cells}[
+        arguments.what
+    ](arguments)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,11 @@ import argparse
 import json
 import random
 import re
-import socket
 import statistics
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ import numpy as np
 import minerva_native as mn
 from minerva_native._binding import ffi, lib
 from minerva_native.structured import Matcher
+from upstream import llama_server
 
 JSON = (
     'root ::= object\nobject ::= "{" (pair (", " pair)*)? "}"\npair ::= string ": " value\n'
@@ -262,33 +261,6 @@ for line in sys.stdin:
 """
 
 
-@contextmanager
-def llama_server(binary: str, model: str, n_threads: int) -> Iterator[Callable[[dict[str, Any]], Any]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [binary, "-m", model, "--host", "127.0.0.1", "--port", str(port), "-c", "2048", "-np", "1"]
-    command += ["-t", str(n_threads), "-tb", str(n_threads), "--no-webui"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    def ask(request: dict[str, Any]) -> Any:
-        data = json.dumps(request).encode()
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/completion", data, timeout=300) as answer:
-            return json.load(answer)
-
-    try:
-        for _ in range(300):
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
-                    break
-            except OSError:
-                time.sleep(0.1)
-        yield ask
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
 def server(arguments: argparse.Namespace) -> None:
     schema, n_free, prompt_text = record(12), 96, "A person as JSON:\n"
     n_threads = arguments.threads[-1]
@@ -314,7 +286,12 @@ def server(arguments: argparse.Namespace) -> None:
             steps = list(mn.generate(sequence, params, max_tokens=n_free))
         return time.perf_counter() - before, len(steps)
 
-    with llama_server(arguments.llama_server, arguments.model, n_threads) as ask:
+    with llama_server(arguments.llama_server, arguments.model, n_threads, "-c", "2048", "-np", "1") as address:
+
+        def ask(request: dict[str, Any]) -> Any:
+            data = json.dumps(request).encode()
+            with urllib.request.urlopen(f"http://{address}/completion", data, timeout=300) as answer:
+                return json.load(answer)
 
         def theirs(kind: str) -> tuple[float, int]:
             request = {"prompt": prompt_text, "temperature": 0, "cache_prompt": True}

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 import minerva_native as mn
-from minerva_native.scheduler import Scheduler
 from minerva_native.requests import Signal
+from minerva_native.scheduler import Scheduler
 from test_llm import CHATML, evaluated, no_end
 from tiny_models import TinyModel
 
@@ -247,6 +247,29 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(demo: mn.Model) -> None:
     assert ended[0] == "short"
 
 
+def test_texts_that_do_not_fit_into_one_batch_take_turns(demo: mn.Model) -> None:
+    with mn.LLM(demo, n_ctx=512, n_parallel=3, n_ubatch=1, n_batch=8, **EXACT) as llm:
+        options: dict[str, Any] = {"max_tokens": 60, "logit_bias": no_end(llm)}
+        ended: list[int] = []
+        n_of_first: list[int] = []
+        with Hold(llm):
+            streams = [llm.stream([5 + at] * 3, **options) for at in range(3)]
+
+        def read(at: int) -> None:
+            for count, _ in enumerate(streams[at], 1):
+                if at == 0:
+                    n_of_first[:] = [count]
+                elif count == 30:
+                    ended.append(n_of_first[0])
+
+        threads = [threading.Thread(target=read, args=(at,)) for at in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert max(ended) < 60
+
+
 def test_first_come_first_served(demo: mn.Model) -> None:
     with mn.LLM(demo, n_ctx=512, n_parallel=2, **EXACT) as llm:
         started = []
@@ -354,21 +377,21 @@ def test_a_chat_leaves_room_to_a_text_that_came_before(demo: mn.Model, n_words: 
         assert len(chat.messages) == 4
 
 
-def test_the_sequence_of_a_chat_is_not_closed_while_it_is_read(demo: mn.Model) -> None:
+def test_the_sequence_of_a_chat_is_not_closed_while_it_is_read(demo: mn.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     with mn.LLM(demo, n_ctx=256, n_parallel=3, n_ubatch=8, n_batch=8, template=CHATML, **EXACT) as llm:
         chat = llm.chat(max_tokens=10, temperature=0)
         chat.send(" boy" * 80)
         chat.park()
         llm.context.clear_cache()
         waiting: list[int] = []
-        park = chat.park
+        close = mn.Sequence.close
 
-        def recorded() -> None:
-            if chat._sequence is not None:
-                waiting.append(chat._sequence.n_waiting)
-            park()
+        def recorded(sequence: mn.Sequence) -> None:
+            if not sequence.closed and len(sequence) and sequence[0] not in (6, 7):
+                waiting.append(sequence.n_waiting)
+            close(sequence)
 
-        chat.park = recorded  # type: ignore[method-assign]
+        monkeypatch.setattr(mn.Sequence, "close", recorded)
         with Hold(llm):
             thread = threading.Thread(target=lambda: chat.sequence)
             thread.start()
@@ -378,6 +401,7 @@ def test_the_sequence_of_a_chat_is_not_closed_while_it_is_read(demo: mn.Model) -
             stopped = llm.stream([7] * 20, max_tokens=100, logit_bias=no_end(llm))
         thread.join()
         assert not any(waiting)
+        monkeypatch.undo()
         other.close()
         stopped.close()
 
@@ -479,6 +503,8 @@ def test_a_fault_of_the_scheduler_leaves_nobody_waiting(eight: mn.LLM, monkeypat
     monkeypatch.undo()
     assert eight.complete(STORY, max_tokens=3).tokens
     assert_nothing_is_held(eight)
+
+
 def test_a_chat_that_gave_way_can_be_closed(demo: mn.Model) -> None:
     with mn.LLM(demo, n_ctx=200, n_parallel=2, template=CHATML, **EXACT) as llm:
         bias = no_end(llm)
@@ -591,7 +617,11 @@ def test_several_answers_end_where_the_context_does(demo: mn.Model, n_ctx: int) 
         answers = llm.complete([5] * 20, n=3, logit_bias=no_end(llm)).choices
         assert all(answer.finish_reason == "length" and answer.context_full for answer in answers)
         assert sum(len(answer.tokens) for answer in answers) >= n_ctx - 20 - 6
-        assert len(llm.complete([5] * 20, n=4, beam_width=4).choices) == 4
+        beams = llm.complete([5] * 20, n=4, beam_width=4).choices
+        assert len(beams) == 4
+        assert all(beam.tokens and beam.finish_reason in ("end", "length") for beam in beams)
+        assert all(beam.context_full == (beam.finish_reason == "length") for beam in beams)
+        assert llm.context.cells_used == 0
 
 
 def searched(model: mn.Model, prompt: str, width: int, n: int) -> list[list[int]]:

@@ -115,7 +115,7 @@ def check_random_schemas(model: mn.Model, n: int) -> None:
             jsonschema.Draft202012Validator(schema).validate(constraint.parse(text))
             n_complete += 1
     print(f"{n} schemas: {n_complete} complete and valid values, {n - n_complete} cut off at 400 tokens")
-    assert n_complete > 0.6 * n  # of a thousand it is 0.95; which of a few are cut off depends on roundings
+    assert n_complete > 0.8 * n
 
 
 def test_many_random_schemas_give_values_that_validate(demo: mn.Model) -> None:
@@ -127,7 +127,7 @@ def test_many_random_schemas_give_values_that_validate(demo: mn.Model) -> None:
 @pytest.mark.skipif(not REAL_MODEL, reason="MINERVA_REAL_MODEL names no file: see CONTRIBUTING.md")
 def test_a_real_model_keeps_to_random_schemas() -> None:
     with mn.Model.load(REAL_MODEL) as model:
-        check_random_schemas(model, int(os.environ.get("MINERVA_RANDOM_SCHEMAS", "12")))
+        check_random_schemas(model, int(os.environ.get("MINERVA_RANDOM_SCHEMAS", "80")))
 
 
 def test_an_object_has_the_properties_that_are_named_and_no_others(sequence: mn.Sequence) -> None:

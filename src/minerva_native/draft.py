@@ -277,6 +277,10 @@ class Draft:
     def chunks(self) -> Iterator[Chunk]:
         """Write it, and yield every piece; the last one has a `finish_reason`."""
         options, reasoning, has_logprobs = self._options, self._reasoning, self._options.logprobs
+        request = self._request
+        request.writers = (self,)
+        if request.is_dropped:
+            raise request.cancelled()
         tokens, texts = self.tokens, self._texts
         if self._echoed is not None:
             text, self._logprobs = self._echoed
@@ -293,10 +297,6 @@ class Draft:
             constraint=self._guide,
             speculate=self._speculation,
         )
-        request = self._request
-        request.writers = (self,)
-        if request.is_dropped:
-            raise request.cancelled()
         for step in steps:
             chunk = Chunk(step.text, step.token)
             tokens.append(step.token)

@@ -63,7 +63,7 @@ class CachedPrompt(NamedTuple):
     """A file of the cache.
 
     Attributes:
-        path: where it is.
+        path: the file.
         size_bytes: its size.
         used: when it was last used, in seconds since 1970.
         model: the file name of the model.
@@ -94,7 +94,7 @@ class PromptFiles:
     """A directory that holds prompts, for who looks after it. Files that are not the cache's own are left alone.
 
     Args:
-        directory: where it is; by default `minerva-native/prompts` in `$XDG_CACHE_HOME`, or else in `~/.cache`.
+        directory: by default `minerva-native/prompts` in `$XDG_CACHE_HOME`, or else in `~/.cache`.
 
     Attributes:
         directory: the same, as a path.
@@ -206,7 +206,7 @@ class PromptCache:
     Nothing that happens to the files is an error of a request: it is logged, and the prompt is evaluated.
 
     Args:
-        directory: where the files are; it is made, for its owner alone, if it is not there.
+        directory: where to keep the files; created with mode 0700 if it does not exist.
         context: what evaluates; it needs a `prefix_cache`.
         max_bytes: how large the files may become together; those not used for longest are removed.
 

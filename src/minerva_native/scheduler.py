@@ -178,6 +178,9 @@ class Scheduler:
                 is_written = not served.is_reading and sequence.n_waiting <= _MOST_WAITING
                 (writing if is_written else reading).append(sequence)
         needed = [*writing, *self._in_order(reading)]
+        if len(writing) >= self._context.n_ubatch:  # not all of them fit into one batch
+            turn = self._n_rounds % len(needed)
+            needed = needed[turn:] + needed[:turn]
         if needed:
             try:
                 self._evaluate(running, needed, self._context.n_ubatch)

@@ -827,7 +827,7 @@ class KVCache:
                     break
                 if reason := slot.add_part(part.state, part.start, part.start + len(part.tokens)):
                     self._refuse(reason)
-            slot.rollback(slot.n_cached)  # to where the window is whole
+            slot.rollback(slot.n_cached)  # back to where the window is complete
         self.pool.release(slot)
 
     def keep_snapshot(self, payload: Payload) -> None:
