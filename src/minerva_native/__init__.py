@@ -52,7 +52,7 @@ from .tokenizer import StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
     from .chat import ChatTemplate
-    from .completion import Chunk, Completion
+    from .completion import Chunk, Completion, Timings, TokenLogprob, Usage
     from .conversation import Chat
     from .draft import RequestOptions
     from .llm import LLM
@@ -110,10 +110,13 @@ __all__ = [
     "Step",
     "StreamDecoder",
     "TemplateError",
+    "Timings",
+    "TokenLogprob",
     "Tokenizer",
     "TokenizerError",
     "Tool",
     "ToolCall",
+    "Usage",
     "__version__",
     "available_cpus",
     "build_info",
@@ -138,8 +141,11 @@ _LAZY = {  # modules that import more than numpy and the binding, or are not nee
     "DraftModel": ".speculative",
     "Lookup": ".speculative",
     "Speculation": ".speculative",
+    "Timings": ".completion",
+    "TokenLogprob": ".completion",
     "Tool": ".tools",
     "ToolCall": ".tools",
+    "Usage": ".completion",
 }
 
 

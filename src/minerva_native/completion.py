@@ -3,6 +3,7 @@
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from .errors import ConstraintError
@@ -208,10 +209,12 @@ class Completion:
                 "content": [{**_entry(one), "top_logprobs": list(map(_entry, one.top))} for one in self.logprobs]
             }
         elif self.logprobs is not None:
+            offsets = accumulate((len(one.text) for one in self.logprobs), initial=0)
             logprobs = {
                 "tokens": [one.text for one in self.logprobs],
                 "token_logprobs": [one.logprob for one in self.logprobs],
-                "top_logprobs": [{other.text: other.logprob for other in one.top} for one in self.logprobs],
+                "top_logprobs": [{other.text: other.logprob for other in one.top} or None for one in self.logprobs],
+                "text_offset": list(offsets)[:-1],
             }
         ended = "tool_calls" if self.tool_calls else "stop"
         reason = ended if self.finish_reason == "end" else self.finish_reason

@@ -283,7 +283,8 @@ class Draft:
             raise request.cancelled()
         tokens, texts = self.tokens, self._texts
         if self._echoed is not None:
-            text, self._logprobs = self._echoed
+            text, entries = self._echoed
+            self._logprobs += entries  # other answers to the same prompt have the same list
             texts.append(text)
             yield Chunk(text)
         steps = generate(

@@ -124,6 +124,7 @@ class LLM:
         tokenizer: the model's tokenizer.
         template: the chat template, or None.
         queue: the requests; `len(llm.queue)` of them wait.
+        n_parallel: see there.
         chats: the chats that have an open sequence.
         prompt_cache: what `cache_dir` has, or None.
         on_full: see there.
@@ -198,7 +199,7 @@ class LLM:
             raise
         self.tokenizer: Tokenizer = self.model.tokenizer
         self.on_full = on_full
-        self.chats, self._n_parallel = OpenChats(), n_parallel
+        self.chats, self.n_parallel = OpenChats(), n_parallel
         self.queue = RequestQueue(Scheduler(self.context, self.chats, n_parallel, deterministic))
         self._close = weakref.finalize(self, _close, self.queue, self.prompt_cache, self.context, drafter, owned)
 
@@ -328,7 +329,7 @@ class LLM:
                 if on_progress is not None:
                     on_progress(done, len(works))
 
-            return self.queue.gather(works, 2 * self._n_parallel, return_exceptions, show, **parsed.limits)
+            return self.queue.gather(works, 2 * self.n_parallel, return_exceptions, show, **parsed.limits)
 
     # Messages
 

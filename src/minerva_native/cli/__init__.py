@@ -10,13 +10,14 @@ from typing import Any, NoReturn
 
 from minerva_native import ContextError, DeviceError, MinervaError, SamplingError, TokenizerError, __version__
 
-from . import bench, cache, chat, devices, generate, info, pull, tokenize
+from . import bench, cache, chat, devices, generate, info, pull, serve, tokenize
 from .messages import printable, say, shown_log
 from .options import add_verbosity
 
 COMMANDS = {
     "generate": generate,
     "chat": chat,
+    "serve": serve,
     "bench": bench,
     "pull": pull,
     "cache": cache,

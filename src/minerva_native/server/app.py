@@ -1,0 +1,478 @@
+"""The endpoints."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from importlib.resources import files
+from typing import Any, Protocol
+
+from starlette.routing import Route, Router
+
+import minerva_native as mn
+
+from . import replies
+from .bodies import (
+    FIELDS,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    Generation,
+    ResponseBody,
+    TemplateBody,
+    TokenizeBody,
+    checked_messages,
+    is_text,
+    of_chat,
+    of_completion,
+    prompts_of,
+)
+from .errors import HTTPError, of_arguments, of_engine
+from .exchange import Endpoint, Exchange, Handler
+from .guard import Access, App, Guard, Receive, Scope, Send
+from .models import Models
+from .openapi import document
+from .responses import ResponseEvents, chat_body, response_of
+from .settings import Settings
+
+
+class Chunks(Protocol):
+    """A stream of chunks that can be closed."""
+
+    def __aiter__(self) -> AsyncIterator[mn.Chunk]:
+        """Return an iterator over them."""
+
+    async def aclose(self) -> None:
+        """Stop the request."""
+
+
+_logger = logging.getLogger("minerva_native.server")
+
+_PAGE = {
+    "/": ("index.html", b"text/html; charset=utf-8"),
+    "/page.js": ("page.js", b"text/javascript; charset=utf-8"),
+    "/page.css": ("page.css", b"text/css; charset=utf-8"),
+}
+
+_POLICY = (
+    b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+def create_app(models: Models, settings: Settings, on_access: Callable[[Access], None]) -> App:
+    """Return the ASGI application.
+
+    Args:
+        models: what is served.
+        settings: how.
+        on_access: called with each request once it is answered.
+    """
+    api = Api(models, settings)
+    endpoints: list[tuple[str, str, Handler]] = [
+        *(("GET", path, _page(*file)) for path, file in _PAGE.items()),
+        ("GET", "/health", api.health),
+        ("GET", "/v1/health", api.health),
+        ("GET", "/openapi.json", api.openapi),
+        ("GET", "/props", api.props),
+        ("GET", "/v1/models", api.list_models),
+        ("GET", "/models", api.list_models),
+        ("GET", "/v1/models/{name}", api.show_model),
+        ("POST", "/v1/chat/completions", api.chat_completions),
+        ("POST", "/chat/completions", api.chat_completions),
+        ("POST", "/v1/completions", api.completions),
+        ("POST", "/completions", api.completions),
+        ("POST", "/v1/responses", api.responses),
+        ("POST", "/responses", api.responses),
+        ("POST", "/v1/embeddings", api.embeddings),
+        ("POST", "/embeddings", api.embeddings),
+        ("POST", "/tokenize", api.tokenize),
+        ("POST", "/detokenize", api.detokenize),
+        ("POST", "/apply-template", api.apply_template),
+    ]
+
+    @asynccontextmanager
+    async def lifespan(app: object) -> AsyncIterator[None]:
+        unloading = asyncio.create_task(models.unload_idle())
+        try:
+            yield
+        finally:
+            unloading.cancel()
+            await models.close()
+
+    routes = [Route(path, Endpoint(method, path, handler)) for method, path, handler in endpoints]
+    router = Router(routes, redirect_slashes=False, default=_not_found, lifespan=lifespan)
+    return Guard(router, settings, on_access)
+
+
+async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["type"] == "http":
+        raise HTTPError(404, "there is no such endpoint", code="not_found")
+
+
+def _page(name: str, kind: bytes) -> Handler:
+    """Return the endpoint of a file of the page."""
+    headers = [(b"content-type", kind), (b"cache-control", b"no-cache"), (b"content-security-policy", _POLICY)]
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.reply(200, (files(__package__) / "page" / name).read_bytes(), headers)
+
+    return answer
+
+
+class Api:
+    """The API over the models that are served."""
+
+    def __init__(self, models: Models, settings: Settings):
+        self._models, self._settings = models, settings
+
+    # What there is
+
+    async def health(self, exchange: Exchange) -> None:
+        """Say that the server is there."""
+        await exchange.json({"status": "ok"})
+
+    async def openapi(self, exchange: Exchange) -> None:
+        """Describe the API."""
+        await exchange.json(document())
+
+    async def list_models(self, exchange: Exchange) -> None:
+        """List the models."""
+        await exchange.json({"object": "list", "data": [self._described(name) for name in self._models.places]})
+
+    async def show_model(self, exchange: Exchange) -> None:
+        """Describe a model."""
+        name = exchange.in_path("name")
+        if name not in self._models.places:
+            raise HTTPError(404, f"there is no model {name[:200]!r}", "model", "model_not_found")
+        await exchange.json(self._described(name))
+
+    def _described(self, name: str) -> dict[str, Any]:
+        place = self._models.places[name]
+        described: dict[str, Any] = {"id": name, "object": "model", "created": 0, "owned_by": "minerva"}
+        described["status"] = "unloaded" if place.llm is None else "loaded"
+        described["meta"] = {"size": place.source.size_bytes}
+        if place.llm is not None:
+            model = place.llm.model
+            described["meta"] |= {
+                "n_vocab": model.tokenizer.n_vocab,
+                "n_ctx_train": model.n_ctx_train,
+                "n_ctx": place.llm.context.n_ctx,
+                "n_embd": model.n_embd,
+                "n_params": model.n_params,
+            }
+        return described
+
+    async def props(self, exchange: Exchange) -> None:
+        """Say what a model is like; the names are llama-server's."""
+        async with self._models.lend(exchange.query("model")) as (name, llm):
+            tokenizer, params = llm.tokenizer, mn.SamplingParams.from_model(llm.model)
+            facts = {
+                "model_alias": name,
+                "model_path": llm.model.path.name,
+                "total_slots": llm.n_parallel,
+                "default_generation_settings": {"n_ctx": llm.context.n_ctx, "params": replies.params_of(params)},
+                "chat_template": None if llm.template is None else llm.template.text,
+                "bos_token": _piece(tokenizer, tokenizer.bos),
+                "eos_token": _piece(tokenizer, tokenizer.eos),
+                "modalities": {"vision": False, "audio": False},
+                "build_info": f"minerva-native {mn.__version__}",
+            }
+        await exchange.json(facts)
+
+    # Text
+
+    async def chat_completions(self, exchange: Exchange) -> None:
+        """Answer messages."""
+        body, sampling = await exchange.read(ChatBody)
+        messages = checked_messages(body.messages)
+        async with self._lent(exchange, body.model) as (name, llm):
+            given = await _keywords(llm, body, lambda: of_chat(body, sampling, llm), is_chat=True)
+            n = body.n or 1
+            if not body.stream:
+                work = llm.achat_completion(messages, body.tools, n, **given)
+                await self._whole(exchange, name, [await exchange.wait(_asked(work))])
+                return
+
+            def begin(index: int) -> Chunks:
+                return llm.achat_completion_stream(messages, body.tools, **_seeded(given, index))
+
+            await self._pieces(exchange, body, name, llm, begin, 1, given, is_chat=True)
+
+    async def completions(self, exchange: Exchange) -> None:
+        """Continue texts."""
+        body, sampling = await exchange.read(CompletionBody)
+        prompts, n = prompts_of(body), body.n or 1
+        if body.best_of is not None and body.best_of < n:
+            raise HTTPError(400, f"best_of: it is less than n={n}", "best_of")
+        async with self._lent(exchange, body.model) as (name, llm):
+            given = await _keywords(llm, body, lambda: of_completion(body, sampling, llm.model))
+            if not body.stream:
+                works = [_asked(llm.acomplete(prompt, n, body.best_of, **given)) for prompt in prompts]
+                await self._whole(exchange, name, await exchange.wait(_all(works)))
+                return
+            if body.best_of is not None and body.best_of > n:
+                raise HTTPError(400, "best_of: it cannot be streamed", "best_of")
+
+            def begin(index: int) -> Chunks:
+                return llm.astream(prompts[index // n], **_seeded(given, index % n))
+
+            await self._pieces(exchange, body, name, llm, begin, len(prompts), given, is_chat=False)
+
+    @asynccontextmanager
+    async def _lent(self, exchange: Exchange, model: str | None) -> AsyncIterator[tuple[str, mn.LLM]]:
+        """Lend a model to a request that generates."""
+        try:
+            async with self._models.lend(model) as (name, llm):
+                exchange.access.facts["model"] = name
+                if len(llm.queue) >= self._settings.max_waiting:
+                    raise HTTPError(503, "too many requests wait", code="busy", headers={"retry-after": "1"})
+                try:
+                    yield name, llm
+                except mn.BrokenContextError:
+                    await self._models.drop(name, llm)
+                    raise
+        except mn.MinervaError as error:
+            failed = of_engine(error)
+            if failed.status >= 500:
+                _logger.error("%s", error)
+            raise failed from error
+
+    async def _whole(self, exchange: Exchange, name: str, completions: Sequence[mn.Completion]) -> None:
+        reply = replies.whole(completions, name)
+        _note(exchange.access, reply["usage"])
+        if self._settings.log_content:
+            exchange.access.facts["text"] = [choice.text for one in completions for choice in one.choices]
+        await exchange.json(reply)
+
+    async def _pieces(
+        self,
+        exchange: Exchange,
+        body: Generation,
+        name: str,
+        llm: mn.LLM,
+        begin: Callable[[int], Chunks],
+        n_prompts: int,
+        given: dict[str, Any],
+        is_chat: bool,
+    ) -> None:
+        """Stream the answers to all prompts side by side; `begin` makes the stream of one."""
+        n = body.n or 1
+        count = n * n_prompts
+        identity = replies.new_id("chatcmpl" if is_chat else "cmpl")
+        has_logprobs = bool(given.get("logprobs"))
+        has_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+        answers = [
+            replies.Pieces(identity, name, index, llm.tokenizer, is_chat, has_logprobs) for index in range(count)
+        ]
+        streams = _begun(begin, count)
+
+        async def events() -> AsyncIterator[bytes]:
+            last: dict[int, mn.Chunk] = {}
+            begun: set[int] = set()
+            async for index, chunk in _merged(streams):
+                piece = b"" if index in begun else answers[index].begin()
+                begun.add(index)
+                if chunk.finish_reason is not None:
+                    last[index] = chunk
+                if piece := piece + answers[index].of(chunk):
+                    yield piece
+            usages = [last[index].usage or mn.Usage() for index in range(count)]
+            usage = replies.added([replies.usage_of(usages[at : at + n]) for at in range(0, count, n)])
+            _note(exchange.access, usage)
+            if has_usage:
+                yield answers[0].end(usage, replies.timings_of(usages[0], last[0].timings or mn.Timings()))
+            yield replies.DONE
+
+        try:
+            await exchange.stream(events())
+        finally:
+            for stream in streams:
+                await stream.aclose()
+
+    async def responses(self, exchange: Exchange) -> None:
+        """Answer the items of a conversation, in the shape of OpenAI's newer API."""
+        body, sampling = await exchange.read(ResponseBody)
+        chat = chat_body(body)
+        messages = checked_messages(chat.messages)
+        async with self._lent(exchange, body.model) as (name, llm):
+            given = await _keywords(llm, chat, lambda: of_chat(chat, sampling, llm), is_chat=True)
+            if not body.stream:
+                completion = await exchange.wait(_asked(llm.achat_completion(messages, chat.tools, **given)))
+                _note(exchange.access, replies.usage_of([completion.usage]))
+                await exchange.json(response_of(body, name, completion))
+                return
+            stream = _begun(lambda _: llm.achat_completion_stream(messages, chat.tools, **given), 1)[0]
+            writer = ResponseEvents(body, name, llm.tokenizer, bool(given.get("logprobs")))
+
+            async def events() -> AsyncIterator[bytes]:
+                async for chunk in stream:
+                    if piece := writer.of(chunk):
+                        yield piece
+                    if chunk.usage is not None:
+                        _note(exchange.access, replies.usage_of([chunk.usage]))
+
+            try:
+                await exchange.stream(events())
+            finally:
+                await stream.aclose()
+
+    async def embeddings(self, exchange: Exchange) -> None:
+        """Say that embeddings are not there yet."""
+        raise HTTPError(501, "embeddings are not there yet", code="not_supported")
+
+    # Tokens
+
+    async def tokenize(self, exchange: Exchange) -> None:
+        """Encode a text."""
+        body, _ = await exchange.read(TokenizeBody)
+        async with self._lent(exchange, body.model) as (_, llm):
+            tokenizer = llm.tokenizer
+            encode = partial(tokenizer.encode, body.content, body.add_special, body.parse_special)
+            ids = await exchange.wait(asyncio.to_thread(encode))
+        if not body.with_pieces:
+            await exchange.json({"tokens": ids})
+            return
+        pieces = [tokenizer.piece(token, special=True) for token in ids]
+        tokens = [{"id": token, "piece": _shown(piece)} for token, piece in zip(ids, pieces, strict=True)]
+        await exchange.json({"tokens": tokens})
+
+    async def detokenize(self, exchange: Exchange) -> None:
+        """Decode tokens."""
+        body, _ = await exchange.read(DetokenizeBody)
+        async with self._lent(exchange, body.model) as (_, llm):
+            for token in body.tokens:
+                if not 0 <= token < llm.tokenizer.n_vocab:
+                    raise HTTPError(400, f"tokens: there is no token {token}", "tokens")
+            await exchange.json({"content": llm.tokenizer.decode(body.tokens, special=True)})
+
+    async def apply_template(self, exchange: Exchange) -> None:
+        """Show the prompt that messages are."""
+        body, _ = await exchange.read(TemplateBody)
+        messages = checked_messages(body.messages)
+        async with self._lent(exchange, body.model) as (_, llm):
+            if llm.template is None:
+                raise HTTPError(400, "the model has no chat template", "messages")
+            template, kwargs = llm.template, body.chat_template_kwargs or {}
+
+            def render() -> str:
+                said = template.with_arguments(messages)
+                return template.render(said, body.tools, add_generation_prompt=body.add_generation_prompt, **kwargs)
+
+            try:
+                text = await exchange.wait(asyncio.to_thread(render))
+            except (TypeError, ValueError) as error:
+                raise of_arguments(error, FIELDS) from None
+            await exchange.json({"prompt": text})
+
+
+async def _keywords(
+    llm: mn.LLM, body: Generation, make: Callable[[], dict[str, Any]], is_chat: bool = False
+) -> dict[str, Any]:
+    """Return the keywords of a request, checked; a grammar is compiled in a thread.
+
+    Raises:
+        HTTPError: one of them is wrong.
+    """
+
+    def checked() -> dict[str, Any]:
+        given = make()
+        tags = llm.template.thinking_tags if is_chat and llm.template is not None else None
+        options = llm.options("request", {"thinking_tags": tags, **given})
+        if options.constraint is not None:
+            given["constraint"] = options.constraint
+            given.pop("response_format", None)
+        return given
+
+    shape = getattr(body, "response_format", None)
+    is_slow = not (body.grammar is None and body.json_schema is None and (shape is None or is_text(shape)))
+    try:
+        return await asyncio.to_thread(checked) if is_slow else checked()
+    except mn.ConstraintError as error:
+        name = "grammar" if body.grammar is not None else "json_schema" if shape is None else "response_format"
+        raise HTTPError(400, f"{name}: {error}", name) from None
+    except (TypeError, ValueError, mn.MinervaError) as error:
+        raise of_arguments(error, FIELDS) from None
+
+
+async def _asked(work: Any) -> mn.Completion:
+    """Return a completion; what is wrong with the request is told to the client."""
+    try:
+        completion: mn.Completion = await work
+    except (TypeError, ValueError) as error:
+        if isinstance(error, mn.MinervaError):
+            raise
+        raise of_arguments(error, FIELDS) from None
+    return completion
+
+
+async def _all(works: Sequence[Any]) -> list[mn.Completion]:
+    """Return what several requests return; the first error stops the others."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _begun(begin: Callable[[int], Chunks], count: int) -> list[Chunks]:
+    """Begin several streams at once; raise what is wrong with the request."""
+    try:
+        return [begin(index) for index in range(count)]
+    except (TypeError, ValueError, mn.ConstraintError) as error:
+        raise of_arguments(error, FIELDS) from None
+
+
+async def _merged(streams: Sequence[Chunks]) -> AsyncIterator[tuple[int, mn.Chunk]]:
+    """Yield what several streams do, with their indices, as it comes."""
+    if len(streams) == 1:
+        async for chunk in streams[0]:
+            yield 0, chunk
+        return
+    arrived: asyncio.Queue[tuple[int, mn.Chunk | None]] = asyncio.Queue()  # None: it has ended
+
+    async def pass_on(index: int) -> None:
+        try:
+            async for chunk in streams[index]:
+                arrived.put_nowait((index, chunk))
+        finally:
+            arrived.put_nowait((index, None))
+
+    tasks = [asyncio.ensure_future(pass_on(index)) for index in range(len(streams))]
+    try:
+        waiting = len(streams)
+        while waiting:
+            index, piece = await arrived.get()
+            if piece is not None:
+                yield index, piece
+                continue
+            waiting -= 1
+            await tasks[index]  # which raises what has ended it
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _seeded(given: dict[str, Any], index: int) -> dict[str, Any]:
+    """Return the keywords of one of several answers: with a seed each takes the next one."""
+    seed: int | None = given.get("seed")
+    return given if not index or seed is None or seed < 0 else {**given, "seed": seed + index}
+
+
+def _note(access: Access, usage: dict[str, Any]) -> None:
+    access.facts["prompt_tokens"] = usage["prompt_tokens"]
+    access.facts["cached_tokens"] = usage["prompt_tokens_details"]["cached_tokens"]
+    access.facts["completion_tokens"] = usage["completion_tokens"]
+
+
+def _piece(tokenizer: mn.Tokenizer, token: int | None) -> str:
+    return "" if token is None else tokenizer.piece(token, special=True).decode(errors="replace")
+
+
+def _shown(piece: bytes) -> str | list[int]:
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return list(piece)

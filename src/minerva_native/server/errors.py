@@ -1,0 +1,87 @@
+"""Errors as OpenAI's API has them: `{"error": {"message", "type", "param", "code"}}` with an HTTP status."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import minerva_native as mn
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 501: "not_supported_error"}
+
+_NAME = re.compile(r"^(?:[a-z_]+\(\) has no argument )?['`]?([a-z][a-z0-9_]*)")
+
+_OF_REQUESTS = (
+    mn.ContextFullError,
+    mn.EmptySequenceError,
+    mn.TemplateError,
+    mn.ConstraintError,
+    mn.TokenizerError,
+    mn.SamplingError,
+)
+
+
+class HTTPError(Exception):
+    """What a client is told.
+
+    Attributes:
+        status: of HTTP.
+        message: a sentence.
+        param: the field of the request that it is about.
+        code: a word for programs.
+        headers: more headers of the reply.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The reply."""
+        kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def wrong(param: str, message: str) -> HTTPError:
+    """Return the error of a field that is wrong; the message does not begin with its name."""
+    return HTTPError(400, f"{param}: {message}", param)
+
+
+def of_arguments(error: Exception, fields: Mapping[str, str]) -> HTTPError:
+    """Return the error of a request that the engine refuses.
+
+    Args:
+        error: the engine's.
+        fields: the names that the API has for the engine's.
+    """
+    found = _NAME.match(str(error))
+    name = found[1] if found else ""
+    if name in fields:
+        sentence = str(error)[len(name) :] if str(error).startswith(name) else f": {error}"
+        return HTTPError(400, f"{fields[name]}{sentence}", fields[name])
+    return HTTPError(400, str(error))
+
+
+def of_engine(error: Exception) -> HTTPError:
+    """Return what a client is told of an error that came while its request was served."""
+    if isinstance(error, HTTPError):
+        return error
+    if isinstance(error, mn.ContextFullError):
+        return HTTPError(400, str(error), "messages", "context_length_exceeded")
+    if isinstance(error, _OF_REQUESTS):
+        return HTTPError(400, str(error))
+    if isinstance(error, mn.Cancelled):
+        return HTTPError(408, str(error), code="timeout")
+    if isinstance(error, mn.ClosedError):
+        return HTTPError(503, "the model is being unloaded", code="unavailable", headers={"retry-after": "1"})
+    if isinstance(error, mn.ModelLoadError | mn.DeviceError | mn.OptionError):
+        return HTTPError(500, "the model cannot be loaded: the server's log says why", code="model_load_failed")
+    return HTTPError(500, "the server failed: its log says why", code="internal_error")

@@ -1,0 +1,130 @@
+"""Sockets, and the server from its start to its end."""
+
+import asyncio
+import contextlib
+import ipaddress
+import os
+import signal
+import socket
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from .connection import connection_class
+from .guard import App
+from .settings import Settings
+
+_BACKLOG = 1024
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether an address, or a name, is this machine's alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def tcp_socket(host: str, port: int) -> socket.socket:
+    """Return a socket that listens.
+
+    Raises:
+        OSError: the port is taken, or the host is none of this machine's.
+    """
+    (family, _, _, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(_BACKLOG)
+    except BaseException:
+        listening.close()
+        raise
+    return listening
+
+
+@contextmanager
+def unix_socket(path: Path) -> Iterator[socket.socket]:
+    """Return a socket in the file system that only this user can open; it is removed in the end.
+
+    Raises:
+        OSError: there is another file, or a server that listens there.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise FileExistsError(17, "there is a file of that name, which is no socket", str(path))
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(1.0)
+            try:
+                probe.connect(str(path))
+            except ConnectionRefusedError:
+                path.unlink()  # of a server that was killed
+            else:
+                raise FileExistsError(98, "another server listens there", str(path))
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o177)
+    try:
+        listening.bind(str(path))
+    except BaseException:
+        listening.close()
+        raise
+    finally:
+        os.umask(before)
+    made = path.lstat().st_ino
+    try:
+        listening.listen(_BACKLOG)
+        yield listening
+    finally:
+        listening.close()
+        with contextlib.suppress(OSError):
+            if path.lstat().st_ino == made:
+                path.unlink()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, that says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]):
+        super().__init__(config)
+        self._on_ready, self.is_interrupted = on_ready, False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to end; at a second SIGINT, end."""
+        self.is_interrupted |= sig == signal.SIGINT
+        self.force_exit |= self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen."""
+        await super().startup(sockets)
+        if self.started:
+            self._on_ready()
+
+
+def run(app: App, listening: socket.socket, settings: Settings, on_ready: Callable[[], None]) -> None:
+    """Serve until SIGINT or SIGTERM come. Requests may end within `grace_seconds`; a second SIGINT cuts that short.
+
+    Raises:
+        KeyboardInterrupt: SIGINT came.
+    """
+    config = uvicorn.Config(
+        app,
+        http=connection_class(settings),
+        ws="none",
+        loop="asyncio",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=settings.keep_alive_seconds,  # type: ignore[arg-type]
+        timeout_graceful_shutdown=settings.grace_seconds,  # type: ignore[arg-type]
+    )
+    server = _Server(config, on_ready)
+    asyncio.run(server.serve(sockets=[listening]))
+    if server.is_interrupted:
+        raise KeyboardInterrupt
