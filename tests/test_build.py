@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import minerva_native as mn
 from minerva_native._binding import lib, text
 
@@ -36,11 +38,50 @@ def test_flags_from_both_places_reach_llama_cpps_cmake_untouched(tmp_path: Path)
     (stand_in / "include" / "llama.h").touch()
     (stand_in / "ggml").mkdir()
     (stand_in / "ggml" / "CMakeLists.txt").touch()
-    report = "CUDA ${GGML_CUDA}, Vulkan ${GGML_VULKAN}, native ${GGML_NATIVE}"
+    report = "LTO ${GGML_LTO}, repack ${GGML_CPU_REPACK}, native ${GGML_NATIVE}"
     (stand_in / "CMakeLists.txt").write_text(f'message(FATAL_ERROR "{report}")\n')
-    settings = [f"cmake.define.{name}" for name in (f"MINERVA_LLAMA_CPP_DIR={stand_in}", "GGML_VULKAN=ON")]
-    output = failed_build(tmp_path, *settings, CMAKE_ARGS="-DGGML_CUDA=ON -DGGML_NATIVE=OFF")
-    assert "CUDA ON, Vulkan ON, native OFF" in output
+    settings = [f"cmake.define.{name}" for name in (f"MINERVA_LLAMA_CPP_DIR={stand_in}", "GGML_CPU_REPACK=OFF")]
+    output = failed_build(tmp_path, *settings, CMAKE_ARGS="-DGGML_LTO=ON -DGGML_NATIVE=OFF")
+    assert "LTO ON, repack OFF, native OFF" in output
+
+
+@pytest.mark.parametrize(
+    ("option", "settings", "sentence"),
+    [
+        ("GGML_CUDA", ["CMAKE_DISABLE_FIND_PACKAGE_CUDAToolkit=ON"], "needs the CUDA toolkit with nvcc; found: no nvcc"),
+        ("GGML_VULKAN", ["CMAKE_DISABLE_FIND_PACKAGE_Vulkan=ON"], "needs Vulkan headers of 1.3.272 or newer"),
+        ("GGML_VULKAN", [], "found: headers of 1.3.200"),
+    ],
+    ids=["no nvcc", "no headers", "old headers"],
+)
+def test_a_backend_that_cannot_be_built_ends_the_build_with_a_sentence(
+    tmp_path: Path, option: str, settings: list[str], sentence: str
+) -> None:
+    if not settings:
+        settings = old_vulkan(tmp_path / "sdk")
+    output = failed_build(tmp_path, *(f"cmake.define.{setting}" for setting in (f"{option}=ON", *settings)))
+    assert f"{option}=ON needs" in output
+    assert sentence in output
+    assert f"leave {option} out" in output
+    assert "Building CXX object" not in output
+
+
+def old_vulkan(sdk: Path) -> list[str]:
+    """Make headers without what the pin needs, and all else; return the settings that name them."""
+    (sdk / "vulkan").mkdir(parents=True)
+    (sdk / "vulkan" / "vulkan.hpp").write_text("namespace vk { struct Instance {}; }\n")
+    core = "#define VK_HEADER_VERSION_COMPLETE VK_MAKE_API_VERSION(0, 1, 3, VK_HEADER_VERSION)\n"
+    (sdk / "vulkan" / "vulkan_core.h").write_text(f"#define VK_HEADER_VERSION 200\n{core}")
+    (sdk / "vulkan" / "vulkan.h").touch()
+    (sdk / "SPIRV-HeadersConfig.cmake").touch()
+    for name in ("libvulkan.so", "glslc"):
+        (sdk / name).touch(0o755)
+    return [
+        f"Vulkan_INCLUDE_DIR={sdk}",
+        f"Vulkan_LIBRARY={sdk / 'libvulkan.so'}",
+        f"Vulkan_GLSLC_EXECUTABLE={sdk / 'glslc'}",
+        f"SPIRV-Headers_DIR={sdk}",
+    ]
 
 
 def test_build_info_describes_the_build() -> None:
