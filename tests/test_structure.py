@@ -40,6 +40,7 @@ LAYERS = {
     "chat": 8,
     "requests": 8,
     "completion": 8,
+    "observer": 8,
     "reasoning": 8,
     "grammars": 8,
     "schemas": 8,

@@ -93,7 +93,7 @@ class BeamSearch:
             first_token=self._first_token - request.submitted if self._first_token else 0.0,
             total=time.perf_counter() - request.submitted,
         )
-        return [
+        answers = [
             Completion(
                 text=tokenizer.decode([token for token in beam.tokens if not tokenizer.is_end(token)]),
                 tokens=beam.tokens,
@@ -111,6 +111,9 @@ class BeamSearch:
             )
             for beam in best
         ]
+        if request.record is not None:
+            request.record.answers = tuple(answers)
+        return answers
 
     def _is_over(self, beams: list[_Beam]) -> bool:
         if len(beams[0].tokens) == self._max_tokens or any(beam.sequence.is_full for beam in beams):

@@ -14,6 +14,7 @@ from typing import Any, Self, TypeAlias
 from ._arguments import what
 from .chat import ChatTemplate
 from .errors import ConstraintError, MinervaError
+from .observer import Observer, watched
 from .reasoning import ReasoningDecoder
 from .schemas import prepare
 from .structured import Constraint
@@ -159,22 +160,24 @@ def read_choice(choice: object) -> str:
     return choice
 
 
-def run_tool(tool: Tool, call: ToolCall) -> str:
-    """Run a tool, and return its result as text for the model, or what went wrong."""
+def run_tool(tool: Tool, call: ToolCall, observers: Sequence[Observer] = ()) -> str:
+    """Run a tool, which observers see, and return its result as text for the model, or what went wrong."""
     if inspect.iscoroutinefunction(tool.function):
         raise TypeError(f"the tool {tool.name!r} is a coroutine: use arun")
     try:
-        return tool.call(call.arguments)
+        with watched(observers, tool, call):
+            return tool.call(call.arguments)
     except Exception as error:  # whatever a function raises, the model hears of it
         return _failure(tool, error)
 
 
-async def arun_tool(tool: Tool, call: ToolCall) -> str:
+async def arun_tool(tool: Tool, call: ToolCall, observers: Sequence[Observer] = ()) -> str:
     """Do what `run_tool` does, without blocking the event loop."""
     try:
-        if inspect.iscoroutinefunction(tool.function):
-            return as_text(await tool.function(**tool.bind(call.arguments)))
-        return await asyncio.to_thread(tool.call, call.arguments)
+        with watched(observers, tool, call):
+            if inspect.iscoroutinefunction(tool.function):
+                return as_text(await tool.function(**tool.bind(call.arguments)))
+            return await asyncio.to_thread(tool.call, call.arguments)
     except Exception as error:
         return _failure(tool, error)
 

@@ -332,5 +332,5 @@ class Context:
         return f"<Context of {self._model.path.name}: n_ctx={self.n_ctx}, n_seq={self.n_seq}>"
 
 
-# For the prompt cache on disk.
+# For the prompt cache on disk, and for `LLM.load`.
 cache_of: Callable[[Context], KVCache] = operator.attrgetter("_cache")

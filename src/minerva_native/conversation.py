@@ -15,7 +15,7 @@ from weakref import ref
 from ._arguments import file_path, integer, what
 from .calling import ToolGiven, arun_tool, described, result_message, run_tool
 from .chat import ChatTemplate, Message
-from .completion import Chunk, Completion
+from .completion import Chunk, Completion, Usage
 from .context import Context
 from .draft import Draft, RequestOptions
 from .errors import ClosedError, ContextFullError, MinervaError, SequencesInUseError, StateError
@@ -146,22 +146,26 @@ class Chat:
             ClosedError: the chat or the LLM is closed.
         """
         parsed = self._parse("send", options)
-        return self._llm.queue.call(self._completing(message, parsed), key=self, **parsed.limits)
+        work, record = self._completing(message, parsed), self._llm.record("chat", message, parsed)
+        return self._llm.queue.call(work, key=self, record=record, **parsed.limits)
 
     def stream(self, message: str | Message, **options: Any) -> Stream[Chunk]:
         """Do what `send` does, and return an iterator over the pieces of the answer. Closing it stops the answer."""
         parsed = self._parse("stream", options)
-        return self._llm.queue.stream(self._streaming(message, parsed), key=self, **parsed.limits)
+        work, record = self._streaming(message, parsed), self._llm.record("chat", message, parsed, is_stream=True)
+        return self._llm.queue.stream(work, key=self, record=record, **parsed.limits)
 
     async def asend(self, message: str | Message | Sequence[Message], **options: Any) -> Completion:
         """Do what `send` does, without blocking the event loop."""
         parsed = self._parse("asend", options)
-        return await self._llm.queue.acall(self._completing(message, parsed), key=self, **parsed.limits)
+        work, record = self._completing(message, parsed), self._llm.record("chat", message, parsed)
+        return await self._llm.queue.acall(work, key=self, record=record, **parsed.limits)
 
     def astream(self, message: str | Message, **options: Any) -> AsyncStream[Chunk]:
         """Do what `stream` does, as an asynchronous iterator."""
         parsed = self._parse("astream", options)
-        return self._llm.queue.astream(self._streaming(message, parsed), key=self, **parsed.limits)
+        work, record = self._streaming(message, parsed), self._llm.record("chat", message, parsed, is_stream=True)
+        return self._llm.queue.astream(work, key=self, record=record, **parsed.limits)
 
     def _parse(self, caller: str, options: Mapping[str, Any]) -> RequestOptions:
         given = {**self._options, **options}
@@ -211,6 +215,8 @@ class Chat:
                 sequence = yield from self._open(request)
                 tokens = self._held
                 messages = yield from self._evaluate(sequence, [*before, *said], shown, options, request)
+                if request.record is not None:
+                    request.record.prompt = messages
                 self._parked = []
                 draft = Draft(
                     sequence,
@@ -340,7 +346,7 @@ class Chat:
             if not answer.tool_calls:
                 break
             for call in answer.tool_calls:
-                self._add_result(call, run_tool(self._tool(call), call))
+                self._add_result(call, run_tool(self._tool(call), call, self._llm.observers))
             answer = self.send([], **options | ({"tool_choice": "none"} if number == max_rounds - 1 else {}))
         return answer
 
@@ -353,7 +359,8 @@ class Chat:
         for number in range(max_rounds):
             if not answer.tool_calls:
                 break
-            results = await asyncio.gather(*(arun_tool(self._tool(call), call) for call in answer.tool_calls))
+            calls = [(self._tool(call), call) for call in answer.tool_calls]
+            results = await asyncio.gather(*(arun_tool(*call, self._llm.observers) for call in calls))
             for call, result in zip(answer.tool_calls, results, strict=True):
                 self._add_result(call, result)
             answer = await self.asend([], **options | ({"tool_choice": "none"} if number == max_rounds - 1 else {}))
@@ -406,9 +413,12 @@ class Chat:
                 yield from request.evaluate(sequence)
             finally:
                 self._is_reading = False
+            if request.record is not None:
+                n = len(sequence)
+                request.record.reads(Usage(n, cached_tokens=max(0, n - request.n_evaluated)))
             yield sequence
 
-        return self._llm.queue.call(work, key=self)
+        return self._llm.queue.call(work, key=self, record=self._llm.record("prefill", self._messages))
 
     @property
     def is_busy(self) -> bool:

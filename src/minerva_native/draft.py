@@ -224,6 +224,8 @@ class Draft:
         self.tokens: list[int] = []
         self.is_last = False
         self.last = Chunk(finish_reason="length")
+        if request.record is not None:
+            request.record.writes(self.completion)
 
     @property
     def sequence(self) -> TokenSequence:
@@ -340,10 +342,14 @@ class Draft:
         return TokenLogprob(token, self._tokenizer.piece(token, special=True), logprob, others)
 
     def _finish(self, chunk: Chunk) -> None:
-        request, now = self._request, time.perf_counter()
-        started = request.started or request.submitted
         chunk.context_full = chunk.finish_reason == "length" and len(self.tokens) != self._options.max_tokens
-        chunk.usage = Usage(
+        chunk.usage, chunk.timings = self._usage, self._timings
+        chunk.dropped_turns = self._dropped_turns
+        self.last = chunk
+
+    @property
+    def _usage(self) -> Usage:
+        return Usage(
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
             completion_tokens=len(self.tokens),
@@ -352,14 +358,17 @@ class Draft:
             accepted=self._speculation.accepted if self._speculation else 0,
             forced_tokens=self._n_forced,
         )
-        chunk.timings = Timings(
+
+    @property
+    def _timings(self) -> Timings:
+        request = self._request
+        started = request.started or request.submitted
+        return Timings(
             queue=started - request.submitted,
             prefill=self._prefilled - started,
             first_token=self._first_token - request.submitted if self._first_token else 0.0,
-            total=now - request.submitted,
+            total=time.perf_counter() - request.submitted,
         )
-        chunk.dropped_turns = self._dropped_turns
-        self.last = chunk
 
     @property
     def mean_logprob(self) -> float:
@@ -369,7 +378,7 @@ class Draft:
         return sum(values) / len(values) if values else -math.inf
 
     def completion(self) -> Completion:
-        """Return the whole, once it is written."""
+        """Return the whole, or what there is of it yet."""
         last = self.last
         return Completion(
             text="".join(self._texts),
@@ -380,8 +389,8 @@ class Draft:
             finish_reason=last.finish_reason or "cancelled",
             context_full=last.context_full,
             logprobs=self._logprobs if self._options.logprobs else None,
-            usage=last.usage or Usage(),
-            timings=last.timings or Timings(),
+            usage=last.usage or self._usage,
+            timings=last.timings or self._timings,
             dropped_turns=last.dropped_turns,
             model=self._sequence.context.model.path.name,
             created=int(time.time()),

@@ -18,13 +18,14 @@ from ._arguments import file_path, flag, function, integer, many, path, what
 from .beams import BeamSearch, check_beams
 from .calling import ToolGiven, ToolUse, described
 from .chat import ChatTemplate, Message
-from .completion import Chunk, Completion, TokenLogprob
-from .context import Context
+from .completion import Chunk, Completion, TokenLogprob, Usage
+from .context import Context, cache_of
 from .conversation import Chat, OpenChats, WhenFull, read_chat
 from .draft import Draft, RequestOptions, write_together
 from .engine.gate import CancelToken
 from .errors import ContextFullError, EmptySequenceError, MinervaError, SequencesInUseError, TemplateError
 from .model import Model
+from .observer import Observer, Operation, RequestRecord
 from .options import MOST_SEQUENCES, ContextOptions
 from .prompt_cache import MAX_BYTES, PromptCache
 from .requests import AsyncStream, Request, RequestQueue, Signal, Stream
@@ -58,6 +59,26 @@ class Scores(NamedTuple):
 
     tokens: list[int]
     logprobs: list[float]
+
+
+class Load(NamedTuple):
+    """What an LLM does at a moment.
+
+    Attributes:
+        waiting: requests that wait for their turn.
+        served: requests that are served.
+        sequences: sequences in use, of at most `n_seq`: those of requests, of chats between turns, and others.
+        n_seq: of the context.
+        cells_used: KV cells that those take, of `n_ctx`. While something is evaluated, it may be a batch behind.
+        n_ctx: of the context.
+    """
+
+    waiting: int
+    served: int
+    sequences: int
+    n_seq: int
+    cells_used: int
+    n_ctx: int
 
 
 Echoed: TypeAlias = tuple[str, list[TokenLogprob]]
@@ -216,6 +237,35 @@ class LLM:
         """Return what guesses tokens of one answer, if that was asked for."""
         return None if self._speculate is None else Speculation(self._speculate)
 
+    # For those who watch
+
+    @property
+    def observers(self) -> list[Observer]:
+        """Who sees its requests: append an `Observer`, or remove it. It sees those that come from then on."""
+        return self.queue.observers
+
+    @property
+    def load(self) -> Load:
+        """What it does now. Reading it waits for nothing."""
+        context, queue = self.context, self.queue
+        cache = cache_of(context)  # without its lock
+        n_open = cache.pool.n_open
+        return Load(len(queue), queue.n_served, n_open, context.n_seq, cache.cells_used, context.n_ctx)
+
+    def record(
+        self,
+        operation: Operation,
+        prompt: Any,
+        options: RequestOptions | None = None,
+        n: int = 1,
+        is_stream: bool = False,
+    ) -> RequestRecord | None:
+        """Return what observers see of a request; None if there are none."""
+        if not self.queue.observers:
+            return None
+        model = self.model.path.name
+        return RequestRecord(operation=operation, model=model, prompt=prompt, options=options, n=n, is_stream=is_stream)
+
     # Text
 
     def complete(
@@ -246,7 +296,7 @@ class LLM:
         """
         parsed = self.options("complete", options)
         work = self._completing(self._from_text(prompt, parsed), parsed, n, best_of, beam_width)
-        return self.queue.call(work, **parsed.limits)
+        return self.queue.call(work, record=self.record("text_completion", prompt, parsed, n), **parsed.limits)
 
     def stream(self, prompt: Prompt, **options: Any) -> Stream[Chunk]:
         """Do what `complete` does, and return an iterator over the pieces as they are made.
@@ -254,7 +304,9 @@ class LLM:
         The request is in the queue at once, and does not wait to be iterated. Closing the iterator stops it.
         """
         parsed = self.options("stream", options)
-        return self.queue.stream(self._streaming(self._from_text(prompt, parsed), parsed), **parsed.limits)
+        work = self._streaming(self._from_text(prompt, parsed), parsed)
+        record = self.record("text_completion", prompt, parsed, is_stream=True)
+        return self.queue.stream(work, record=record, **parsed.limits)
 
     async def acomplete(
         self,
@@ -267,12 +319,14 @@ class LLM:
         """Do what `complete` does, without blocking the event loop."""
         parsed = self.options("acomplete", options)
         work = self._completing(self._from_text(prompt, parsed), parsed, n, best_of, beam_width)
-        return await self.queue.acall(work, **parsed.limits)
+        return await self.queue.acall(work, record=self.record("text_completion", prompt, parsed, n), **parsed.limits)
 
     def astream(self, prompt: Prompt, **options: Any) -> AsyncStream[Chunk]:
         """Do what `stream` does, as an asynchronous iterator."""
         parsed = self.options("astream", options)
-        return self.queue.astream(self._streaming(self._from_text(prompt, parsed), parsed), **parsed.limits)
+        work = self._streaming(self._from_text(prompt, parsed), parsed)
+        record = self.record("text_completion", prompt, parsed, is_stream=True)
+        return self.queue.astream(work, record=record, **parsed.limits)
 
     @overload
     def map(
@@ -314,7 +368,9 @@ class LLM:
         """
         function("on_progress", on_progress)
         parsed = self.options("map", options)
-        works = [self._completing(self._from_text(prompt, parsed), parsed, 1) for prompt in many("prompts", prompts)]
+        given = list(many("prompts", prompts))
+        works = [self._completing(self._from_text(prompt, parsed), parsed, 1) for prompt in given]
+        records = [self.record("text_completion", prompt, parsed) for prompt in given]
         with contextlib.ExitStack() as stack:
             bar = (
                 stack.enter_context(_progress_bar())
@@ -329,7 +385,7 @@ class LLM:
                 if on_progress is not None:
                     on_progress(done, len(works))
 
-            return self.queue.gather(works, 2 * self.n_parallel, return_exceptions, show, **parsed.limits)
+            return self.queue.gather(works, records, 2 * self.n_parallel, return_exceptions, show, **parsed.limits)
 
     # Messages
 
@@ -408,10 +464,12 @@ class LLM:
         parsed = self._answer_options("chat_completion", options)
         begin = self._from_messages(messages, tools, parsed)
         if not stream:
-            return self.queue.call(self._completing(begin, parsed, n, best_of), **parsed.limits)
+            work = self._completing(begin, parsed, n, best_of)
+            return self.queue.call(work, record=self.record("chat", messages, parsed, n), **parsed.limits)
         if n != 1 or best_of is not None:
             raise ValueError("n must be 1 with stream=True, and best_of None: make a request for each")
-        return self.queue.stream(self._streaming(begin, parsed), **parsed.limits)
+        record = self.record("chat", messages, parsed, is_stream=True)
+        return self.queue.stream(self._streaming(begin, parsed), record=record, **parsed.limits)
 
     async def achat_completion(
         self,
@@ -424,16 +482,16 @@ class LLM:
         """Do what `chat_completion` does, without blocking the event loop."""
         parsed = self._answer_options("achat_completion", options)
         work = self._completing(self._from_messages(messages, tools, parsed), parsed, n, best_of)
-        return await self.queue.acall(work, **parsed.limits)
+        return await self.queue.acall(work, record=self.record("chat", messages, parsed, n), **parsed.limits)
 
     def achat_completion_stream(
         self, messages: Sequence[Message], tools: Sequence[ToolGiven] | None = None, **options: Any
     ) -> AsyncStream[Chunk]:
         """Do what `chat_completion` does with `stream=True`, as an asynchronous iterator."""
         parsed = self._answer_options("achat_completion_stream", options)
-        return self.queue.astream(
-            self._streaming(self._from_messages(messages, tools, parsed), parsed), **parsed.limits
-        )
+        work = self._streaming(self._from_messages(messages, tools, parsed), parsed)
+        record = self.record("chat", messages, parsed, is_stream=True)
+        return self.queue.astream(work, record=record, **parsed.limits)
 
     # Probabilities
 
@@ -445,9 +503,11 @@ class LLM:
             ids = encode()
             sequence, values = yield from self._scored(request, ids)
             sequence.close()
+            if request.record is not None:
+                request.record.reads(Usage(prompt_tokens=len(ids)))
             yield Scores(ids, values)
 
-        return self.queue.call(work, cancel=cancel, timeout=timeout)
+        return self.queue.call(work, cancel=cancel, timeout=timeout, record=self.record("score", text))
 
     def choose(
         self,
@@ -480,11 +540,14 @@ class LLM:
             n = next((at for at in range(shortest) if len({ids[at] for ids in candidates}) > 1), shortest)
             with (yield from self._evaluated(request, candidates[0][:n])) as sequence:
                 logprobs = yield from self._logprobs_of(sequence, [ids[n:] for ids in candidates], request)
+            if request.record is not None:
+                n_endings = sum(len(ids) - n for ids in candidates)
+                request.record.reads(Usage(n + n_endings, cached_tokens=max(0, n - request.n_evaluated)))
             largest = max(logprobs)
             weights = [math.exp(value - largest) for value in logprobs]
             yield {text: weight / sum(weights) for text, weight in zip(texts, weights, strict=True)}
 
-        return self.queue.call(work, cancel=cancel, timeout=timeout)
+        return self.queue.call(work, cancel=cancel, timeout=timeout, record=self.record("choose", prompt))
 
     def count_tokens(self, text: str | Sequence[Message]) -> int:
         """Return how many tokens a text is as a prompt, or messages with the beginning of an answer."""

@@ -21,6 +21,7 @@ from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 from ._arguments import cancel_token, what
 from .engine.gate import CancelToken
 from .errors import BrokenContextError, Cancelled, ClosedError, ReentryError
+from .observer import Observer, RequestRecord
 from .sequence import Sequence as TokenSequence
 
 T = TypeVar("T")
@@ -90,6 +91,7 @@ class Request:
         may_wait: whether there are others, for whose end it can wait if there is no room.
         deliver: hands a result to the caller, who sees it once the bell that is returned was rung.
         is_dropped: whether it was stopped when its sequences had been taken away: it ends with what it has.
+        record: what observers see of it; None if there are none.
     """
 
     def __init__(
@@ -99,10 +101,11 @@ class Request:
         cancel: CancelToken | None = None,
         timeout: float | None = None,
         key: object = None,
+        record: RequestRecord | None = None,
     ):
         cancel_token(cancel)
         check_timeout(timeout)
-        self.key = key
+        self.key, self.record = key, record
         self.submitted = time.perf_counter()
         self.started: float | None = None
         self.writers: Sequence[Writer] = ()
@@ -156,8 +159,12 @@ class Request:
                 error = self.cancelled()
         except BaseException as failed:  # of the caller's token
             error = failed
-        if (bell := self.deliver(_End(error))) is not None:
-            bell.ring()
+        try:
+            if self.record is not None:
+                self.record.end(self.started, error)
+        finally:
+            if (bell := self.deliver(_End(error))) is not None:
+                bell.ring()
 
 
 class Server(Protocol):
@@ -168,9 +175,15 @@ class Server(Protocol):
 
 
 class RequestQueue:
-    """Requests in the order they came, and the thread that serves them. Safe to use from any thread."""
+    """Requests in the order they came, and the thread that serves them. Safe to use from any thread.
+
+    Attributes:
+        observers: see requests come and end.
+        closed: whether `close` was called.
+    """
 
     def __init__(self, server: Server) -> None:
+        self.observers: list[Observer] = []
         self._server = server
         self._waiting: deque[Request] = deque()
         self._served: list[Request] = []
@@ -182,6 +195,11 @@ class RequestQueue:
     def __len__(self) -> int:
         """Return how many requests wait, without those that are served."""
         return len(self._waiting)
+
+    @property
+    def n_served(self) -> int:
+        """How many requests are served."""
+        return len(self._served)
 
     def submit(self, request: Request) -> None:
         """Put a request at the end of the queue.
@@ -195,6 +213,15 @@ class RequestQueue:
             raise BrokenContextError("this LLM belongs to the parent process: make one in this process")
         if threading.current_thread() is self._thread:
             raise ReentryError("a function that an LLM calls during a request cannot make another request of it")
+        if request.record is not None:
+            request.record.begin(self.observers, request.submitted)
+        try:
+            self._add(request)
+        except ClosedError as error:
+            request.end(error)
+            raise
+
+    def _add(self, request: Request) -> None:
         with self._changed:
             if self.closed:
                 raise ClosedError("this LLM is closed")
@@ -206,12 +233,13 @@ class RequestQueue:
                 self._thread.start()
             self._changed.notify()
 
-    def withdraw(self, request: Request) -> bool:
-        """Take a request out of the queue; return False if it is not there."""
-        with self._changed, contextlib.suppress(ValueError):
+    def withdraw(self, request: Request) -> None:
+        """Take a request out of the queue, and end it as one that was cancelled; do nothing if it is not there."""
+        with self._changed:
+            if request not in self._waiting:
+                return
             self._waiting.remove(request)
-            return True
-        return False
+        request.end(request.cancelled())
 
     def take(self, wait: bool) -> Request | None:
         """Return the first request whose turn may come, as served; None if there is none, or the queue is closed.
@@ -254,7 +282,7 @@ class RequestQueue:
     # How a caller gets results
 
     def stream(self, work: Callable[[Request], Iterator[T | Signal]], **limits: Any) -> "Stream[T]":
-        """Return an iterator over what `work` yields; `limits` are `cancel` and `timeout`."""
+        """Return an iterator over what `work` yields; `limits` are arguments of `Request`."""
         items: SimpleQueue[Any] = SimpleQueue()
         request = Request(work, items.put, **limits)
         self.submit(request)
@@ -271,6 +299,7 @@ class RequestQueue:
     def gather(
         self,
         works: Sequence[Callable[[Request], Iterator[Any]]],
+        records: Sequence[RequestRecord | None],
         n_at_once: int,
         return_exceptions: bool,
         on_done: Callable[[int], object],
@@ -280,6 +309,7 @@ class RequestQueue:
 
         Args:
             works: the works.
+            records: what observers see of each.
             n_at_once: how many requests to have in the queue, or served, at one time.
             return_exceptions: return errors in the place of results; else the first one stops the others.
             on_done: called with the number of those that have ended.
@@ -293,13 +323,12 @@ class RequestQueue:
             while n_begun < len(works) or waiting:
                 while n_begun < len(works) and len(waiting) < n_at_once:
                     at = n_begun
-                    waiting[at] = Request(works[at], partial(_put, arrived, at), **limits)
+                    waiting[at] = Request(works[at], partial(_put, arrived, at), record=records[at], **limits)
                     self.submit(waiting[at])
                     n_begun += 1
                 for request in list(waiting.values()):
-                    is_waiting = request.started is None and request.may_stop_itself
-                    if is_waiting and request.is_set() and self.withdraw(request):
-                        request.end(request.cancelled())
+                    if request.started is None and request.may_stop_itself and request.is_set():
+                        self.withdraw(request)
                 try:
                     at, item = arrived.get(timeout=_LOOK_SECONDS)
                 except Empty:
@@ -347,8 +376,8 @@ class RequestQueue:
             return
         if not request.is_set():
             loop.call_later(_LOOK_SECONDS, self._look, request, loop)
-        elif self.withdraw(request):
-            request.end(request.cancelled())
+        else:
+            self.withdraw(request)
 
 
 class Stream(Generic[T]):
@@ -383,8 +412,8 @@ class Stream(Generic[T]):
             try:
                 return self._items.get(timeout=_LOOK_SECONDS)
             except Empty:
-                if request.is_set() and self._queue.withdraw(request):
-                    return _End(request.cancelled())
+                if request.is_set():
+                    self._queue.withdraw(request)  # which puts its end there
         return self._items.get()
 
     def close(self) -> None:

@@ -274,7 +274,8 @@ class Scheduler:
         with suppress(BaseException):  # what it cleans up with cannot be told to anybody
             served.steps.close()
         queue.done(served.request)
-        served.request.end(error)
+        with suppress(BaseException):  # of an observer
+            served.request.end(error)
 
     def _drop_stopped(self, queue: RequestQueue) -> None:
         """End the requests that were stopped and do not look whether they were: they wait, or their prompt is read."""

@@ -58,11 +58,15 @@ class SlotPool:
     # Places
 
     @property
+    def n_open(self) -> int:
+        """How many sequences are in use."""
+        return sum(not slot.is_abandoned for slot in self.open)
+
+    @property
     def has_place(self) -> bool:
         """Whether another sequence can be opened."""
-        in_use = sum(not slot.is_abandoned for slot in self.open)
         abandoned = sum(slot.pinned for slot in self.open if slot.is_abandoned)
-        return in_use + abandoned + sum(slot.pinned for slot in self.finished) < self._n_seq
+        return self.n_open + abandoned + sum(slot.pinned for slot in self.finished) < self._n_seq
 
     def new(self) -> Slot:
         """Return a new empty slot; raise `SequencesInUseError` if all places are taken."""
