@@ -55,10 +55,12 @@ if TYPE_CHECKING:
     from .completion import Chunk, Completion, Timings, TokenLogprob, Usage
     from .conversation import Chat
     from .draft import RequestOptions
-    from .llm import LLM
+    from .llm import LLM, Load
+    from .observer import Observer, RequestRecord
     from .prompt_cache import CachedPrompt, PromptFiles
     from .speculative import DraftModel, Lookup, Speculation
     from .structured import Constraint, Matcher
+    from .telemetry import Metrics, OpenTelemetry
     from .tools import Tool, ToolCall
 
 __version__ = "0.1.0"
@@ -89,16 +91,21 @@ __all__ = [
     "DeviceError",
     "DraftModel",
     "EmptySequenceError",
+    "Load",
     "Lookup",
     "Matcher",
     "Memory",
+    "Metrics",
     "MinervaError",
     "Model",
     "ModelLoadError",
+    "Observer",
+    "OpenTelemetry",
     "OptionError",
     "PromptFiles",
     "ReentryError",
     "RequestOptions",
+    "RequestRecord",
     "Sampler",
     "SamplingError",
     "SamplingParams",
@@ -135,9 +142,14 @@ _LAZY = {  # modules that import more than numpy and the binding, or are not nee
     "Completion": ".completion",
     "Constraint": ".structured",
     "LLM": ".llm",
+    "Load": ".llm",
     "Matcher": ".structured",
+    "Metrics": ".telemetry",
+    "Observer": ".observer",
+    "OpenTelemetry": ".telemetry",
     "PromptFiles": ".prompt_cache",
     "RequestOptions": ".draft",
+    "RequestRecord": ".observer",
     "DraftModel": ".speculative",
     "Lookup": ".speculative",
     "Speculation": ".speculative",

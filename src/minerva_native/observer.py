@@ -97,6 +97,8 @@ class RequestRecord:
         for end in self._ends:
             with _logged():
                 end()
+        self._drafts.clear()  # whoever keeps the record keeps no sequence
+        self._ends.clear()
 
     def _sum_up(self, answers: Sequence[Completion]) -> None:
         first, used = answers[0], [answer.usage for answer in answers]
