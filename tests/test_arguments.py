@@ -159,6 +159,16 @@ STEPS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
 }
 
 
+def watch(room: Room) -> Callable[..., object]:
+    metrics = mn.Metrics()
+
+    def call(**arguments: Any) -> None:
+        metrics.watch(**arguments)
+        metrics.unwatch(arguments["llm"])
+
+    return call
+
+
 def copy_a_little(size_bytes: Any) -> object:
     """Measure the first device, unless that would be right and take long."""
     is_long = isinstance(size_bytes, int) and 1 << 16 < size_bytes <= 1 << 40
@@ -395,6 +405,11 @@ CALLS: dict[str, Call] = {
         lambda room: room.llm.chat(max_tokens=1).send, lambda room: {"message": "Hello"}, also=("role", "content")
     ),
     "Chat.save": Call(lambda room: room.llm.chat().save, lambda room: {"path": room.folder / "chat"}, reads_files=True),
+    "Metrics.watch": Call(watch, lambda room: {"llm": room.llm, "name": None}),
+    "Metrics.unwatch": Call(lambda room: mn.Metrics().unwatch, lambda room: {"llm": room.llm}),
+    "OpenTelemetry": fixed(
+        mn.OpenTelemetry, {"capture_content": False, "tracer_provider": None, "meter_provider": None}
+    ),
     "GGUF": Call(lambda room: close_after(mn.GGUF), lambda room: {"path": mn.DEMO_PATH}),
     "GGUF.has_tensor": Call(lambda room: mn.GGUF(mn.DEMO_PATH).has_tensor, lambda room: {"name": "output.weight"}),
 }

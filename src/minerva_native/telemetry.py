@@ -303,6 +303,12 @@ class OpenTelemetry(_Watch):
     ):
         if not isinstance(capture_content, bool):
             raise TypeError(f"capture_content must be True or False, not {type(capture_content).__name__}")
+        for name, provider, makes in (
+            ("tracer_provider", tracer_provider, "get_tracer"),
+            ("meter_provider", meter_provider, "get_meter"),
+        ):
+            if provider is not None and not callable(getattr(provider, makes, None)):
+                raise TypeError(f"{name} must have {makes}(), which {type(provider).__name__} has not")
         try:
             from opentelemetry import metrics, trace
         except ImportError:
