@@ -369,16 +369,18 @@ class OpenTelemetry(_Watch):
             return start + round(1e9 * (seconds - record.submitted))
 
         context = self._trace.set_span_in_context(span)
-        if span.is_recording():
-            for phase, begun, ended in _phases(record):
-                self._tracer.start_span(phase, context, start_time=at(begun)).end(at(ended))
-            span.set_attributes(_used(record))
-            if self._captures:
-                span.set_attributes(_content(record))
-            if record.error is not None:
-                self._fail(span, record.error)
-        self._measure(name, record, context)
-        span.end(at(record.ended))
+        try:
+            self._measure(name, record, context)
+            if span.is_recording():
+                for phase, begun, ended in _phases(record):
+                    self._tracer.start_span(phase, context, start_time=at(begun)).end(at(ended))
+                span.set_attributes(_used(record))
+                if record.error is not None:
+                    self._fail(span, record.error)
+                if self._captures:
+                    span.set_attributes(_content(record))
+        finally:
+            span.end(at(record.ended))
 
     def _measure(self, name: str, record: mn.RequestRecord, context: "Context") -> None:
         assert record.ended is not None
