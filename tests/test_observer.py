@@ -270,12 +270,18 @@ def test_an_observer_that_fails_changes_nothing_and_is_logged(
 
 
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit])
-def test_no_observer_ends_the_queue_or_keeps_a_caller_waiting(llm: mn.LLM, error: type[BaseException]) -> None:
-    llm.observers.append(Failing(error, at_once=False))
-    for _ in range(2):
-        assert len(llm.complete(STORY, max_tokens=3).tokens) == 3
-        with pytest.raises(mn.ContextFullError):
-            llm.complete([5] * 600)
+def test_no_observer_ends_the_queue_or_keeps_a_caller_waiting(demo: mn.Model, error: type[BaseException]) -> None:
+    with mn.LLM(demo, n_ctx=512, n_threads=1, n_parallel=2) as llm:
+        llm.observers.append(Failing(error, at_once=False))
+        for _ in range(2):
+            assert len(llm.complete(STORY, max_tokens=3).tokens) == 3
+            with pytest.raises(mn.ContextFullError):
+                llm.complete([5] * 600)
+        with llm.stream(STORY, logit_bias={llm.tokenizer.eos or 0: -100.0}) as running:
+            next(running)
+            with pytest.raises(mn.EmptySequenceError):  # its first step, as it joins the other
+                llm.complete([])
+            assert len(llm.complete(STORY, max_tokens=3).tokens) == 3
 
 
 def test_the_load_is_read_without_waiting(demo: mn.Model) -> None:
