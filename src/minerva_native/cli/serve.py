@@ -112,10 +112,11 @@ def run(options: argparse.Namespace) -> int:
             url = f"http://{shown}:{listening.getsockname()[1]}"
         memory = _memory_bytes() * 3 // 4 if options.models_memory is None else options.models_memory
         load = partial(_loaded, options)
-        models = Models(sources, load, lambda *_: None, memory, options.idle_unload)
+        metrics = mn.Metrics()
+        models = Models(sources, load, metrics, memory, options.idle_unload)
         if len(sources) == 1:
             models.adopt(sources[0].name, load(sources[0]))
-        app = create_app(models, settings, log.access)
+        app = create_app(models, metrics, settings, log.access)
 
         def ready() -> None:
             token = settings.keys[0] if settings.keys else None

@@ -61,20 +61,22 @@ _POLICY = (
 )
 
 
-def create_app(models: Models, settings: Settings, on_access: Callable[[Access], None]) -> App:
+def create_app(models: Models, metrics: mn.Metrics, settings: Settings, on_access: Callable[[Access], None]) -> App:
     """Return the ASGI application.
 
     Args:
         models: what is served.
+        metrics: what they do.
         settings: how.
         on_access: called with each request once it is answered.
     """
-    api = Api(models, settings)
+    api = Api(models, metrics, settings)
     endpoints: list[tuple[str, str, Handler]] = [
         *(("GET", path, _page(*file)) for path, file in _PAGE.items()),
         ("GET", "/health", api.health),
         ("GET", "/v1/health", api.health),
         ("GET", "/openapi.json", api.openapi),
+        ("GET", "/metrics", api.metrics),
         ("GET", "/props", api.props),
         ("GET", "/v1/models", api.list_models),
         ("GET", "/models", api.list_models),
@@ -124,8 +126,8 @@ def _page(name: str, kind: bytes) -> Handler:
 class Api:
     """The API over the models that are served."""
 
-    def __init__(self, models: Models, settings: Settings):
-        self._models, self._settings = models, settings
+    def __init__(self, models: Models, metrics: mn.Metrics, settings: Settings):
+        self._models, self._metrics, self._settings = models, metrics, settings
 
     # What there is
 
@@ -136,6 +138,11 @@ class Api:
     async def openapi(self, exchange: Exchange) -> None:
         """Describe the API."""
         await exchange.json(document())
+
+    async def metrics(self, exchange: Exchange) -> None:
+        """Say what was done, for Prometheus."""
+        kind = mn.Metrics.CONTENT_TYPE.encode()
+        await exchange.reply(200, self._metrics.prometheus().encode(), [(b"content-type", kind)])
 
     async def list_models(self, exchange: Exchange) -> None:
         """List the models."""

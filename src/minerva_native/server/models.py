@@ -43,7 +43,7 @@ class Models:
     Args:
         sources: the models, the default one first.
         load: makes what serves one, in a thread.
-        on_change: called with a model that was loaded, or is about to be unloaded, and whether it is the former.
+        metrics: count what each model does while it is loaded.
         budget_bytes: how large the files of the loaded models may be together. One is loaded in any case.
         idle_seconds: unload a model that was not used for so long; None to keep it.
 
@@ -55,12 +55,12 @@ class Models:
         self,
         sources: Iterable[Source],
         load: Callable[[Source], mn.LLM],
-        on_change: Callable[[str, mn.LLM, bool], None],
+        metrics: mn.Metrics,
         budget_bytes: int,
         idle_seconds: float | None = None,
     ):
         self.places = {source.name: Place(source) for source in sources}
-        self._load, self._on_change = load, on_change
+        self._load, self._metrics = load, metrics
         self._budget, self._idle_seconds = budget_bytes, idle_seconds
         self._loading, self._freed = asyncio.Lock(), asyncio.Event()
 
@@ -111,7 +111,7 @@ class Models:
                 _logger.info("loading %s", name)
                 place.llm = llm = await asyncio.to_thread(self._load, place.source)
                 place.used = time.monotonic()
-                self._on_change(name, llm, True)
+                self._metrics.watch(llm, name)
                 _logger.info("loaded %s in %.1f s", name, place.used - begun)
                 return llm
         finally:
@@ -132,7 +132,7 @@ class Models:
     async def _unload(self, place: Place) -> None:
         llm, place.llm = place.llm, None
         if llm is not None:
-            self._on_change(place.source.name, llm, False)
+            self._metrics.unwatch(llm)
             _logger.info("unloading %s", place.source.name)
             await asyncio.to_thread(_close, llm)
 
@@ -140,7 +140,7 @@ class Models:
         """Take a model that is loaded."""
         place = self.places[name]
         place.llm, place.used = llm, time.monotonic()
-        self._on_change(name, llm, True)
+        self._metrics.watch(llm, name)
 
     async def drop(self, name: str, llm: mn.LLM) -> None:
         """Unload a model that has failed: the next request loads it again."""
