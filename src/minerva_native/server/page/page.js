@@ -278,9 +278,10 @@ function showPopover(element) {
 
 function placePopover() {
   if (!pointedAt) return;
-  const [spot] = pointedAt.getClientRects();
   const view = $("main").getBoundingClientRect();
-  if (!spot || spot.bottom < view.top || spot.top > view.bottom) return hidePopover();
+  const isInView = ({ top, bottom }) => bottom > view.top && top < view.bottom;
+  const spot = [...pointedAt.getClientRects()].find(isInView); // of the lines that the token is on
+  if (!spot) return hidePopover();
   const { width, height } = popover.getBoundingClientRect();
   const hasRoomBelow = spot.bottom + height < innerHeight - 8;
   popover.style.left = `${Math.max(8, Math.min(spot.left, innerWidth - width - 8))}px`;
@@ -483,7 +484,7 @@ class Answer {
     if (count) facts.push(`${number(count)} ${count === 1 ? "token" : "tokens"}`);
     const rate = timings?.predicted_per_second ?? (1000 * (count - 1)) / (this.#last - this.#first);
     if (count > 1 && Number.isFinite(rate)) facts.push(`${number(rate, 1)} tokens/s`);
-    if (this.#first !== null) facts.push(`first after ${seconds(this.#first - this.#asked)}`);
+    if (this.#first !== null) facts.push(`first token ${seconds(this.#first - this.#asked)}`);
     const cached = timings?.cache_n ?? usage?.prompt_tokens_details?.cached_tokens;
     const prompt = usage?.prompt_tokens ?? (timings && timings.prompt_n + timings.cache_n);
     if (prompt) facts.push(`${number(cached ?? 0)} of ${number(prompt)} prompt tokens cached`);
@@ -690,7 +691,7 @@ function knobsAreValid() {
 
 function markKnobs() {
   for (const knob of knobs) knob.classList.toggle("changed", knob.value !== knob.defaultValue);
-  $("reset").disabled = knobs.every((knob) => knob.value === knob.defaultValue);
+  $("defaults").disabled = knobs.every((knob) => knob.value === knob.defaultValue);
 }
 
 function setDefaults(params) {
@@ -708,7 +709,7 @@ function setDefaults(params) {
 
 $("knobs").addEventListener("input", markKnobs);
 $("knobs").addEventListener("submit", (event) => event.preventDefault());
-$("reset").addEventListener("click", () => {
+$("defaults").addEventListener("click", () => {
   $("knobs").reset();
   markKnobs();
   $("knobs").querySelector("input").focus();
