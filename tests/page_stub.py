@@ -16,8 +16,6 @@ from urllib.parse import parse_qs, urlsplit
 import minerva_native as mn
 
 PAGE = Path(mn.__file__).parent / "server" / "page"
-if not PAGE.is_dir():  # installed: the checkout has the same files
-    PAGE = Path(__file__).parents[1] / "src" / "minerva_native" / "server" / "page"
 
 CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -81,7 +79,8 @@ def piece(text: str, p: float = 1.0, others: Mapping[str, float] | None = None, 
         "bytes": list(text.encode()),
         "top_logprobs": [{"token": token, "logprob": math.log(q)} for token, q in ranked],
     }
-    return {"choices": [{"index": 0, "delta": {what: text}, "logprobs": {"content": [logprobs]}, "finish_reason": None}]}
+    choice = {"index": 0, "delta": {what: text}, "logprobs": {"content": [logprobs]}, "finish_reason": None}
+    return {"choices": [choice]}
 
 
 def pieces(text: str, what: str = "content") -> list[Step]:
@@ -160,24 +159,26 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
+        try:
+            self.play(script)
+        except ConnectionError:
+            self.stub.abandoned.set()
+
+    def play(self, script: list[Step]) -> None:
         for step in script:
             if isinstance(step, Cut):
                 return
             if isinstance(step, Gate):
-                if not self.waits_at(step):
-                    self.stub.abandoned.set()
-                    return
+                self.wait_at(step)
             else:
                 self.wfile.write(f"data: {json.dumps(step)}\n\n".encode())
         self.wfile.write(b"data: [DONE]\n\n")
 
-    def waits_at(self, gate: Gate) -> bool:
-        """True once the gate is open, False if the client has closed the connection."""
+    def wait_at(self, gate: Gate) -> None:
         while not gate.opened.wait(0.005):
             readable, _, _ = select.select([self.connection], [], [], 0)
             if readable and self.connection.recv(1, socket.MSG_PEEK) == b"":
-                return False
-        return True
+                raise ConnectionResetError("the client has gone")
 
     def is_allowed(self) -> bool:
         if self.headers["Authorization"] == f"Bearer {self.stub.token}":
@@ -205,14 +206,17 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def running_stub() -> Iterator[Stub]:
     """A stub on a free port of 127.0.0.1, for as long as the block lasts."""
-    handler = type("StubHandler", (Handler,), {})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+
+    class StubHandler(Handler):
+        pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), StubHandler)
     server.daemon_threads = True
-    handler.stub = Stub(f"http://127.0.0.1:{server.server_port}/")
+    stub = StubHandler.stub = Stub(f"http://127.0.0.1:{server.server_port}/")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
-        yield handler.stub
+        yield stub
     finally:
         server.shutdown()
         server.server_close()

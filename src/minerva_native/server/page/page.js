@@ -58,7 +58,7 @@ function askForToken(wasRefused, signal) {
     $("token").value = "";
     $("token-dialog").showModal();
   }
-  signal?.addEventListener("abort", () => $("token-dialog").close());
+  signal?.addEventListener("abort", () => $("token-dialog").close(), { once: true });
   return asking.promise;
 }
 
@@ -153,8 +153,8 @@ function blocksOf(text) {
 function makeBlock(isCode) {
   if (!isCode) return make("div", { className: "prose" }, "");
   const code = make("pre", { tabIndex: 0, role: "group", ariaLabel: "Code", dir: "ltr" }, "");
-  const head = make("div", { className: "row" }, make("span"), button("Copy", (it) => copy(code.textContent, it), "quiet"));
-  return make("div", { className: "code" }, head, code);
+  const copyCode = button("Copy", (it) => copy(code.textContent, it), "quiet");
+  return make("div", { className: "code" }, make("div", { className: "row" }, make("span"), copyCode), code);
 }
 
 function setText(element, text) {
@@ -345,7 +345,7 @@ class Question {
   }
 
   edit() {
-    const field = make("textarea", { value: this.text, ariaLabel: "Edit the message", autocomplete: "off" });
+    const field = make("textarea", { value: this.text, ariaLabel: "Edit the message", dir: "auto" });
     const send = make("button", { type: "submit", className: "strong", textContent: "Send" });
     const form = make("form", { className: "edit" }, field,
       make("div", { className: "row end" }, button("Cancel", () => close()), send));
@@ -465,6 +465,7 @@ class Answer {
   #finish() {
     cancelAnimationFrame(this.#frame);
     this.#say(this.text.slice(this.#said));
+    if (this.#stopper.signal.aborted) announce("Stopped.");
     if (running === this) {
       running = null;
       update();
@@ -731,6 +732,7 @@ async function loadDefaults() {
   const { default_generation_settings: settings } = await response.json();
   if ($("model").value !== model) return; // another was chosen since
   contextSize = settings?.n_ctx ?? 0;
+  showUsed(0);
   setDefaults(settings?.params ?? {});
 }
 
