@@ -120,6 +120,10 @@ def ask(page: Page, text: str = "Who are you?") -> None:
     message(page).press("Enter")
 
 
+def await_defaults(page: Page) -> None:
+    expect(page.get_by_label("Temperature")).to_have_value("0.8")
+
+
 def answer(page: Page) -> Locator:
     """The last answer."""
     return page.locator("article.answer").last
@@ -191,7 +195,7 @@ def test_a_token_in_the_address_of_an_open_page_is_taken(visit: Visit, site: Sit
 def test_a_question_that_meets_a_new_token_is_asked_again(visit: Visit, stub: Stub, tolerated: list[str]) -> None:
     tolerated.append("401")
     page = visit()
-    expect(page.get_by_label("Model")).not_to_be_empty()
+    await_defaults(page)
     stub.token = "another"
     ask(page)
     page.locator("#token").fill("another")
@@ -203,7 +207,7 @@ def test_a_question_that_meets_a_new_token_is_asked_again(visit: Visit, stub: St
 def test_who_has_no_token_can_go_back_to_the_conversation(visit: Visit, stub: Stub, tolerated: list[str]) -> None:
     tolerated.append("401")
     page = visit()
-    expect(page.get_by_label("Model")).not_to_be_empty()
+    await_defaults(page)
     stub.token = "another"
     ask(page)
     expect(page.get_by_role("dialog")).to_be_visible()
@@ -220,6 +224,7 @@ def test_an_answer_appears_while_it_is_written(visit: Visit, stub: Stub) -> None
     gate = Gate()
     stub.will([*pieces("Once upon"), gate, *pieces(" a time."), *end()])
     page = visit()
+    await_defaults(page)
     ask(page, "Tell me a story.")
     expect(passage(page)).to_have_text("Once upon")
     expect(button(page, "Stop")).to_be_visible()
@@ -531,19 +536,31 @@ def test_the_popover_stays_inside_the_window(visit: Visit, stub: Stub, size: tup
 def test_a_character_in_several_tokens_shows_in_the_last(visit: Visit, stub: Stub) -> None:
     owl = "🦉".encode()
     first, last = piece("\ufffd"), piece("🦉")
-    first["choices"][0]["delta"] = {"content": ""}
+    first["choices"][0]["delta"] = {}
     first["choices"][0]["logprobs"]["content"][0]["bytes"] = list(owl[:2])
     last["choices"][0]["logprobs"]["content"][0]["bytes"] = list(owl[2:])
-    stub.will([piece("An "), first, last, *end()])
+    stub.will([first, last, piece(" hoots"), *end()])
     page = visit()
     ask(page)
-    expect(passage(page)).to_have_text("An 🦉")
+    expect(passage(page)).to_have_text("🦉 hoots")
     expect(finished(page)).to_be_visible()
     button(page, "Probabilities").click()
     tokens = passage(page).get_by_role("option")
-    assert tokens.all_text_contents() == ["An ", "", "🦉"]
-    tokens.nth(1).hover()
+    assert tokens.all_text_contents() == ["", "🦉", " hoots"]
+    tokens.first.hover()
     expect(page.get_by_role("tooltip").locator("p").first).to_have_text("<F0><9F> 100.0%")
+
+
+def test_the_tokens_of_the_reasoning_are_shaded_apart(visit: Visit, stub: Stub) -> None:
+    stub.will([*pieces("Think hard.", "reasoning_content"), *pieces("Yes indeed."), *end()])
+    page = visit()
+    button(page, "Probabilities").click()
+    ask(page)
+    expect(finished(page)).to_be_visible()
+    answer(page).locator("summary").click()
+    reasoning = page.get_by_role("listbox", name="Tokens of the reasoning").get_by_role("option")
+    assert reasoning.all_text_contents() == ["Think", " hard."]
+    assert passage(page).get_by_role("option").all_text_contents() == ["Yes", " indeed."]
 
 
 def test_text_without_probabilities_is_shown_all_the_same(visit: Visit, stub: Stub) -> None:
@@ -587,7 +604,7 @@ def test_the_knobs_show_the_models_defaults_and_are_sent(visit: Visit, stub: Stu
 @pytest.mark.parametrize("size", SIZES)
 def test_a_knob_out_of_range_is_shown_and_not_sent(visit: Visit, stub: Stub, size: tuple[int, int]) -> None:
     page = visit(size)
-    expect(page.get_by_label("Top-p")).to_have_value("0.95")
+    await_defaults(page)
     page.evaluate("document.getElementById('top_p').value = '1.5'")
     ask(page, "Keep me")
     expect(page.get_by_label("Top-p")).to_be_focused()
@@ -598,7 +615,7 @@ def test_a_knob_out_of_range_is_shown_and_not_sent(visit: Visit, stub: Stub, siz
 def test_another_model_brings_its_defaults_and_leaves_what_was_changed(visit: Visit, stub: Stub) -> None:
     stub.models = {"a.gguf": DEFAULTS, "b.gguf": {**DEFAULTS, "temperature": 0.3, "top_k": 20, "max_tokens": 100}}
     page = visit()
-    expect(page.get_by_label("Temperature")).to_have_value("0.8")
+    await_defaults(page)
     page.get_by_label("Top-k").fill("5")
     page.get_by_label("Model").select_option("b.gguf")
     expect(page.get_by_label("Temperature")).to_have_value("0.3")
@@ -616,9 +633,9 @@ def test_settings_cover_the_conversation_in_a_narrow_window(visit: Visit) -> Non
     expect(page.get_by_label("Temperature")).to_be_hidden()
     button(page, "Settings").click()
     expect(page.get_by_label("Temperature")).to_be_visible()
-    for _ in range(11):
+    for _ in range(14):
         page.keyboard.press("Tab")
-        assert focused(page) != "message"
+        assert page.evaluate("document.activeElement.closest('header, main, footer')") is None
     page.keyboard.press("Escape")
     expect(page.get_by_label("Temperature")).to_be_hidden()
     button(page, "Settings").click()
@@ -661,7 +678,7 @@ def test_a_stream_that_is_cut_is_an_error(visit: Visit, stub: Stub) -> None:
 def test_a_server_that_went_away_is_an_error(visit: Visit, tolerated: list[str]) -> None:
     tolerated.append("Failed to load resource: net::ERR_CONNECTION_REFUSED")
     page = visit()
-    expect(page.get_by_label("Temperature")).to_have_value("0.8")
+    await_defaults(page)
     page.route("**/completions", lambda route: route.abort("connectionrefused"))
     ask(page)
     expect(page.get_by_role("alert")).to_have_text("The server cannot be reached. Is it still running?")
@@ -798,7 +815,7 @@ def test_everything_fits_and_can_be_read(
 ) -> None:
     tolerated.append("40")
     page = visit(size, scheme=scheme)
-    expect(page.get_by_label("Temperature")).to_have_value("0.8")
+    await_defaults(page)
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(251, 250, 247)") == (scheme == "light")
     assert no_overflow(page)
@@ -871,6 +888,7 @@ def test_the_tab_key_goes_once_through_everything_and_the_focus_is_seen(visit: V
     stub.models = {"a.gguf": DEFAULTS, "b.gguf": DEFAULTS}
     stub.will([*pieces("Think", "reasoning_content"), *pieces("Look:\n```\ncode\n```"), *end()])
     page = visit()
+    await_defaults(page)
     expect(message(page)).to_be_focused()
     page.keyboard.type("One")
     page.keyboard.press("Shift+Enter")

@@ -78,16 +78,14 @@ function failureOf(error, status) {
   return new Failure(`${error?.message || "The server failed."}${where ? ` (${where})` : ""}`);
 }
 
-function sayLost(error) {
-  if (error.name === "AbortError") throw error;
+function sayLost() {
   throw new Failure("The server cannot be reached. Is it still running?");
 }
 
 async function request(path, body, signal) {
   for (;;) {
-    const used = token;
     const headers = {};
-    if (used) headers.Authorization = `Bearer ${used}`;
+    if (token) headers.Authorization = `Bearer ${token}`;
     if (body) headers["Content-Type"] = "application/json";
     const method = body ? "POST" : "GET";
     const response = await fetch(path, { method, headers, body: JSON.stringify(body), signal }).catch(sayLost);
@@ -96,7 +94,7 @@ async function request(path, body, signal) {
       const answer = await response.json().catch(() => null);
       throw failureOf(answer?.error ?? { message: response.statusText }, response.status);
     }
-    if (used === token) await askForToken(Boolean(used), signal);
+    await askForToken(Boolean(headers.Authorization), signal);
   }
 }
 
@@ -222,6 +220,7 @@ class Passage {
     for (const token of this.#tokens.slice(this.box.children.length)) {
       const element = make("span", { className: `token ${levelOf(token)}`, role: "option", textContent: token.text });
       element.tabIndex = this.box.children.length ? -1 : 0;
+      if (!token.text.trim()) element.ariaLabel = spell(token);
       tokenOf.set(element, token);
       this.box.append(element);
     }
@@ -381,6 +380,7 @@ class Answer {
   #first = null; // when the first token came, and when the answer itself began
   #begun = null;
   #last = null;
+  #held = []; // tokens whose text has not come yet
   #said = 0;
   #frame = 0;
 
@@ -428,14 +428,14 @@ class Answer {
     const [choice] = choices ?? [];
     if (!choice) return;
     const { content, reasoning_content: reasoning } = choice.delta ?? {};
-    const tokens = choice.logprobs?.content ?? [];
+    this.#held.push(...(choice.logprobs?.content ?? []));
     this.finishReason = choice.finish_reason ?? this.finishReason;
-    if (!content && !reasoning && !tokens.length) return;
+    if (!content && !reasoning && !this.#held.length) return;
     this.#last = performance.now();
     this.#first ??= this.#last;
     if (content) this.#begun ??= this.#last;
-    this.#reasoning.add(reasoning ?? "", this.#begun ? [] : tokens);
-    this.#answer.add(content ?? "", this.#begun ? tokens : []);
+    if (reasoning) this.#reasoning.add(reasoning, content ? [] : this.#held.splice(0));
+    if (content) this.#answer.add(content, this.#held.splice(0));
     const [sentences] = /^.*([.!?。！？]\s|\n)/s.exec(this.text.slice(this.#said)) ?? [""];
     this.#say(sentences);
   }
