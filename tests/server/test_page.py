@@ -2,9 +2,11 @@
 
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pytest
 from playwright.sync_api import ConsoleMessage, Error, Locator, Page, Request, expect, sync_playwright
@@ -35,9 +37,34 @@ def stub() -> Iterator[Stub]:
         yield stub
 
 
+@pytest.fixture(scope="module")
+def served() -> Iterator[Site]:
+    """`minerva serve` with the built-in model."""
+    command = [sys.executable, "-m", "minerva_native", "serve", "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if found := re.search(r"page: (http\S+)#token=(\S+)", line):
+                yield Site(found[1], found[2])
+                break
+        else:
+            pytest.fail("".join(lines))
+        process.terminate()
+
+
 @pytest.fixture
-def site(stub: Stub) -> Site:
+def site(request: pytest.FixtureRequest) -> Site:
+    """The stub, or the real server for a test that says `on_both`."""
+    if getattr(request, "param", "stub") == "served":
+        return cast(Site, request.getfixturevalue("served"))
+    stub = cast(Stub, request.getfixturevalue("stub"))
     return Site(stub.url, stub.token)
+
+
+on_both = pytest.mark.parametrize("site", ["stub", "served"], indirect=True)
+on_the_server = pytest.mark.parametrize("site", ["served"], indirect=True)
 
 
 NOTE_VIOLATIONS = """
@@ -145,6 +172,7 @@ def finished(page: Page) -> Locator:
 # The token.
 
 
+@on_both
 def test_the_token_is_taken_from_the_address_kept_in_the_tab_and_used(visit: Visit, site: Site) -> None:
     page = visit()
     expect(page.get_by_label("Model")).not_to_be_empty()
@@ -155,6 +183,7 @@ def test_the_token_is_taken_from_the_address_kept_in_the_tab_and_used(visit: Vis
     expect(page.get_by_role("dialog")).to_be_hidden()
 
 
+@on_both
 def test_without_a_token_the_page_asks_for_it_and_says_if_it_is_wrong(
     visit: Visit, site: Site, tolerated: list[str]
 ) -> None:
@@ -248,15 +277,6 @@ def test_an_answer_appears_while_it_is_written(visit: Visit, stub: Stub) -> None
         "min_p": 0.05,
         "repeat_penalty": 1,
     }
-
-
-def test_a_chat_with_any_server(visit: Visit) -> None:
-    page = visit()
-    ask(page, "Once upon a time")
-    expect(finished(page)).to_be_visible(timeout=60_000)
-    expect(passage(page)).not_to_be_empty()
-    expect(answer(page)).to_contain_text("tokens/s")
-    expect(page.get_by_role("alert")).to_have_count(0)
 
 
 def test_the_conversation_and_the_system_prompt_are_sent(visit: Visit, stub: Stub) -> None:
@@ -377,6 +397,7 @@ def test_clearing_stops_the_answer(visit: Visit, stub: Stub) -> None:
     expect(passage(page)).to_have_text("Good.")
 
 
+@on_both
 def test_a_reload_leaves_nothing_of_the_conversation(visit: Visit, site: Site) -> None:
     page = visit()
     expect(page.get_by_text("a reload clears it")).to_be_visible()
@@ -972,3 +993,49 @@ def test_the_scroll_follows_the_stream_unless_the_user_scrolled_up(visit: Visit,
     gates[2].open()
     expect(finished(page)).to_be_visible()
     assert page.evaluate(below) < 2
+
+
+# On the real server.
+
+
+@on_the_server
+def test_the_built_in_model_answers(visit: Visit) -> None:
+    page = visit()
+    expect(page.get_by_label("Temperature")).not_to_have_value("")
+    page.get_by_label("Max tokens").fill("12")
+    page.get_by_label("Temperature").fill("0")
+    ask(page, "Once upon a time")
+    expect(finished(page)).to_be_visible(timeout=60_000)
+    expect(page.get_by_role("alert")).to_have_count(0)
+    facts = answer(page).locator(".facts")
+    expect(facts).to_have_text(re.compile(r"12 tokens · [\d.,]+ tokens/s · first token [\d.]+ s · \d+ of \d+ prompt"))
+    expect(facts).to_contain_text("cut off at the token limit")
+    expect(page.get_by_text(re.compile(r"Context: \d+ / [\d,]+ tokens"))).to_be_visible()
+    text = passage(page).inner_text().split()
+    assert text
+    page.get_by_label("Max tokens").fill("11")
+    finished(page).click()
+    expect(facts).to_contain_text("11 tokens", timeout=60_000)
+    cached, prompt = map(int, re.findall(r"(\d+) of (\d+) prompt tokens cached", facts.inner_text())[0])
+    assert cached >= prompt - 1
+
+    button(page, "Probabilities").click()
+    tokens = passage(page).get_by_role("option")
+    expect(tokens).to_have_count(11)
+    assert "".join(text).startswith("".join("".join(tokens.all_text_contents()).split()))
+    tokens.nth(3).hover()
+    lines = page.get_by_role("tooltip").locator("p").all_text_contents()
+    assert len(lines) == 6
+    assert lines[0] == lines[1]  # greedy takes the likeliest
+    shares = [float(line.split()[-1].rstrip("%")) for line in lines[1:]]
+    assert shares == sorted(shares, reverse=True)
+    assert sum(shares) <= 100.3
+
+
+@on_the_server
+def test_what_the_server_refuses_is_an_alert(visit: Visit, tolerated: list[str]) -> None:
+    tolerated.append("400")
+    page = visit()
+    page.get_by_label("Repeat penalty").fill("0")
+    ask(page)
+    expect(page.get_by_role("alert")).to_contain_text("(400, repeat_penalty)")

@@ -53,6 +53,7 @@ _PAGE = {
     "/": ("index.html", b"text/html; charset=utf-8"),
     "/page.js": ("page.js", b"text/javascript; charset=utf-8"),
     "/page.css": ("page.css", b"text/css; charset=utf-8"),
+    "/favicon.svg": ("favicon.svg", b"image/svg+xml"),
 }
 
 _POLICY = (
