@@ -77,7 +77,9 @@ def piece(text: str, p: float = 1.0, others: Mapping[str, float] | None = None, 
         "token": text,
         "logprob": math.log(p),
         "bytes": list(text.encode()),
-        "top_logprobs": [{"token": token, "logprob": math.log(q)} for token, q in ranked],
+        "top_logprobs": [
+            {"token": token, "logprob": math.log(q), "bytes": list(token.encode())} for token, q in ranked
+        ],
     }
     choice = {"index": 0, "delta": {what: text}, "logprobs": {"content": [logprobs]}, "finish_reason": None}
     return {"choices": [choice]}

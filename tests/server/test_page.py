@@ -1,5 +1,6 @@
 """The built-in page in a browser: Debian's chromium, or any other that is installed. It reaches loopback alone."""
 
+import math
 import re
 import shutil
 import subprocess
@@ -454,7 +455,7 @@ CODE = "Look:\n\n```python\nif a < b:\n    print('<b>')\n```\n\nThat was it.\n~~
 
 
 def test_fenced_code_is_apart_and_can_be_copied(visit: Visit, stub: Stub) -> None:
-    stub.will([piece(character) for character in CODE] + end())
+    stub.will([piece(character) for character in f" {CODE}"] + end())
     page = visit()
     ask(page)
     expect(finished(page)).to_be_visible()
@@ -468,7 +469,7 @@ def test_fenced_code_is_apart_and_can_be_copied(visit: Visit, stub: Stub) -> Non
     assert page.evaluate("navigator.clipboard.readText()") == "if a < b:\n    print('<b>')"
     copies.last.click()
     expect(answer(page).get_by_text("Copied")).to_have_count(2)
-    assert page.evaluate("navigator.clipboard.readText()") == CODE
+    assert page.evaluate("navigator.clipboard.readText()") == f" {CODE}"
 
 
 # Probabilities.
@@ -556,9 +557,14 @@ def test_the_popover_stays_inside_the_window(visit: Visit, stub: Stub, size: tup
 
 def test_a_character_in_several_tokens_shows_in_the_last(visit: Visit, stub: Stub) -> None:
     owl = "🦉".encode()
-    first, last = piece("\ufffd"), piece("🦉")
+    first, last = piece("\ufffd", 0.5), piece("🦉")
     first["choices"][0]["delta"] = {}
-    first["choices"][0]["logprobs"]["content"][0]["bytes"] = list(owl[:2])
+    [cut] = first["choices"][0]["logprobs"]["content"]
+    cut["bytes"] = list(owl[:2])
+    others = {owl[:2]: 0.5, owl[1:2]: 0.25, owl[2:3]: 0.2}
+    cut["top_logprobs"] = [
+        {"token": "\ufffd", "logprob": math.log(p), "bytes": list(other)} for other, p in others.items()
+    ]
     last["choices"][0]["logprobs"]["content"][0]["bytes"] = list(owl[2:])
     stub.will([first, last, piece(" hoots"), *end()])
     page = visit()
@@ -569,7 +575,9 @@ def test_a_character_in_several_tokens_shows_in_the_last(visit: Visit, stub: Stu
     tokens = passage(page).get_by_role("option")
     assert tokens.all_text_contents() == ["", "🦉", " hoots"]
     tokens.first.hover()
-    expect(page.get_by_role("tooltip").locator("p").first).to_have_text("<F0><9F> 100.0%")
+    lines = page.get_by_role("tooltip").locator("p")
+    assert lines.all_text_contents() == ["<F0><9F> 50.0%", "<F0><9F> 50.0%", "<9F> 25.0%", "<A6> 20.0%"]
+    assert page.locator("#popover .same").all_text_contents() == ["<F0><9F> 50.0%"]
 
 
 def test_the_tokens_of_the_reasoning_are_shaded_apart(visit: Visit, stub: Stub) -> None:

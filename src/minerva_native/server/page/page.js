@@ -144,7 +144,7 @@ function blocksOf(text) {
       blocks.at(-1).text += line;
     }
   }
-  for (const block of blocks) block.text = block.text.replace(block.isCode ? /\n$/ : /^\n+|\s+$/g, "");
+  for (const block of blocks) block.text = block.isCode ? block.text.replace(/\n$/, "") : block.text.trim();
   return blocks.filter((block) => block.isCode || block.text);
 }
 
@@ -267,7 +267,7 @@ function showPopover(element) {
       make("span", { textContent: percent(probabilityOf(candidate)) }), bar);
   };
   const others = (chosen.top_logprobs ?? []).slice(0, 5);
-  const isChosen = (candidate) => candidate.token === chosen.token;
+  const isChosen = (candidate) => spell(candidate) === spell(chosen); // pieces of characters have equal texts
   popover.replaceChildren(line(chosen, "chosen"), ...others.map((it) => line(it, isChosen(it) ? "same" : "")));
   popover.hidden = false;
   pointedAt = element;
