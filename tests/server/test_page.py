@@ -367,6 +367,7 @@ def test_an_edited_question_takes_the_place_of_what_followed(visit: Visit, stub:
     field.fill("Three")
     field.press("Enter")
     expect(finished(page)).to_be_visible()
+    expect(message(page)).to_be_focused()
     expect(page.locator("article")).to_have_count(2)
     assert stub.asked[-1]["messages"] == [{"role": "user", "content": "Three"}]
 

@@ -364,6 +364,7 @@ class Question {
       if (!field.value.trim() || !knobsAreValid()) return;
       cutFrom(this);
       ask(field.value);
+      $("stop").focus();
     });
     this.body.replaceWith(form);
     this.actions.hidden = true;
