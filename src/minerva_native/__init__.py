@@ -22,6 +22,7 @@ if minerva_command.is_run_as_a_module(__name__):
 from .context import Context, Memory, Stats
 from .devices import Device, available_cpus, build_info, cpu_quota, devices
 from .errors import (
+    BackendError,
     BrokenContextError,
     BuildError,
     Cancelled,
@@ -51,7 +52,9 @@ from .sequence import Sequence
 from .tokenizer import StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
+    from .backends import Backend, NativeBackend, OpenAIBackend, connect
     from .chat import ChatTemplate
+    from .chunks import BackendRequest, ChunkStream
     from .completion import Chunk, Completion, Timings, TokenLogprob, Usage
     from .conversation import Chat
     from .draft import RequestOptions
@@ -61,7 +64,7 @@ if TYPE_CHECKING:
     from .speculative import DraftModel, Lookup, Speculation
     from .structured import Constraint, Matcher
     from .telemetry import Metrics, OpenTelemetry
-    from .tools import Tool, ToolCall
+    from .tools import CallDelta, Tool, ToolCall, read_tools
 
 __version__ = "0.1.0"
 
@@ -71,13 +74,18 @@ __all__ = [
     "GGUF",
     "KV_TYPES",
     "LLM",
+    "Backend",
+    "BackendError",
+    "BackendRequest",
     "BrokenContextError",
     "BuildError",
     "CachedPrompt",
+    "CallDelta",
     "Cancelled",
     "Chat",
     "ChatTemplate",
     "Chunk",
+    "ChunkStream",
     "ClosedError",
     "Completion",
     "Constraint",
@@ -99,7 +107,9 @@ __all__ = [
     "MinervaError",
     "Model",
     "ModelLoadError",
+    "NativeBackend",
     "Observer",
+    "OpenAIBackend",
     "OpenTelemetry",
     "OptionError",
     "PromptFiles",
@@ -127,31 +137,41 @@ __all__ = [
     "__version__",
     "available_cpus",
     "build_info",
+    "connect",
     "cpu_quota",
     "devices",
     "generate",
     "logprob",
+    "read_tools",
     "top_logprobs",
 ]
 
 _LAZY = {  # modules that import more than numpy and the binding, or are not needed to generate a token
+    "Backend": ".backends",
+    "BackendRequest": ".chunks",
     "CachedPrompt": ".prompt_cache",
+    "CallDelta": ".tools",
     "Chat": ".conversation",
     "ChatTemplate": ".chat",
     "Chunk": ".completion",
+    "ChunkStream": ".chunks",
     "Completion": ".completion",
+    "connect": ".backends",
     "Constraint": ".structured",
+    "DraftModel": ".speculative",
     "LLM": ".llm",
     "Load": ".llm",
+    "Lookup": ".speculative",
     "Matcher": ".structured",
     "Metrics": ".telemetry",
+    "NativeBackend": ".backends",
     "Observer": ".observer",
+    "OpenAIBackend": ".backends",
     "OpenTelemetry": ".telemetry",
     "PromptFiles": ".prompt_cache",
+    "read_tools": ".tools",
     "RequestOptions": ".draft",
     "RequestRecord": ".observer",
-    "DraftModel": ".speculative",
-    "Lookup": ".speculative",
     "Speculation": ".speculative",
     "Timings": ".completion",
     "TokenLogprob": ".completion",

@@ -16,7 +16,7 @@ class TokenLogprob(NamedTuple):
     """A token and its log-probability (natural logarithm) by the model's own distribution.
 
     Attributes:
-        token: its id.
+        token: its id; -1 if a server did not name it.
         piece: the bytes that it stands for, perhaps a part of a character; control tokens by their names.
         logprob: None for the first token of an echoed prompt, which has nothing before it.
         top: the most likely tokens in its place, the best first, if they were asked for.
@@ -79,9 +79,10 @@ class Chunk:
 
     Attributes:
         text: text of the answer; empty while a character, a tag or a possible stop string is incomplete.
-        token: the token's id; None for an echoed prompt.
+        token: the token's id; None for an echoed prompt, and if a server does not name it.
         logprob: the token's log-probability, if asked for.
         top_logprobs: the most likely tokens in its place as (id, log-probability), if asked for.
+        token_logprob: the same with the tokens' texts, as in `Completion.logprobs`, if asked for.
         reasoning: text of the reasoning.
         tool_calls: calls of tools that are complete now.
         tool_call_deltas: pieces of calls, complete or not, for who shows them as they come.
@@ -99,6 +100,7 @@ class Chunk:
     token: int | None = None
     logprob: float | None = None
     top_logprobs: Sequence[tuple[int, float]] = ()
+    token_logprob: TokenLogprob | None = None
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_deltas: tuple[CallDelta, ...] = ()

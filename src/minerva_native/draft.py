@@ -312,7 +312,8 @@ class Draft:
                 self._reasonings.append(text)
             if has_logprobs:
                 chunk.logprob, chunk.top_logprobs = step.logprob, step.top_logprobs[: options.top_logprobs]
-                self._logprobs.append(self._entry(step.token, step.logprob, chunk.top_logprobs))
+                chunk.token_logprob = self._entry(step.token, step.logprob, chunk.top_logprobs)
+                self._logprobs.append(chunk.token_logprob)
             if not self._first_token:
                 self._first_token = time.perf_counter()
             if step.finish_reason is not None:

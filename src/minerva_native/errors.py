@@ -17,6 +17,7 @@
     +-- TemplateError
     +-- StateError
     +-- DeviceError
+    +-- BackendError
     +-- ClosedError
     +-- Cancelled
 
@@ -127,6 +128,18 @@ class StateError(MinervaError):
 
 class DeviceError(MinervaError):
     """A device that was asked for is not there."""
+
+
+class BackendError(MinervaError):
+    """Another engine, such as a server, did not give an answer, or no whole one.
+
+    Attributes:
+        status: the HTTP status that it gave, or that it named in the middle of a stream; None if nothing was received.
+    """
+
+    def __init__(self, message: str, *, status: int | None = None):
+        super().__init__(message)
+        self.status = status
 
 
 class ClosedError(MinervaError):

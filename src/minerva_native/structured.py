@@ -52,12 +52,15 @@ class Constraint:
             of finite length satisfies it. `ConstraintError.path` says where in a schema.
         TypeError: it is of the wrong type.
         MinervaError: llguidance is not installed.
+
+    Attributes:
+        schema: the JSON schema that it keeps to, as it was prepared; None if it is no schema.
     """
 
-    __slots__ = ("_grammar", "_is_json", "_name", "_parse")
+    __slots__ = ("_grammar", "_name", "_parse", "schema")
 
-    def __init__(self, grammar: str, name: str, parse: Callable[[str], Any], is_json: bool = False):
-        self._grammar, self._name, self._parse, self._is_json = grammar, name, parse, is_json
+    def __init__(self, grammar: str, name: str, parse: Callable[[str], Any], schema: Schema | bool | None = None):
+        self._grammar, self._name, self._parse, self.schema = grammar, name, parse, schema
 
     @classmethod
     def json_schema(cls, schema: Any) -> Self:
@@ -77,7 +80,7 @@ class Constraint:
         if problem := _schema_problem(prepared):
             path = blame(prepared, lambda part: _schema_problem(part) == problem)
             raise ConstraintError(f"the schema at {path}: {problem}", path=path)
-        return cls(_json_grammar(prepared), "a JSON schema", parse, is_json=True)
+        return cls(_json_grammar(prepared), "a JSON schema", parse, prepared)
 
     @classmethod
     def json_object(cls) -> Self:
@@ -189,7 +192,7 @@ class Constraint:
             raise TypeError(f"tokenizer must be a Tokenizer, not {what(tokenizer)}")
         in_thread, (vocabulary, digits) = flag("in_thread", in_thread), _vocabularies.get(tokenizer)
         engine = _with_stack(lambda: _engine().LLMatcher(vocabulary, self._grammar, log_level=0))
-        return Matcher(engine, tokenizer, in_thread, digits if self._is_json else None)
+        return Matcher(engine, tokenizer, in_thread, None if self.schema is None else digits)
 
     def parse(self, text: str) -> Any:
         """Return the value that a text stands for: of JSON the value, or an instance of the type that was given.
