@@ -59,7 +59,10 @@ _LONGEST_RETRY_AFTER = 60.0  # seconds; a server that wants more gets no retry
 _MOST_BYTES = 1 << 16  # of an answer that is no stream
 
 _HEADERS = frozenset(
-    {"host", "accept", "accept-encoding", "connection", "content-type", "content-length", "user-agent"}
+    {
+        *("host", "accept", "accept-encoding", "connection", "content-type", "content-length", "user-agent"),
+        "x-stainless-raw-response",  # by which the client tells its own requests apart
+    }
 )
 
 _NO_STREAMS = ("application/json", "text/html", "text/plain")
@@ -267,11 +270,9 @@ class OpenAIBackend:
         if self.model is None:
             self.model = await limits.wait(_first_model(client))
         api = client.completions if "prompt" in fields else client.chat.completions
-        call = api.with_streaming_response.create(
-            model=self.model,
-            **{name: fields[name] for name in ("prompt", "messages") if name in fields},
-            extra_body={name: value for name, value in fields.items() if name not in ("prompt", "messages")},
-        )
+        named = {name: fields[name] for name in ("prompt", "messages", "stream") if name in fields}
+        others = {name: value for name, value in fields.items() if name not in named}
+        call = api.with_streaming_response.create(model=self.model, **named, extra_body=others)
         response = await limits.wait(stack.enter_async_context(call))
         if response.headers.get("content-type", "").startswith(_NO_STREAMS):
             raise await limits.wait(_no_stream(response))
@@ -327,9 +328,13 @@ class OpenAIBackend:
 
 
 async def _first_model(client: "openai.AsyncOpenAI") -> str:
-    page = await client.models.list()
-    models = getattr(page, "data", None)  # of a page of another kind there is none
-    name = getattr(models[0], "id", None) if isinstance(models, list) and models else None
+    response = await client.models.with_raw_response.list()
+    found = None
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(response.content)
+    models = found.get("data") if isinstance(found, dict) else None
+    first = models[0] if isinstance(models, list) and models else None
+    name = first.get("id") if isinstance(first, dict) else None
     if not isinstance(name, str):
         raise BackendError("the server names no model: give OpenAIBackend(..., model=)", status=200)
     return name
