@@ -202,6 +202,15 @@ REQUEST: dict[str, Any] = {
     "timeout": None,
 }
 
+SERVER: dict[str, Any] = {
+    "base_url": "http://127.0.0.1:9/v1",
+    "model": "x",
+    "api_key": "x",
+    "timeout": 1.0,
+    "retries": 0,
+    "accepts": ("top_k",),
+}
+
 CALLS: dict[str, Call] = {
     **{name: growing(name) for name in ("extend", "assign", "logits_after", "score")},
     "append": Call(method("append"), lambda room: {"token": 5}, also=TOKEN_IDS),
@@ -409,6 +418,20 @@ CALLS: dict[str, Call] = {
     "Metrics.unwatch": Call(lambda room: mn.Metrics().unwatch, lambda room: {"llm": room.llm}),
     "OpenTelemetry": fixed(
         mn.OpenTelemetry, {"capture_content": False, "tracer_provider": None, "meter_provider": None}
+    ),
+    "BackendRequest": fixed(
+        mn.BackendRequest, {"messages": HELLO, "tools": None, "prompt": None, **REQUEST}, "message"
+    ),
+    "NativeBackend.stream": Call(
+        lambda room: lambda request: mn.NativeBackend(room.llm).stream(request).complete(),
+        lambda room: {"request": mn.BackendRequest(HELLO, max_tokens=1)},
+    ),
+    "OpenAIBackend": fixed(mn.OpenAIBackend, SERVER),
+    "OpenAIBackend.stream": Call(
+        lambda room: mn.OpenAIBackend(**SERVER).stream, lambda room: {"request": mn.BackendRequest(HELLO, max_tokens=1)}
+    ),
+    "connect": Call(
+        lambda room: close_after(mn.connect), lambda room: {"target": room.llm}, reads_files=True, also=("model",)
     ),
     "GGUF": Call(lambda room: close_after(mn.GGUF), lambda room: {"path": mn.DEMO_PATH}),
     "GGUF.has_tensor": Call(lambda room: mn.GGUF(mn.DEMO_PATH).has_tensor, lambda room: {"name": "output.weight"}),

@@ -57,6 +57,9 @@ LAYERS = {
     "llm": 9,
     "__init__": 10,
     "telemetry": 11,
+    "wire": 11,
+    "chunks": 11,
+    "backends": 11,
     "benchmark": 11,
     "server": 11,
     "cli": 12,
@@ -72,7 +75,11 @@ ONLY_TYPES = {  # upward, for annotations alone
     ("sequence", "context"),
     ("conversation", "llm"),
     ("__init__", "telemetry"),  # found by name, as all that is loaded late
+    ("__init__", "backends"),
+    ("__init__", "chunks"),
 }
+
+ON_PUBLIC_NAMES = ("backends", "chunks", "wire")  # over the package as its users know it
 
 
 class Import(ast.NodeVisitor):
@@ -290,7 +297,7 @@ def test_the_kind_of_a_memory_is_asked_for_in_one_file() -> None:
     assert not found
 
 
-@pytest.mark.parametrize("part", ["benchmark", "cli", "server", "telemetry"])
+@pytest.mark.parametrize("part", ["benchmark", "cli", "server", "telemetry", *ON_PUBLIC_NAMES])
 def test_what_people_run_uses_the_public_names_alone(part: str) -> None:
     public = {*mn.__all__}
     for name, path in modules():
@@ -304,6 +311,11 @@ def test_what_people_run_uses_the_public_names_alone(part: str) -> None:
                 if not inner:
                     names -= {"benchmark"}
                     assert names <= public, f"{path.name}:{node.lineno}: {names - public}"
+
+
+def test_backends_know_no_more_than_the_public_names() -> None:
+    found = {target for name in ON_PUBLIC_NAMES for target, _ in IMPORTS[name]}
+    assert found - {*ON_PUBLIC_NAMES} == {"__init__", "_arguments"}
 
 
 # What a token costs: a call of Python's takes some 50 ns when it is warm, and after each token nothing is.
