@@ -188,8 +188,9 @@ class OpenAIBackend:
         self._openai, self._httpx = _client_library()
         self._is_loopback = _is_loopback(urlsplit(self.base_url).hostname or "")
         # The certificates take 40 ms to load, and are needed for HTTPS alone.
-        is_plain = self.base_url.startswith("http:")
+        is_plain = urlsplit(self.base_url).scheme == "http"
         self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if is_plain else ssl.create_default_context()
+        self._client().chat.completions  # noqa: B018 - it imports at first use, which would block an event loop for 0.2 s
 
     def stream(self, request: BackendRequest) -> ChunkStream:
         """Return the pieces of an answer: see `Backend.stream`.
@@ -236,9 +237,9 @@ class OpenAIBackend:
                 yield answer.end()
                 return
             except _Stopped:
-                if not answer.has_begun:
+                if not (answer.has_begun or answer.is_finished):
                     raise limits.cancelled() from None
-                yield answer.cancelled()
+                yield answer.end() if answer.is_finished else answer.cancelled()
                 return
             except (BackendError, self._openai.OpenAIError, self._httpx.HTTPError) as error:
                 failure, pause = self._failure(error, status)
@@ -254,7 +255,20 @@ class OpenAIBackend:
 
     async def _open(self, stack: contextlib.AsyncExitStack, limits: "_Limits", fields: dict[str, Any]) -> Any:
         """Return a response that is a stream of events; `stack` closes it, and its connection."""
-        client = self._openai.AsyncOpenAI(
+        client = await stack.enter_async_context(self._client())
+        if self.model is None:
+            self.model = await limits.wait(_first_model(client))
+        api = client.completions if "prompt" in fields else client.chat.completions
+        named = {name: fields[name] for name in ("prompt", "messages", "stream") if name in fields}
+        others = {name: value for name, value in fields.items() if name not in named}
+        call = api.with_streaming_response.create(model=self.model, **named, extra_body=others)
+        response = await limits.wait(stack.enter_async_context(call))
+        if response.headers.get("content-type", "").startswith(_NO_STREAMS):
+            raise await limits.wait(_no_stream(response))
+        return response
+
+    def _client(self) -> "openai.AsyncOpenAI":
+        client: openai.AsyncOpenAI = self._openai.AsyncOpenAI(
             base_url=self.base_url,
             api_key=self._api_key or "none",  # which `_keep_to_ourselves` takes out
             max_retries=0,
@@ -266,17 +280,7 @@ class OpenAIBackend:
                 event_hooks={"request": [self._keep_to_ourselves]},
             ),
         )
-        await stack.enter_async_context(client)
-        if self.model is None:
-            self.model = await limits.wait(_first_model(client))
-        api = client.completions if "prompt" in fields else client.chat.completions
-        named = {name: fields[name] for name in ("prompt", "messages", "stream") if name in fields}
-        others = {name: value for name, value in fields.items() if name not in named}
-        call = api.with_streaming_response.create(model=self.model, **named, extra_body=others)
-        response = await limits.wait(stack.enter_async_context(call))
-        if response.headers.get("content-type", "").startswith(_NO_STREAMS):
-            raise await limits.wait(_no_stream(response))
-        return response
+        return client
 
     async def _keep_to_ourselves(self, request: Any) -> None:
         """Take out of a request what the client found in the environment or says about this machine."""
@@ -357,7 +361,7 @@ async def _no_stream(response: Any) -> BackendError:
 
 def _pause(n_failed: int) -> float:
     """Return how many seconds to wait after so many failures, a little at random, lest all clients come at once."""
-    return min(_LONGEST_PAUSE, math.ldexp(_FIRST_PAUSE, n_failed - 1)) * (0.75 + random.random() / 4)
+    return min(_LONGEST_PAUSE, math.ldexp(_FIRST_PAUSE, min(n_failed - 1, 10))) * (0.75 + random.random() / 4)
 
 
 class _Stopped(Exception):
