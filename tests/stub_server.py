@@ -89,7 +89,9 @@ class StubServer:
         with sock, contextlib.suppress(OSError):
             sock.settimeout(10)
             file = sock.makefile("rb")
-            path = file.readline().split()[1].decode()
+            if not (start := file.readline()):
+                return  # the client has changed its mind
+            path = start.split()[1].decode()
             headers = {}
             while line := file.readline().strip():
                 name, _, value = line.decode().partition(":")

@@ -39,7 +39,7 @@ from stub_server import (
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
-Read = Callable[[mn.ChunkStream], tuple[list[mn.Chunk], Exception | None]]
+Read = Callable[..., tuple[list[mn.Chunk], Exception | None]]
 
 
 @pytest.fixture
@@ -58,21 +58,30 @@ def ask(**options: Any) -> mn.BackendRequest:
     return mn.BackendRequest(HELLO, **options)
 
 
-def with_for(stream: mn.ChunkStream) -> tuple[list[mn.Chunk], Exception | None]:
+def nothing() -> None:
+    """What is done after a chunk, if nothing else is."""
+
+
+def with_for(stream: mn.ChunkStream, then: Callable[[], None] = nothing) -> tuple[list[mn.Chunk], Exception | None]:
     chunks: list[mn.Chunk] = []
     try:
-        chunks.extend(stream)
+        for chunk in stream:
+            chunks.append(chunk)
+            then()
     except Exception as error:
         return chunks, error
     return chunks, None
 
 
-def with_async_for(stream: mn.ChunkStream) -> tuple[list[mn.Chunk], Exception | None]:
+def with_async_for(
+    stream: mn.ChunkStream, then: Callable[[], None] = nothing
+) -> tuple[list[mn.Chunk], Exception | None]:
     async def run() -> tuple[list[mn.Chunk], Exception | None]:
         chunks: list[mn.Chunk] = []
         try:
             async for chunk in stream:
                 chunks.append(chunk)
+                then()
         except Exception as error:
             return chunks, error
         return chunks, None
@@ -518,9 +527,9 @@ def test_no_server_is_no_status(stub: StubServer, read: Read) -> None:
 
 def test_a_first_byte_that_does_not_come(stub: StubServer, read: Read) -> None:
     stub.answers = [stub.stall]
-    _, error = failed(read, backend(stub, timeout=0.2).stream(ask()))
+    _, error = failed(read, backend(stub, timeout=0.5).stream(ask()))
     assert (error.status, len(stub.seen)) == (None, 1)  # the server may be at work on it
-    assert "0.2 s" in str(error)
+    assert "0.5 s" in str(error)
     assert stub.vanished.acquire(timeout=10)
 
 
@@ -535,7 +544,7 @@ def pieces_then_stall(stub: StubServer) -> Callable[[Connection], None]:
 
 def test_a_stream_that_stalls(stub: StubServer, read: Read) -> None:
     stub.answers = [pieces_then_stall(stub)]
-    text, error = failed(read, backend(stub, timeout=0.2).stream(ask()))
+    text, error = failed(read, backend(stub, timeout=0.5).stream(ask()))
     assert (text, error.status) == ("Once", 200)
     assert stub.vanished.acquire(timeout=10)
 
@@ -543,7 +552,7 @@ def test_a_stream_that_stalls(stub: StubServer, read: Read) -> None:
 def test_comments_keep_a_slow_stream_alive(stub: StubServer, read: Read) -> None:
     def answer(connection: Connection) -> None:
         connection.head()
-        for _ in range(8):
+        for _ in range(12):
             connection.send(": keep-alive\n\n")
             time.sleep(0.1)
         for value in STORY:
@@ -551,7 +560,7 @@ def test_comments_keep_a_slow_stream_alive(stub: StubServer, read: Read) -> None
         connection.end()
 
     stub.answers = [answer]
-    chunks, error = read(backend(stub, timeout=0.6).stream(ask()))
+    chunks, error = read(backend(stub, timeout=0.9).stream(ask()))
     assert error is None
     assert text_of(chunks) == "Once upon"
 
@@ -707,28 +716,53 @@ def test_another_thread_may_close_a_stream_that_waits(stub: StubServer) -> None:
     assert stub.vanished.acquire(timeout=10)
 
 
-@pytest.mark.parametrize("limit", ["cancel", "timeout"])
-def test_a_request_that_is_stopped_before_its_first_token(stub: StubServer, read: Read, limit: str) -> None:
+def test_a_request_that_is_cancelled_before_its_first_token(stub: StubServer, read: Read) -> None:
     cancel = threading.Event()
-    threading.Timer(0.1, cancel.set).start()
-    stub.answers = [stub.stall]
-    request = ask(cancel=cancel) if limit == "cancel" else ask(timeout=0.1)
-    chunks, error = read(backend(stub).stream(request))
+
+    def answer(connection: Connection) -> None:
+        cancel.set()
+        stub.stall(connection)
+
+    stub.answers = [answer]
+    chunks, error = read(backend(stub).stream(ask(cancel=cancel)))
     assert isinstance(error, mn.Cancelled)
     assert not chunks
     assert stub.vanished.acquire(timeout=10)
 
 
-@pytest.mark.parametrize("limit", ["cancel", "timeout"])
-def test_a_request_that_is_stopped_later_keeps_what_it_has(stub: StubServer, read: Read, limit: str) -> None:
+def test_a_request_that_is_cancelled_later_keeps_what_it_has(stub: StubServer, read: Read) -> None:
     cancel = threading.Event()
     stub.answers = [pieces_then_stall(stub)]
-    request = ask(cancel=cancel) if limit == "cancel" else ask(timeout=1.0)
-    threading.Timer(0.3, cancel.set).start()
-    chunks, error = read(backend(stub).stream(request))
+    chunks, error = read(backend(stub).stream(ask(cancel=cancel)), cancel.set)
     assert error is None
     assert (text_of(chunks), chunks[-1].finish_reason) == ("Once", "cancelled")
     assert stub.vanished.acquire(timeout=10)
+
+
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_the_time_of_a_request_is_limited(stub: StubServer, read: Read, is_begun: bool) -> None:
+    stub.answers = [pieces_then_stall(stub) if is_begun else stub.stall]
+    chunks, error = read(backend(stub).stream(ask(timeout=1)))
+    if is_begun:
+        assert error is None
+        assert (text_of(chunks), chunks[-1].finish_reason) == ("Once", "cancelled")
+    else:
+        assert isinstance(error, mn.Cancelled)
+        assert "1 s" in str(error)
+    assert stub.vanished.acquire(timeout=10)
+
+
+def test_an_answer_that_is_finished_is_not_cancelled(stub: StubServer, read: Read) -> None:
+    def answer(connection: Connection) -> None:
+        connection.head()
+        connection.event(piece("Once", "stop"))
+        stub.stall(connection)
+
+    cancel = threading.Event()
+    stub.answers = [answer]
+    chunks, error = read(backend(stub).stream(ask(cancel=cancel)), cancel.set)
+    assert error is None
+    assert chunks[-1].finish_reason == "end"
 
 
 def test_a_request_is_stopped_while_it_waits_to_try_again(stub: StubServer, read: Read) -> None:
