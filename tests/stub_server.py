@@ -64,7 +64,7 @@ class StubServer:
 
     Attributes:
         seen: the requests.
-        n_vanished: how many clients closed their connection while `stall` waited for that.
+        vanished: is released for each client that closed its connection while `stall` waited for that.
     """
 
     def __init__(self) -> None:

@@ -187,10 +187,10 @@ class OpenAIBackend:
             raise ValueError(f"accepts cannot have {unknown[0]!r}: only {', '.join(sorted(wire.EXTENSIONS))}")
         self._openai, self._httpx = _client_library()
         self._is_loopback = _is_loopback(urlsplit(self.base_url).hostname or "")
-        # The certificates take 40 ms to load, and are needed for HTTPS alone.
+        # Certificates take a while to load, and are needed for HTTPS alone.
         is_plain = urlsplit(self.base_url).scheme == "http"
         self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if is_plain else ssl.create_default_context()
-        self._client().chat.completions  # noqa: B018 - it imports at first use, which would block an event loop for 0.2 s
+        self._client().chat.completions  # noqa: B018 - it imports at first use, which would block an event loop
 
     def stream(self, request: BackendRequest) -> ChunkStream:
         """Return the pieces of an answer: see `Backend.stream`.
