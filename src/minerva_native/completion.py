@@ -1,9 +1,8 @@
 """What a request gives back: `Completion`, and `Chunk` for a piece of one."""
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 from .errors import ConstraintError
@@ -91,6 +90,7 @@ class Chunk:
             constrained is complete. "stop": a stop
             string or token was reached. "length": `max_tokens`, or the context is full. "cancelled": it was stopped.
         context_full: whether "length" means a full context.
+        echoed: the log-probabilities of an echoed prompt's tokens, if they were asked for; its text is in `text`.
         usage: on the last chunk.
         timings: on the last chunk.
         dropped_turns: on the last chunk of a chat's answer: see `Completion`.
@@ -107,6 +107,7 @@ class Chunk:
     tool_error: str = ""
     finish_reason: FinishReason | None = None
     context_full: bool = False
+    echoed: Sequence[TokenLogprob] = ()
     usage: Usage | None = None
     timings: Timings | None = None
     dropped_turns: int = 0
@@ -211,12 +212,11 @@ class Completion:
                 "content": [{**_entry(one), "top_logprobs": list(map(_entry, one.top))} for one in self.logprobs]
             }
         elif self.logprobs is not None:
-            offsets = accumulate((len(one.text) for one in self.logprobs), initial=0)
             logprobs = {
                 "tokens": [one.text for one in self.logprobs],
                 "token_logprobs": [one.logprob for one in self.logprobs],
                 "top_logprobs": [{other.text: other.logprob for other in one.top} or None for one in self.logprobs],
-                "text_offset": list(offsets)[:-1],
+                "text_offset": _offsets(self.text, [one.piece for one in self.logprobs]),
             }
         ended = "tool_calls" if self.tool_calls else "stop"
         reason = ended if self.finish_reason == "end" else self.finish_reason
@@ -226,6 +226,21 @@ class Completion:
         """Return what a notebook shows: the reasoning as a quotation, then the text."""
         quoted = "\n".join(f"> {line}" for line in self.reasoning.strip().splitlines())
         return f"{quoted}\n\n{self.text}" if quoted else self.text
+
+
+def _offsets(text: str, pieces: Iterable[bytes]) -> list[int]:
+    """Return where in a text each of its tokens begins, in characters.
+
+    A token that is not in the text, such as BOS, has the place of the next one.
+    """
+    data, at, offset, offsets = text.encode(), 0, 0, []
+    for piece in pieces:
+        offsets.append(offset)
+        if not at and not data.startswith(piece):
+            piece = piece.removeprefix(b" ")  # which some vocabularies put before a text
+        if data.startswith(piece, at):
+            at, offset = at + len(piece), offset + sum(byte & 0xC0 != 0x80 for byte in piece)  # begin a character
+    return offsets
 
 
 def _entry(one: TokenLogprob) -> dict[str, Any]:

@@ -288,7 +288,7 @@ class Draft:
             text, entries = self._echoed
             self._logprobs += entries  # other answers to the same prompt have the same list
             texts.append(text)
-            yield Chunk(text)
+            yield Chunk(text, echoed=entries)
         steps = generate(
             self._sequence,
             self._sampler,

@@ -328,7 +328,8 @@ class Api:
 
     async def embeddings(self, exchange: Exchange) -> None:
         """Say that embeddings are not there yet."""
-        raise HTTPError(501, "embeddings are not there yet", code="not_supported")
+        once = {"x-should-retry": "false"}  # which OpenAI's clients heed: they try most errors of a server again
+        raise HTTPError(501, "embeddings are not there yet", code="not_supported", headers=once)
 
     # Tokens
 

@@ -10,6 +10,8 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_
 
 _NAME = re.compile(r"^(?:[a-z_]+\(\) has no argument )?['`]?([a-z][a-z0-9_]*)")
 
+_TOOL = re.compile(r"\btools?\b")
+
 _OF_REQUESTS = (
     mn.ContextFullError,
     mn.EmptySequenceError,
@@ -64,6 +66,8 @@ def of_arguments(error: Exception, fields: Mapping[str, str]) -> HTTPError:
     """
     found = _NAME.match(str(error))
     name = found[1] if found else ""
+    if name not in fields and _TOOL.search(str(error)):
+        name = "tools"
     if name in fields:
         sentence = str(error)[len(name) :] if str(error).startswith(name) else f": {error}"
         return HTTPError(400, f"{fields[name]}{sentence}", fields[name])

@@ -1,6 +1,7 @@
 """Answers as OpenAI's API has them: whole, and piece by piece."""
 
 import dataclasses
+import functools
 import time
 import uuid
 from collections.abc import Sequence
@@ -18,6 +19,12 @@ Usages = Sequence[mn.Usage]
 def new_id(kind: str) -> str:
     """Return an id that nobody has, such as "chatcmpl-..."."""
     return f"{kind}-{uuid.uuid4().hex}"
+
+
+@functools.cache
+def fingerprint() -> str:
+    """Return what names this build: with another one, the same seed may give another text."""
+    return f"build-{mn.__version__}-{mn.build_info()['llama_cpp']}"
 
 
 def event(data: Any, name: str | None = None) -> bytes:
@@ -80,6 +87,7 @@ def whole(completions: Sequence[mn.Completion], model: str) -> dict[str, Any]:
     return {
         **replies[0],
         "model": model,
+        "system_fingerprint": fingerprint(),
         "choices": [{**choice, "index": index} for index, choice in enumerate(choices)],
         "usage": added([reply["usage"] for reply in replies]),
         "timings": timings_of(first.usage, first.timings),
@@ -107,6 +115,7 @@ class Pieces:
             "object": "chat.completion.chunk" if is_chat else "text_completion",
             "created": int(time.time()),
             "model": model,
+            "system_fingerprint": fingerprint(),
         }
         opened = _encode({**self._head, "choices": [{"index": index}]})[:-3]
         self._before = b"data: " + opened + (b',"delta":{"content":' if is_chat else b',"text":')
@@ -118,7 +127,7 @@ class Pieces:
         """Return what comes first."""
         if not self._is_chat:
             return b""
-        return self._event({"delta": {"role": "assistant", "content": ""}})
+        return self._event({"delta": {"role": "assistant", "content": None}})
 
     def of(self, chunk: mn.Chunk) -> bytes:
         """Return the events of a chunk; none if it adds nothing."""
@@ -126,7 +135,7 @@ class Pieces:
         is_more = chunk.finish_reason is not None or self._has_logprobs or chunk.reasoning or chunk.tool_call_deltas
         if not is_more:
             return self._before + _encode(chunk.text) + self._after if chunk.text else b""
-        logprobs = self._logprobs(chunk) if self._has_logprobs and chunk.token is not None else None
+        logprobs = self._logprobs(chunk) if self._has_logprobs else None
         events = self._content(chunk, logprobs)
         if chunk.finish_reason is not None:
             ended = "tool_calls" if self._called else "stop"
@@ -137,7 +146,6 @@ class Pieces:
 
     def _content(self, chunk: mn.Chunk, logprobs: dict[str, Any] | None) -> bytes:
         if not self._is_chat:
-            self._offset += len(chunk.text)
             return self._event({"text": chunk.text}, logprobs=logprobs) if chunk.text or logprobs else b""
         delta: dict[str, Any] = {}
         if chunk.text or (logprobs and not chunk.reasoning and not chunk.tool_call_deltas):
@@ -152,17 +160,24 @@ class Pieces:
         choice = {"index": self._index, **content, "logprobs": logprobs, "finish_reason": reason}
         return event({**self._head, "choices": [choice]})
 
-    def _logprobs(self, chunk: mn.Chunk) -> dict[str, Any]:
-        assert chunk.token is not None
+    def _logprobs(self, chunk: mn.Chunk) -> dict[str, Any] | None:
+        if chunk.echoed:
+            self._offset = len(chunk.text)
+            prompt = mn.Completion(text=chunk.text, logprobs=list(chunk.echoed))
+            logprobs: dict[str, Any] = prompt.to_dict()["choices"][0]["logprobs"]
+            return logprobs
+        if chunk.token is None:
+            return None
         entry = self._entry(chunk.token, chunk.logprob)
         top = [self._entry(token, value) for token, value in chunk.top_logprobs]
         if self._is_chat:
             return {"content": [{**entry, "top_logprobs": top}]}
+        offset, self._offset = self._offset, self._offset + _n_characters(self._tokenizer.piece(chunk.token))
         return {
             "tokens": [entry["token"]],
             "token_logprobs": [entry["logprob"]],
             "top_logprobs": [{other["token"]: other["logprob"] for other in top} or None],
-            "text_offset": [self._offset],
+            "text_offset": [offset],
         }
 
     def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
@@ -172,6 +187,11 @@ class Pieces:
     def end(self, usage: dict[str, Any], timings: dict[str, float]) -> bytes:
         """Return the event with the usage, which has no choices."""
         return event({**self._head, "choices": [], "usage": usage, "timings": timings})
+
+
+def _n_characters(piece: bytes) -> int:
+    """Return how many characters begin in a piece of UTF-8."""
+    return sum(byte & 0xC0 != 0x80 for byte in piece)
 
 
 def params_of(params: mn.SamplingParams) -> dict[str, Any]:
