@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 import openai
 import pytest
@@ -11,7 +10,7 @@ from serving import Served, serve
 
 # As Qwen 3 has them: calls in <tool_call> tags. The answer begins with reasoning unless it is turned off.
 TEMPLATE = (
-    "{% if tools %}<|im_start|>system\nAnswer with <tool_call>{\"name\": ..., \"arguments\": ...}</tool_call>:\n"
+    '{% if tools %}<|im_start|>system\nAnswer with <tool_call>{"name": ..., "arguments": ...}</tool_call>:\n'
     "{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['reasoning_content'] %}<think>\n{{ message['reasoning_content'] }}</think>\n{% endif %}"

@@ -160,7 +160,7 @@ def test_requests_of_an_event_loop_are_served_side_by_side(served: Served) -> No
             async def whole() -> str:
                 return (await client.chat.completions.create(**options)).choices[0].message.content or ""
 
-            return await asyncio.gather(streamed(), whole(), streamed(), whole(), streamed(), whole())
+            return [*await asyncio.gather(streamed(), whole(), streamed(), whole(), streamed(), whole())]
 
     texts = asyncio.run(ask())
     assert len({*texts}) == 1
@@ -270,7 +270,9 @@ def test_log_probabilities_are_those_of_the_engine(client: openai.OpenAI, llm: m
         assert (theirs.token, bytes(theirs.bytes or ())) == (ours.text, ours.piece)
         assert theirs.logprob == pytest.approx(ours.logprob, abs=1e-4)
         assert [top.token for top in theirs.top_logprobs] == [top.text for top in ours.top]
-        assert [top.logprob for top in theirs.top_logprobs] == pytest.approx([top.logprob for top in ours.top], abs=1e-4)
+        assert [top.logprob for top in theirs.top_logprobs] == pytest.approx(
+            [top.logprob for top in ours.top], abs=1e-4
+        )
     assert "".join(entry.token for entry in answer.logprobs.content) == answer.message.content
 
 
@@ -320,7 +322,7 @@ def test_headers_of_a_reply_can_be_read(client: openai.OpenAI) -> None:
 
 
 def test_an_answer_is_json_of_a_schema(client: openai.OpenAI) -> None:
-    schema = {"name": "weather", "strict": True, "schema": Weather.model_json_schema()}
+    schema: Any = {"name": "weather", "strict": True, "schema": Weather.model_json_schema()}
     options: dict[str, Any] = {"model": MODEL, "messages": HELLO, "max_completion_tokens": 60, "seed": 1}
     answer = client.chat.completions.create(response_format={"type": "json_schema", "json_schema": schema}, **options)
     Weather.model_validate_json(answer.choices[0].message.content or "")

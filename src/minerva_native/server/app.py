@@ -33,7 +33,7 @@ from .exchange import Endpoint, Exchange, Handler
 from .guard import Access, App, Guard, Receive, Scope, Send
 from .models import Models
 from .openapi import document
-from .responses import ResponseEvents, chat_body, response_of
+from .responses import ResponseEvents, chat_body, own_names, response_of
 from .settings import Settings
 
 
@@ -88,6 +88,10 @@ def create_app(models: Models, metrics: mn.Metrics, settings: Settings, on_acces
         ("POST", "/completions", api.completions),
         ("POST", "/v1/responses", api.responses),
         ("POST", "/responses", api.responses),
+        ("POST", "/v1/chat/completions/input_tokens", api.count_chat),
+        ("POST", "/chat/completions/input_tokens", api.count_chat),
+        ("POST", "/v1/responses/input_tokens", api.count_response),
+        ("POST", "/responses/input_tokens", api.count_response),
         ("POST", "/v1/embeddings", api.embeddings),
         ("POST", "/embeddings", api.embeddings),
         ("POST", "/tokenize", api.tokenize),
@@ -302,6 +306,10 @@ class Api:
     async def responses(self, exchange: Exchange) -> None:
         """Answer the items of a conversation, in the shape of OpenAI's newer API."""
         body, sampling = await exchange.read(ResponseBody)
+        with own_names():
+            await self._respond(exchange, body, sampling)
+
+    async def _respond(self, exchange: Exchange, body: ResponseBody, sampling: dict[str, Any]) -> None:
         chat = chat_body(body)
         messages = checked_messages(chat.messages)
         async with self._lent(exchange, body.model) as (name, llm):
@@ -309,10 +317,10 @@ class Api:
             if not body.stream:
                 completion = await exchange.wait(_asked(llm.achat_completion(messages, chat.tools, **given)))
                 _note(exchange.access, replies.usage_of([completion.usage]))
-                await exchange.json(response_of(body, name, completion))
+                await exchange.json(response_of(body, name, completion, sampling))
                 return
             stream = _begun(lambda _: llm.achat_completion_stream(messages, chat.tools, **given), 1)[0]
-            writer = ResponseEvents(body, name, llm.tokenizer, bool(given.get("logprobs")))
+            writer = ResponseEvents(body, name, llm.tokenizer, bool(given.get("logprobs")), sampling)
 
             async def events() -> AsyncIterator[bytes]:
                 async for chunk in stream:
@@ -325,6 +333,28 @@ class Api:
                 await exchange.stream(events())
             finally:
                 await stream.aclose()
+
+    async def count_chat(self, exchange: Exchange) -> None:
+        """Count the tokens of messages."""
+        body, sampling = await exchange.read(ChatBody)
+        await self._count(exchange, body, sampling)
+
+    async def count_response(self, exchange: Exchange) -> None:
+        """Count the tokens of the items of a conversation."""
+        with own_names():
+            body, sampling = await exchange.read(ResponseBody)
+            await self._count(exchange, chat_body(body), sampling)
+
+    async def _count(self, exchange: Exchange, body: ChatBody, sampling: dict[str, Any]) -> None:
+        messages = checked_messages(body.messages)
+        async with self._lent(exchange, body.model) as (_, llm):
+            given = await _keywords(llm, body, lambda: of_chat(body, sampling, llm), is_chat=True)
+            template, tools = _template(llm), None if body.tool_choice == "none" else body.tools
+            variables = given.get("chat_template_kwargs", {})
+            said = template.with_arguments(messages)
+            encode = partial(template.encode, llm.tokenizer, said, tools, **variables)
+            count = len(await exchange.wait(asyncio.to_thread(encode)))
+        await exchange.json({"object": "response.input_tokens", "input_tokens": count})
 
     async def embeddings(self, exchange: Exchange) -> None:
         """Say that embeddings are not there yet."""
@@ -361,9 +391,7 @@ class Api:
         body, _ = await exchange.read(TemplateBody)
         messages = checked_messages(body.messages)
         async with self._lent(exchange, body.model) as (_, llm):
-            if llm.template is None:
-                raise HTTPError(400, "the model has no chat template", "messages")
-            template, kwargs = llm.template, body.chat_template_kwargs or {}
+            template, kwargs = _template(llm), body.chat_template_kwargs or {}
 
             def render() -> str:
                 said = template.with_arguments(messages)
@@ -403,6 +431,12 @@ async def _keywords(
         raise HTTPError(400, f"{name}: {error}", name) from None
     except (TypeError, ValueError, mn.MinervaError) as error:
         raise of_arguments(error, FIELDS) from None
+
+
+def _template(llm: mn.LLM) -> mn.ChatTemplate:
+    if llm.template is None:
+        raise HTTPError(400, "the model has no chat template", "messages")
+    return llm.template
 
 
 async def _asked(work: Any) -> mn.Completion:

@@ -13,6 +13,8 @@ _BODIES = {
     "/v1/chat/completions": ("Answer messages.", bodies.ChatBody),
     "/v1/completions": ("Continue texts.", bodies.CompletionBody),
     "/v1/responses": ("Answer the items of a conversation.", bodies.ResponseBody),
+    "/v1/chat/completions/input_tokens": ("Count the tokens of messages.", bodies.ChatBody),
+    "/v1/responses/input_tokens": ("Count the tokens of the items of a conversation.", bodies.ResponseBody),
     "/tokenize": ("Encode a text.", bodies.TokenizeBody),
     "/detokenize": ("Decode tokens.", bodies.DetokenizeBody),
     "/apply-template": ("Show the prompt that messages are.", bodies.TemplateBody),

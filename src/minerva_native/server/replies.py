@@ -16,9 +16,9 @@ _encode = msgspec.json.encode
 Usages = Sequence[mn.Usage]
 
 
-def new_id(kind: str) -> str:
+def new_id(kind: str, mark: str = "-") -> str:
     """Return an id that nobody has, such as "chatcmpl-..."."""
-    return f"{kind}-{uuid.uuid4().hex}"
+    return f"{kind}{mark}{uuid.uuid4().hex}"
 
 
 @functools.cache

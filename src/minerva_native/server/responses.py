@@ -1,14 +1,17 @@
 """OpenAI's responses API in terms of chat completions: items to messages, answers to items and events."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import minerva_native as mn
 
 from .bodies import ChatBody, ResponseBody
-from .errors import wrong
+from .errors import HTTPError, wrong
 from .replies import event, new_id
+
+_OWN_NAMES = {"messages": "input", "response_format": "text", "max_tokens": "max_output_tokens"}
 
 
 def chat_body(body: ResponseBody) -> ChatBody:
@@ -37,6 +40,18 @@ def chat_body(body: ResponseBody) -> ChatBody:
         response_format=_format((body.text or {}).get("format")),
         reasoning_effort=effort if isinstance(effort, str) else None,
     )
+
+
+@contextmanager
+def own_names() -> Iterator[None]:
+    """Name fields as this API does in errors that are about the chat completion."""
+    try:
+        yield
+    except HTTPError as error:
+        if (own := _OWN_NAMES.get(error.param or "")) is not None:
+            message = own + error.message.removeprefix(error.param or "")
+            raise HTTPError(error.status, message, own, error.code, error.headers) from error
+        raise
 
 
 def _messages(items: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -93,8 +108,8 @@ class Items:
     """The items of an answer."""
 
     def __init__(self) -> None:
-        self.message_id = new_id("msg")
-        self.reasoning_id = new_id("rs")
+        self.message_id = new_id("msg", "_")
+        self.reasoning_id = new_id("rs", "_")
 
     def reasoning(self, text: str, status: str) -> dict[str, Any]:
         """Return the item of the reasoning."""
@@ -145,6 +160,7 @@ def _response(
     output: list[dict[str, Any]],
     status: str,
     usage: mn.Usage | None,
+    sampling: Mapping[str, Any],
 ) -> dict[str, Any]:
     is_cut = status == "incomplete"
     return {
@@ -152,6 +168,7 @@ def _response(
         "object": "response",
         "created_at": int(created),
         "status": status,
+        "background": False,
         "error": None,
         "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
         "instructions": body.instructions,
@@ -162,6 +179,9 @@ def _response(
         "previous_response_id": None,
         "reasoning": body.reasoning or {"effort": None, "summary": None},
         "store": False,
+        "temperature": sampling.get("temperature"),
+        "top_p": sampling.get("top_p"),
+        "top_logprobs": body.top_logprobs or 0,
         "text": body.text or {"format": {"type": "text"}},
         "tool_choice": body.tool_choice or "auto",
         "tools": body.tools or [],
@@ -171,8 +191,10 @@ def _response(
     }
 
 
-def response_of(body: ResponseBody, model: str, completion: mn.Completion) -> dict[str, Any]:
-    """Return the reply to a request."""
+def response_of(
+    body: ResponseBody, model: str, completion: mn.Completion, sampling: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the reply to a request; `sampling` is what it asked of the sampler."""
     items, status = Items(), _status(completion.finish_reason)
     output = []
     if completion.reasoning:
@@ -180,15 +202,24 @@ def response_of(body: ResponseBody, model: str, completion: mn.Completion) -> di
     if completion.text or not completion.tool_calls:
         output.append(items.message(completion.text, status, _entries(completion.logprobs)))
     output += [items.call(call.id, call.name, call.text, "completed") for call in completion.tool_calls]
-    return _response(body, new_id("resp"), completion.created, model, output, status, completion.usage)
+    usage = completion.usage
+    return _response(body, new_id("resp", "_"), completion.created, model, output, status, usage, sampling)
 
 
 class ResponseEvents:
     """Chunks of an answer as the events of the responses API."""
 
-    def __init__(self, body: ResponseBody, model: str, tokenizer: mn.Tokenizer, has_logprobs: bool):
+    def __init__(
+        self,
+        body: ResponseBody,
+        model: str,
+        tokenizer: mn.Tokenizer,
+        has_logprobs: bool,
+        sampling: Mapping[str, Any],
+    ):
         self._body, self._model, self._tokenizer, self._has_logprobs = body, model, tokenizer, has_logprobs
-        self._identity, self._created = new_id("resp"), time.time()
+        self._sampling = sampling
+        self._identity, self._created = new_id("resp", "_"), time.time()
         self._items = Items()
         self._number = 0  # of the event
         self._output: list[dict[str, Any]] = []  # the items that are complete
@@ -230,7 +261,8 @@ class ResponseEvents:
 
     def _end(self, chunk: mn.Chunk) -> list[bytes]:
         status = _status(chunk.finish_reason)
-        events = self._turn_to("message") if not self._output and self._open is None else []
+        kinds = {self._open, *(item["type"] for item in self._output)}
+        events = [] if kinds & {"message", "function_call"} else self._turn_to("message")
         events += self._close(status)
         kind = "response.completed" if status == "completed" else "response.incomplete"
         return [*events, self._event(kind, response=self._response(status, chunk.usage))]
@@ -288,7 +320,7 @@ class ResponseEvents:
 
     def _response(self, status: str, usage: mn.Usage | None) -> dict[str, Any]:
         output = list(self._output)
-        return _response(self._body, self._identity, self._created, self._model, output, status, usage)
+        return _response(self._body, self._identity, self._created, self._model, output, status, usage, self._sampling)
 
     def _delta(self, kind: str, **fields: Any) -> bytes:
         """Return an event about the item that is being written."""
