@@ -563,7 +563,13 @@ def test_a_prompt_that_does_not_fit_says_so(client: openai.OpenAI) -> None:
     for is_streamed in (False, True):
         with pytest.raises(openai.BadRequestError) as caught:
             client.chat.completions.create(model=MODEL, messages=asking("a b " * 2000), stream=is_streamed)
-        assert caught.value.code == "context_length_exceeded"
+        assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(model=MODEL, prompt="a b " * 2000, stream=is_streamed)
+        assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.responses.create(model=MODEL, input="a b " * 2000)
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "input")
 
 
 def test_a_wrong_key_is_an_authentication_error(served: Served) -> None:

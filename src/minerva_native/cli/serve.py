@@ -26,9 +26,11 @@ from .options import (
     add_context,
     add_json,
     add_loading,
+    add_sampling,
     file_name,
     gpu_layers,
     of_context,
+    sampling,
 )
 
 if TYPE_CHECKING:
@@ -74,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-ctv", "--cache-type-v", default="f16", choices=mn.KV_TYPES, metavar="TYPE", help="and values (f16)")
     add("-fa", "--flash-attn", default="auto", choices=("on", "off", "auto"), help="flash attention (auto)")
     add("--swa-full", action="store_true", help="keep all tokens in sliding-window layers, not just the window")
+    add_sampling(parser)
     add_loading(parser)
     add_context(parser)
     template = "a file with a chat template, for models whose own is missing or wrong"
@@ -143,8 +146,12 @@ def _settings(options: argparse.Namespace, is_loopback: bool) -> Settings:
         raise ValueError(f"--host {options.host} lets other machines in: give their keys with --api-key-file")
     elif options.unix_socket is None:
         keys = [secrets.token_urlsafe(24)]
+    given = sampling(options)
+    mn.SamplingParams(**given)  # which says what is wrong before anything is loaded
     hosts = None if options.unix_socket is not None else [options.host, *options.allowed_host]
-    return Settings(keys=keys, hosts=hosts, cors_origins=options.cors_origin, log_content=options.log_content)
+    return Settings(
+        keys=keys, hosts=hosts, cors_origins=options.cors_origin, sampling=given, log_content=options.log_content
+    )
 
 
 def _sources(options: argparse.Namespace, kind: type[Source]) -> Iterator[Source]:

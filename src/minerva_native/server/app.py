@@ -15,10 +15,12 @@ import minerva_native as mn
 from . import replies
 from .bodies import (
     FIELDS,
+    B,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
     Generation,
+    NativeBody,
     ResponseBody,
     TemplateBody,
     TokenizeBody,
@@ -26,12 +28,14 @@ from .bodies import (
     is_text,
     of_chat,
     of_completion,
+    of_native,
     prompts_of,
 )
-from .errors import HTTPError, of_arguments, of_engine
+from .errors import HTTPError, of_arguments, of_engine, wrong
 from .exchange import Endpoint, Exchange, Handler
 from .guard import Access, App, Guard, Receive, Scope, Send
 from .models import Models
+from .native import NativeWriter, native_prompts, settings_of
 from .openapi import document
 from .responses import ResponseEvents, chat_body, own_names, response_of
 from .settings import Settings
@@ -86,6 +90,7 @@ def create_app(models: Models, metrics: mn.Metrics, settings: Settings, on_acces
         ("POST", "/chat/completions", api.chat_completions),
         ("POST", "/v1/completions", api.completions),
         ("POST", "/completions", api.completions),
+        ("POST", "/completion", api.native),
         ("POST", "/v1/responses", api.responses),
         ("POST", "/responses", api.responses),
         ("POST", "/v1/chat/completions/input_tokens", api.count_chat),
@@ -179,7 +184,8 @@ class Api:
     async def props(self, exchange: Exchange) -> None:
         """Say what a model is like; the names are llama-server's."""
         async with self._models.lend(exchange.query("model")) as (name, llm):
-            tokenizer, params = llm.tokenizer, mn.SamplingParams.from_model(llm.model)
+            tokenizer = llm.tokenizer
+            params = mn.SamplingParams.from_model(llm.model, **self._settings.sampling)
             facts = {
                 "model_alias": name,
                 "model_path": llm.model.path.name,
@@ -197,7 +203,7 @@ class Api:
 
     async def chat_completions(self, exchange: Exchange) -> None:
         """Answer messages."""
-        body, sampling = await exchange.read(ChatBody)
+        body, sampling = await self._read(exchange, ChatBody)
         messages = checked_messages(body.messages)
         async with self._lent(exchange, body.model) as (name, llm):
             given = await _keywords(llm, body, lambda: of_chat(body, sampling, llm), is_chat=True)
@@ -214,11 +220,11 @@ class Api:
 
     async def completions(self, exchange: Exchange) -> None:
         """Continue texts."""
-        body, sampling = await exchange.read(CompletionBody)
+        body, sampling = await self._read(exchange, CompletionBody)
         prompts, n = prompts_of(body), body.n or 1
         if body.best_of is not None and body.best_of < n:
             raise HTTPError(400, f"best_of: it is less than n={n}", "best_of")
-        async with self._lent(exchange, body.model) as (name, llm):
+        async with self._lent(exchange, body.model, "prompt") as (name, llm):
             given = await _keywords(llm, body, lambda: of_completion(body, sampling, llm.model))
             if not body.stream:
                 works = [_asked(llm.acomplete(prompt, n, body.best_of, **given)) for prompt in prompts]
@@ -232,9 +238,51 @@ class Api:
 
             await self._pieces(exchange, body, name, llm, begin, len(prompts), given, is_chat=False)
 
+    async def native(self, exchange: Exchange) -> None:
+        """Continue texts, in llama-server's shape."""
+        body, sampling = await self._read(exchange, NativeBody)
+        if body.n is not None and body.n > 1:
+            raise wrong("n", "it must be 1 here: give the prompt several times")
+        async with self._lent(exchange, body.model, "prompt") as (name, llm):
+            prompts = native_prompts(body, llm.tokenizer)
+            given = await _keywords(llm, body, lambda: of_native(body, sampling, llm.model))
+            settings = settings_of(body, llm.options("request", given).sampling, given)
+            writers = [NativeWriter(body, name, at, llm.tokenizer, settings) for at in range(len(prompts))]
+            if not body.stream:
+                completions = await exchange.wait(_all([_asked(llm.acomplete(prompt, **given)) for prompt in prompts]))
+                _note(exchange.access, replies.added([replies.usage_of([one.usage]) for one in completions]))
+                self._note_texts(exchange.access, completions)
+                texts = [one if isinstance(one, str) else llm.tokenizer.decode(one, special=True) for one in prompts]
+                whole = [writer.whole(*one) for writer, *one in zip(writers, texts, completions, strict=True)]
+                await exchange.json(whole if isinstance(body.prompt, list) and len(whole) > 1 else whole[0])
+                return
+            streams = _begun(lambda index: llm.astream(prompts[index], **given), len(prompts))
+
+            async def events() -> AsyncIterator[bytes]:
+                usages = []
+                async for index, chunk in _merged(streams):
+                    if piece := writers[index].of(chunk):
+                        yield piece
+                    usages += [] if chunk.usage is None else [replies.usage_of([chunk.usage])]
+                _note(exchange.access, replies.added(usages))
+                yield replies.DONE
+
+            try:
+                await exchange.stream(events())
+            finally:
+                for stream in streams:
+                    await stream.aclose()
+
+    async def _read(self, exchange: Exchange, kind: type[B]) -> tuple[B, dict[str, Any]]:
+        """Return a body, and what it asks of the sampler, over the server's own defaults."""
+        body, sampling = await exchange.read(kind)
+        return body, {**self._settings.sampling, **sampling}
+
     @asynccontextmanager
-    async def _lent(self, exchange: Exchange, model: str | None) -> AsyncIterator[tuple[str, mn.LLM]]:
-        """Lend a model to a request that generates."""
+    async def _lent(
+        self, exchange: Exchange, model: str | None, prompt: str = "messages"
+    ) -> AsyncIterator[tuple[str, mn.LLM]]:
+        """Lend a model to a request that generates; `prompt` is its field that has the prompt."""
         try:
             async with self._models.lend(model) as (name, llm):
                 exchange.access.facts["model"] = name
@@ -246,7 +294,7 @@ class Api:
                     await self._models.drop(name, llm)
                     raise
         except mn.MinervaError as error:
-            failed = of_engine(error)
+            failed = of_engine(error, prompt)
             if failed.status >= 500:
                 _logger.error("%s", error)
             raise failed from error
@@ -254,9 +302,12 @@ class Api:
     async def _whole(self, exchange: Exchange, name: str, completions: Sequence[mn.Completion]) -> None:
         reply = replies.whole(completions, name)
         _note(exchange.access, reply["usage"])
-        if self._settings.log_content:
-            exchange.access.facts["text"] = [choice.text for one in completions for choice in one.choices]
+        self._note_texts(exchange.access, completions)
         await exchange.json(reply)
+
+    def _note_texts(self, access: Access, completions: Sequence[mn.Completion]) -> None:
+        if self._settings.log_content:
+            access.facts["text"] = [choice.text for one in completions for choice in one.choices]
 
     async def _pieces(
         self,
@@ -305,7 +356,7 @@ class Api:
 
     async def responses(self, exchange: Exchange) -> None:
         """Answer the items of a conversation, in the shape of OpenAI's newer API."""
-        body, sampling = await exchange.read(ResponseBody)
+        body, sampling = await self._read(exchange, ResponseBody)
         with own_names():
             await self._respond(exchange, body, sampling)
 
@@ -317,6 +368,7 @@ class Api:
             if not body.stream:
                 completion = await exchange.wait(_asked(llm.achat_completion(messages, chat.tools, **given)))
                 _note(exchange.access, replies.usage_of([completion.usage]))
+                self._note_texts(exchange.access, [completion])
                 await exchange.json(response_of(body, name, completion, sampling))
                 return
             stream = _begun(lambda _: llm.achat_completion_stream(messages, chat.tools, **given), 1)[0]
@@ -336,13 +388,13 @@ class Api:
 
     async def count_chat(self, exchange: Exchange) -> None:
         """Count the tokens of messages."""
-        body, sampling = await exchange.read(ChatBody)
+        body, sampling = await self._read(exchange, ChatBody)
         await self._count(exchange, body, sampling)
 
     async def count_response(self, exchange: Exchange) -> None:
         """Count the tokens of the items of a conversation."""
         with own_names():
-            body, sampling = await exchange.read(ResponseBody)
+            body, sampling = await self._read(exchange, ResponseBody)
             await self._count(exchange, chat_body(body), sampling)
 
     async def _count(self, exchange: Exchange, body: ChatBody, sampling: dict[str, Any]) -> None:
@@ -366,7 +418,7 @@ class Api:
     async def tokenize(self, exchange: Exchange) -> None:
         """Encode a text."""
         body, _ = await exchange.read(TokenizeBody)
-        async with self._lent(exchange, body.model) as (_, llm):
+        async with self._lent(exchange, body.model, "content") as (_, llm):
             tokenizer = llm.tokenizer
             encode = partial(tokenizer.encode, body.content, body.add_special, body.parse_special)
             ids = await exchange.wait(asyncio.to_thread(encode))
@@ -380,7 +432,7 @@ class Api:
     async def detokenize(self, exchange: Exchange) -> None:
         """Decode tokens."""
         body, _ = await exchange.read(DetokenizeBody)
-        async with self._lent(exchange, body.model) as (_, llm):
+        async with self._lent(exchange, body.model, "tokens") as (_, llm):
             for token in body.tokens:
                 if not 0 <= token < llm.tokenizer.n_vocab:
                     raise HTTPError(400, f"tokens: there is no token {token}", "tokens")

@@ -20,6 +20,8 @@ _logger = logging.getLogger("minerva_native.server")
 
 B = TypeVar("B", bound=Struct)
 
+MOST_PROMPTS = 128  # of one request
+
 _MAX_DEPTH = 64  # of JSON
 
 SAMPLING = {
@@ -133,6 +135,24 @@ class CompletionBody(Generation, kw_only=True):
     echo: bool | None = None
     best_of: Count | None = None
     suffix: str | None = None
+
+
+class NativeBody(Generation, kw_only=True):
+    """A request of `/completion`, as llama-server has it.
+
+    Attributes:
+        prompt: a text, token ids, both after one another, or a list of prompts; a text may be `{"prompt_string": ...}`.
+        n_predict: how many tokens to make at most; -1, the default, for as many as fit.
+        n_probs: give each token's log-probability, and those of so many of the most likely ones.
+        return_tokens: give the ids of the tokens.
+    """
+
+    prompt: (
+        str | dict[str, Any] | Annotated[list[int | str | Ids | dict[str, Any]], Meta(min_length=1, max_length=1 << 20)]
+    )
+    n_predict: Limit | None = None
+    n_probs: Annotated[int, Meta(ge=0, le=100)] | None = None
+    return_tokens: bool | None = None
 
 
 class ResponseBody(Struct, kw_only=True):
@@ -363,6 +383,15 @@ def of_completion(body: CompletionBody, sampling: Mapping[str, Any], model: mn.M
     return given
 
 
+def of_native(body: NativeBody, sampling: Mapping[str, Any], model: mn.Model) -> dict[str, Any]:
+    """Return the keywords of a completion by llama-server's names, without the prompt."""
+    given = of_generation(body, sampling, model)
+    given["max_tokens"] = _limit(body.n_predict)
+    if body.n_probs:
+        given |= {"logprobs": True, "top_logprobs": body.n_probs}
+    return given
+
+
 def prompts_of(body: CompletionBody) -> list[str | list[int]]:
     """Return the prompts, each a text or ids."""
     given = body.prompt
@@ -370,8 +399,8 @@ def prompts_of(body: CompletionBody) -> list[str | list[int]]:
         return [given]
     if all(isinstance(item, int) for item in given):
         return [[item for item in given if isinstance(item, int)]]
-    if len(given) > 128:
-        raise wrong("prompt", "it has more than 128 prompts")
+    if len(given) > MOST_PROMPTS:
+        raise wrong("prompt", f"it has more than {MOST_PROMPTS} prompts")
     prompts: list[str | list[int]] = []
     for item in given:
         if isinstance(item, int):

@@ -10,12 +10,9 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_
 
 _NAME = re.compile(r"^(?:[a-z_]+\(\) has no argument )?['`]?([a-z][a-z0-9_]*)")
 
-_TOOL = re.compile(r"\btools?\b")
+_ABOUT = re.compile(r"\b(tool|prompt)s?\b")
 
 _OF_REQUESTS = (
-    mn.ContextFullError,
-    mn.EmptySequenceError,
-    mn.TemplateError,
     mn.ConstraintError,
     mn.TokenizerError,
     mn.SamplingError,
@@ -66,20 +63,27 @@ def of_arguments(error: Exception, fields: Mapping[str, str]) -> HTTPError:
     """
     found = _NAME.match(str(error))
     name = found[1] if found else ""
-    if name not in fields and _TOOL.search(str(error)):
-        name = "tools"
+    if name not in fields and (about := _ABOUT.search(str(error))) is not None:
+        name = "tools" if about[1] == "tool" else about[1]
     if name in fields:
         sentence = str(error)[len(name) :] if str(error).startswith(name) else f": {error}"
         return HTTPError(400, f"{fields[name]}{sentence}", fields[name])
     return HTTPError(400, str(error))
 
 
-def of_engine(error: Exception) -> HTTPError:
-    """Return what a client is told of an error that came while its request was served."""
+def of_engine(error: Exception, prompt: str | None = None) -> HTTPError:
+    """Return what a client is told of an error that came while its request was served.
+
+    Args:
+        error: the engine's.
+        prompt: the field that has the prompt.
+    """
     if isinstance(error, HTTPError):
         return error
     if isinstance(error, mn.ContextFullError):
-        return HTTPError(400, str(error), "messages", "context_length_exceeded")
+        return HTTPError(400, str(error), prompt, "context_length_exceeded")
+    if isinstance(error, mn.EmptySequenceError | mn.TemplateError):
+        return HTTPError(400, str(error), prompt)
     if isinstance(error, _OF_REQUESTS):
         return HTTPError(400, str(error))
     if isinstance(error, mn.Cancelled):

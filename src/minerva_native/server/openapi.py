@@ -12,6 +12,7 @@ from . import bodies
 _BODIES = {
     "/v1/chat/completions": ("Answer messages.", bodies.ChatBody),
     "/v1/completions": ("Continue texts.", bodies.CompletionBody),
+    "/completion": ("Continue texts, in llama-server's shape.", bodies.NativeBody),
     "/v1/responses": ("Answer the items of a conversation.", bodies.ResponseBody),
     "/v1/chat/completions/input_tokens": ("Count the tokens of messages.", bodies.ChatBody),
     "/v1/responses/input_tokens": ("Count the tokens of the items of a conversation.", bodies.ResponseBody),
@@ -20,7 +21,7 @@ _BODIES = {
     "/apply-template": ("Show the prompt that messages are.", bodies.TemplateBody),
 }
 
-_STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+_STREAMED = ("/v1/chat/completions", "/v1/completions", "/completion", "/v1/responses")
 
 _GETS = {
     "/health": "Say that the server is there.",
@@ -45,7 +46,7 @@ def document() -> dict[str, Any]:
     """Return the description of the API."""
     kinds = [kind for _, kind in _BODIES.values()]
     references, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
-    for kind in (bodies.ChatBody, bodies.CompletionBody, bodies.ResponseBody):
+    for kind in (bodies.ChatBody, bodies.CompletionBody, bodies.NativeBody, bodies.ResponseBody):
         own = components[kind.__name__]["properties"]
         own |= {name: _schema(given) for name, given in bodies.SAMPLING.items() if name not in own}
     paths: dict[str, Any] = {}

@@ -1,8 +1,9 @@
 """What a server may be told."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,7 @@ class Settings:
         write_seconds: how long it may leave a piece of a reply unread.
         keep_alive_seconds: how long a connection stays open without a request.
         grace_seconds: how long requests may go on once the server is told to end.
+        sampling: parameters of the sampler for requests that do not give their own, over the model's.
         log_content: log what clients say and get.
     """
 
@@ -37,6 +39,7 @@ class Settings:
     write_seconds: float = 30.0
     keep_alive_seconds: float = 30.0
     grace_seconds: float = 10.0
+    sampling: Mapping[str, Any] = field(default_factory=dict)
     log_content: bool = False
 
 
