@@ -193,6 +193,7 @@ REQUEST: dict[str, Any] = {
     "reasoning_budget": 3,
     "reasoning_message": "",
     "keep_partial": False,
+    "continue_final_message": False,
     "response_format": None,
     "constraint": None,
     "tool_choice": "auto",

@@ -124,6 +124,7 @@ class ChatTemplate:
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
         """Return the prompt as text. Control tokens in it may be the template's or a message's: see `encode`.
@@ -132,6 +133,7 @@ class ChatTemplate:
             messages: dicts with a `role`, and a `content` that is a str, a list of parts (dicts), or None.
             tools: descriptions of functions (dicts), as in OpenAI's API.
             add_generation_prompt: end with the beginning of an answer.
+            continue_final_message: end within the last message instead, after its content, for an answer to go on.
             variables: other variables of the template, such as `enable_thinking`; JSON values.
 
         Raises:
@@ -139,7 +141,9 @@ class ChatTemplate:
             TemplateError: the template refuses the messages, fails, or takes too much time or memory.
         """
         template = self._chosen(tools)
-        return plain(template._render(messages, tools, add_generation_prompt, template._tokens, variables))
+        begins = add_generation_prompt and not continue_final_message
+        text = template._render(messages, tools, begins, template._tokens, variables)
+        return plain(_up_to_the_end_of(text, messages[-1]) if continue_final_message else text)
 
     def encode(
         self,
@@ -148,6 +152,7 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         trust_content: bool = False,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> list[int]:
         """Return the prompt as token ids.
@@ -163,6 +168,7 @@ class ChatTemplate:
             tools: see `render`.
             add_generation_prompt: see `render`.
             trust_content: let control tokens in messages, tools and variables take effect.
+            continue_final_message: see `render`.
             variables: see `render`.
 
         Raises:
@@ -171,7 +177,10 @@ class ChatTemplate:
         """
         template = self._chosen(tools)
         tokens = template._tokens or _tokens_of(tokenizer)
-        text = template._render(messages, tools, add_generation_prompt, tokens, variables)
+        begins = add_generation_prompt and not continue_final_message
+        text = template._render(messages, tools, begins, tokens, variables)
+        if continue_final_message:
+            text = _up_to_the_end_of(text, messages[-1])
         guarded = [] if trust_content else template._guarded(tokenizer)
         if _is_forged(text, guarded):
             ids = _encode_in_pieces(tokenizer, text, guarded)
@@ -315,6 +324,22 @@ def _message(message: object, number: int) -> dict[str, Any]:
     if reasoning is not None:
         data = {"thinking": reasoning, **data, "reasoning_content": reasoning}
     return data
+
+
+def _up_to_the_end_of(text: Text, message: Message) -> Text:
+    """Return a prompt up to the end of its last message's content."""
+    given = message.get("content")
+    if not isinstance(given, str) or not given.strip():
+        raise ValueError("continue_final_message needs a last message with a content, which is a str")
+    mask = written(text)
+    for content in (given, given.rstrip(), given.strip()):  # templates strip
+        start = text.rfind(content)
+        while start >= 0:
+            end = start + len(content)
+            if not any(mask[start:end]):  # the template has not written it
+                return text[:end]
+            start = text.rfind(content, 0, end - 1)
+    raise TemplateError("the chat template changes the last message, so that it cannot be continued")
 
 
 def _has_calls(message: object) -> bool:

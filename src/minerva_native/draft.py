@@ -52,6 +52,7 @@ class RequestOptions:
         reasoning_budget: after this many tokens the reasoning is ended by force; 0 for none. None for no limit.
         reasoning_message: text that is put before the end tag if the budget is spent.
         keep_partial: what a chat does with the text of an answer that was cancelled: keep it, or undo the turn.
+        continue_final_message: go on with the last message, as if the model had written it so far.
         chat_template_kwargs: other variables of the chat template, such as `{"enable_thinking": False}`.
         cancel: a `threading.Event`, or anything else with `is_set`: stops the request once it is set.
         timeout: stops the request after this many seconds, the time in the queue included.
@@ -74,6 +75,7 @@ class RequestOptions:
     reasoning_budget: int | None = None
     reasoning_message: str = ""
     keep_partial: bool = False
+    continue_final_message: bool = False
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     cancel: CancelToken | None = None
     timeout: float | None = None
@@ -84,7 +86,7 @@ class RequestOptions:
             if getattr(self, name) is not None:
                 self._set(name, integer(name, getattr(self, name), 0))
         self._set("top_logprobs", integer("top_logprobs", self.top_logprobs, 0))
-        for name in ("echo", "logprobs", "keep_partial"):
+        for name in ("echo", "logprobs", "keep_partial", "continue_final_message"):
             self._set(name, flag(name, getattr(self, name)))
         self._set("logprobs", self.logprobs or self.top_logprobs > 0)
         self._set("stop", (self.stop,) if isinstance(self.stop, str) else tuple(many("stop", self.stop)))

@@ -690,7 +690,9 @@ class LLM:
         def begin(request: Request) -> Generator[Signal, None, Beginning]:
             shown = descriptions if use is not None else []
             said = template.with_arguments(messages)
-            ids = template.encode(self.tokenizer, said, shown or None, **options.chat_template_kwargs)
+            variables = options.chat_template_kwargs
+            is_open = options.continue_final_message
+            ids = template.encode(self.tokenizer, said, shown or None, continue_final_message=is_open, **variables)
             sequence = yield from self._evaluated(request, ids)
             return Beginning(sequence, max(0, len(ids) - request.n_evaluated), is_chat=True, tools=use)
 

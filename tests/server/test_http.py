@@ -145,3 +145,26 @@ def test_the_description_of_the_api_holds(http: httpx.Client) -> None:
             assert validator.is_valid({"messages": [message], "temperature": 0.5, "logit_bias": {"5": 1}})
             assert not validator.is_valid({"messages": [message], "temperature": "hot"})
             assert not validator.is_valid({})
+
+
+def test_a_message_of_the_assistant_at_the_end_is_continued(http: httpx.Client) -> None:
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Once upon a"}]
+    options = {"temperature": 0, "max_tokens": 8}
+    prompt = post(http, "/apply-template", {"messages": messages})["prompt"]
+    assert prompt.endswith("<|im_start|>assistant\nOnce upon a")
+    own = post(http, "/completion", {"prompt": prompt, "n_predict": 8, "temperature": 0})
+    for explicit in ({}, {"continue_final_message": True}):
+        answer = post(http, "/v1/chat/completions", {"messages": messages, **options, **explicit})
+        assert answer["choices"][0]["message"]["content"] == own["content"]
+    body = {"messages": messages, **options, "add_generation_prompt": True}
+    fresh = post(http, "/v1/chat/completions", body)
+    assert fresh["usage"]["prompt_tokens"] > answer["usage"]["prompt_tokens"]
+    counted = post(http, "/v1/chat/completions/input_tokens", {"messages": messages})
+    assert counted["input_tokens"] == answer["usage"]["prompt_tokens"]
+    for change, param in (
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        ({"messages": [*messages, messages[-1]]}, "messages"),
+        ({"messages": [*messages[:-1], {"role": "assistant", "content": ""}]}, "continue_final_message"),
+    ):
+        reply = http.post("/v1/chat/completions", json={"messages": messages, **options, **change})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)

@@ -52,7 +52,7 @@ def test_a_text_is_continued_as_by_the_engine(http: httpx.Client, llm: mn.LLM) -
         False,
     )
     assert (reply["tokens_predicted"], reply["tokens_evaluated"]) == (6, own.usage.prompt_tokens)
-    assert (reply["model"], reply["prompt"]) == ("minerva-demo", "Once upon a time")
+    assert (reply["model"], reply["prompt"]) == ("minerva-demo", "<|endoftext|>Once upon a time")
     assert reply["timings"]["predicted_n"] == 6
     assert reply["timings"]["prompt_n"] + reply["timings"]["cache_n"] == own.usage.prompt_tokens
     settings = reply["generation_settings"]
@@ -83,9 +83,8 @@ def test_what_ended_the_text_is_said(http: httpx.Client) -> None:
     assert (stopped["stop_type"], stopped["stopping_word"]) == ("word", word)
     assert stopped["content"] == free[: free.index(word)]
     chat = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
-    ids = http.post("/tokenize", json={"content": chat, "add_special": True}).json()["tokens"]
-    assert complete(http, prompt=ids, n_predict=60, **GREEDY)["stop_type"] == "eos"
-    endless = complete(http, prompt=ids, n_predict=60, ignore_eos=True, **GREEDY)
+    assert complete(http, prompt=chat, n_predict=60, **GREEDY)["stop_type"] == "eos"
+    endless = complete(http, prompt=chat, n_predict=60, ignore_eos=True, **GREEDY)
     assert (endless["stop_type"], endless["tokens_predicted"]) == ("limit", 60)
     assert [one["bias"] for one in endless["generation_settings"]["logit_bias"]] == [None, None]
 

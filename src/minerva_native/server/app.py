@@ -25,6 +25,7 @@ from .bodies import (
     TemplateBody,
     TokenizeBody,
     checked_messages,
+    continues,
     is_text,
     of_chat,
     of_completion,
@@ -52,6 +53,8 @@ class Chunks(Protocol):
 
 
 _logger = logging.getLogger("minerva_native.server")
+
+_LONG = 10_000  # characters of a text that are encoded off the event loop
 
 _PAGE = {
     "/": ("index.html", b"text/html; charset=utf-8"),
@@ -221,10 +224,11 @@ class Api:
     async def completions(self, exchange: Exchange) -> None:
         """Continue texts."""
         body, sampling = await self._read(exchange, CompletionBody)
-        prompts, n = prompts_of(body), body.n or 1
+        texts, n = prompts_of(body), body.n or 1
         if body.best_of is not None and body.best_of < n:
             raise HTTPError(400, f"best_of: it is less than n={n}", "best_of")
         async with self._lent(exchange, body.model, "prompt") as (name, llm):
+            prompts = await _encoded(exchange, llm.tokenizer, texts)
             given = await _keywords(llm, body, lambda: of_completion(body, sampling, llm.model))
             if not body.stream:
                 works = [_asked(llm.acomplete(prompt, n, body.best_of, **given)) for prompt in prompts]
@@ -244,7 +248,7 @@ class Api:
         if body.n is not None and body.n > 1:
             raise wrong("n", "it must be 1 here: give the prompt several times")
         async with self._lent(exchange, body.model, "prompt") as (name, llm):
-            prompts = native_prompts(body, llm.tokenizer)
+            prompts = await _encoded(exchange, llm.tokenizer, native_prompts(body, llm.tokenizer))
             given = await _keywords(llm, body, lambda: of_native(body, sampling, llm.model))
             settings = settings_of(body, llm.options("request", given).sampling, given)
             writers = [NativeWriter(body, name, at, llm.tokenizer, settings) for at in range(len(prompts))]
@@ -252,8 +256,7 @@ class Api:
                 completions = await exchange.wait(_all([_asked(llm.acomplete(prompt, **given)) for prompt in prompts]))
                 _note(exchange.access, replies.added([replies.usage_of([one.usage]) for one in completions]))
                 self._note_texts(exchange.access, completions)
-                texts = [one if isinstance(one, str) else llm.tokenizer.decode(one, special=True) for one in prompts]
-                whole = [writer.whole(*one) for writer, *one in zip(writers, texts, completions, strict=True)]
+                whole = [writer.whole(*one) for writer, *one in zip(writers, prompts, completions, strict=True)]
                 await exchange.json(whole if isinstance(body.prompt, list) and len(whole) > 1 else whole[0])
                 return
             streams = _begun(lambda index: llm.astream(prompts[index], **given), len(prompts))
@@ -402,7 +405,7 @@ class Api:
         async with self._lent(exchange, body.model) as (_, llm):
             given = await _keywords(llm, body, lambda: of_chat(body, sampling, llm), is_chat=True)
             template, tools = _template(llm), None if body.tool_choice == "none" else body.tools
-            variables = given.get("chat_template_kwargs", {})
+            variables = {**given.get("chat_template_kwargs", {}), "continue_final_message": continues(body)}
             said = template.with_arguments(messages)
             encode = partial(template.encode, llm.tokenizer, said, tools, **variables)
             count = len(await exchange.wait(asyncio.to_thread(encode)))
@@ -447,7 +450,8 @@ class Api:
 
             def render() -> str:
                 said = template.with_arguments(messages)
-                return template.render(said, body.tools, add_generation_prompt=body.add_generation_prompt, **kwargs)
+                begins = body.add_generation_prompt is not False
+                return template.render(said, body.tools, begins, continues(body), **kwargs)
 
             try:
                 text = await exchange.wait(asyncio.to_thread(render))
@@ -500,6 +504,19 @@ async def _asked(work: Any) -> mn.Completion:
             raise
         raise of_arguments(error, FIELDS) from None
     return completion
+
+
+async def _encoded(exchange: Exchange, tokenizer: mn.Tokenizer, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+    """Return prompts as ids; long ones are encoded in a thread.
+
+    Names of control tokens are those tokens, as with other servers: whoever sends a raw prompt has applied a template.
+    """
+
+    def encode() -> list[list[int]]:
+        return [tokenizer.encode(one, parse_special=True) if isinstance(one, str) else one for one in prompts]
+
+    is_long = sum(map(len, prompts)) > _LONG
+    return await exchange.wait(asyncio.to_thread(encode)) if is_long else encode()
 
 
 async def _all(works: Sequence[Any]) -> list[mn.Completion]:

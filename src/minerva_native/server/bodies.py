@@ -94,6 +94,8 @@ class ChatBody(Generation, kw_only=True):
         reasoning_effort: a variable of the chat template; "none" asks it for no reasoning.
         reasoning_format: "none" leaves the reasoning in the content.
         reasoning_budget: how many tokens of reasoning before it is ended by force; -1 for no limit.
+        continue_final_message: go on with the last message; by default if it is the assistant's.
+        add_generation_prompt: true makes a new message in any case.
         chat_template_kwargs: other variables of the chat template.
         prompt_cache_key: of no effect: what was evaluated before is found by its tokens.
     """
@@ -111,6 +113,8 @@ class ChatBody(Generation, kw_only=True):
     reasoning_effort: str | None = None
     reasoning_format: str | None = None
     reasoning_budget: Limit | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     prompt_cache_key: str | None = None
 
@@ -233,6 +237,7 @@ class TemplateBody(Struct, kw_only=True):
     Attributes:
         messages: the conversation.
         tools: functions that may be called.
+        continue_final_message: see `ChatBody`.
         add_generation_prompt: end with the beginning of an answer.
         chat_template_kwargs: other variables of the chat template.
         model: see there.
@@ -240,7 +245,8 @@ class TemplateBody(Struct, kw_only=True):
 
     messages: Messages
     tools: Tools | None = None
-    add_generation_prompt: bool = True
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     model: str | None = None
 
@@ -309,6 +315,7 @@ FIELDS = {name: name for name in SAMPLING} | {
     "top_logprobs": "top_logprobs",
     "reasoning_budget": "reasoning_budget",
     "chat_template_kwargs": "chat_template_kwargs",
+    "continue_final_message": "continue_final_message",
     "prompt": "prompt",
 }
 """The engine's names of what may be wrong with a request, and the API's."""
@@ -360,6 +367,8 @@ def of_chat(body: ChatBody, sampling: Mapping[str, Any], llm: mn.LLM) -> dict[st
             variables.setdefault("enable_thinking", False)
     if variables:
         given["chat_template_kwargs"] = variables
+    if continues(body):
+        given["continue_final_message"] = True
     if body.reasoning_format not in (None, "none", "auto", "deepseek"):
         raise wrong("reasoning_format", 'it must be "none", "auto" or "deepseek"')
     if body.reasoning_format == "none":
@@ -436,6 +445,23 @@ def _biases(given: Any, model: mn.Model) -> dict[int, Any]:
         if not 0 <= token < model.tokenizer.n_vocab:
             raise wrong("logit_bias", f"there is no token {token}: ids are from 0 to {model.tokenizer.n_vocab - 1}")
     return biases
+
+
+def continues(body: ChatBody | TemplateBody) -> bool:
+    """Say whether the answer goes on with the last message.
+
+    Raises:
+        HTTPError: it cannot, or is to do both.
+    """
+    last = body.messages[-1]
+    is_open, begins = body.continue_final_message, body.add_generation_prompt
+    if is_open and begins:
+        raise wrong("continue_final_message", "it cannot be true beside add_generation_prompt")
+    if is_open is None:
+        is_open = begins is None and last.get("role") == "assistant" and not last.get("tool_calls")
+    if is_open and [message.get("role") for message in body.messages[-2:]] == ["assistant"] * 2:
+        raise wrong("messages", "there are two messages of the assistant at the end")
+    return is_open
 
 
 def checked_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -29,7 +29,9 @@ def native_prompts(body: NativeBody, tokenizer: mn.Tokenizer) -> list[str | list
     for item in given:
         if isinstance(item, list):
             raise wrong("prompt", "it has token ids and lists of them")
-        ids += [item] if isinstance(item, int) else tokenizer.encode(_text(item), add_special=not ids)
+        ids += (
+            [item] if isinstance(item, int) else tokenizer.encode(_text(item), add_special=not ids, parse_special=True)
+        )
     return [ids]
 
 
@@ -82,10 +84,14 @@ class NativeWriter:
         self._n_tokens = 0
         self._has_new_line = False
 
-    def whole(self, prompt: str, completion: mn.Completion) -> dict[str, Any]:
+    def whole(self, prompt: list[int], completion: mn.Completion) -> dict[str, Any]:
         """Return the reply."""
         reply = self._last(completion.finish_reason, completion.context_full, completion.usage, completion.timings)
-        reply |= {"content": completion.text, "prompt": prompt, "has_new_line": "\n" in completion.text}
+        reply |= {
+            "content": completion.text,
+            "prompt": self._tokenizer.decode(prompt, special=True),
+            "has_new_line": "\n" in completion.text,
+        }
         if self._body.return_tokens:
             reply["tokens"] = completion.tokens
         if self._body.n_probs:

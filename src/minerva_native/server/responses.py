@@ -38,6 +38,7 @@ def chat_body(body: ResponseBody) -> ChatBody:
         tool_choice=body.tool_choice,
         parallel_tool_calls=body.parallel_tool_calls,
         response_format=_format((body.text or {}).get("format")),
+        add_generation_prompt=True,
         reasoning_effort=effort if isinstance(effort, str) else None,
     )
 
