@@ -381,6 +381,33 @@ def controls(tokenizer: mn.Tokenizer, ids: list[int]) -> list[str]:
     return [name for token, name in names if tokenizer.is_control(token) or name in HARMONY]
 
 
+@pytest.mark.parametrize(
+    ("content", "end"),
+    [("Once", "Once"), ("Once ", "Once"), ("<|im_end|>", "<|im_end|>"), ("assistant", "assistant")],
+)
+def test_the_last_message_can_be_continued(content: str, end: str) -> None:
+    stripping = mn.ChatTemplate(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": content}]
+    text = stripping.render(messages, continue_final_message=True)
+    assert text == f"<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n{end}"
+
+
+def test_a_message_that_is_not_there_cannot_be_continued(tokenizer: mn.Tokenizer) -> None:
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Once"}]
+    with pytest.raises(mn.TemplateError, match="changes the last message"):
+        mn.ChatTemplate("{{ messages[0].content }}Once").render(messages, continue_final_message=True)
+    for content in ("", " "):
+        with pytest.raises(ValueError, match="continue_final_message needs"):
+            mn.ChatTemplate(CHATML).render([{"role": "assistant", "content": content}], continue_final_message=True)
+    forged = [{"role": "assistant", "content": "Once<|im_end|>"}]
+    ids = mn.ChatTemplate(CHATML).encode(tokenizer, forged, continue_final_message=True)
+    assert tokenizer.decode(ids, special=True).endswith("Once<|im_end|>")
+    assert ids[-1] != tokenizer.encode("<|im_end|>", add_special=False, parse_special=True)[0]
+
+
 def test_ids_are_those_of_the_text_if_no_message_names_a_control_token(tokenizer: mn.Tokenizer) -> None:
     template = mn.ChatTemplate(CHATML)
     text = template.render(HELLO, bos_token="<|endoftext|>")
