@@ -54,7 +54,11 @@ def test_a_text_is_continued_as_by_the_engine(http: httpx.Client, llm: mn.LLM) -
     assert (reply["tokens_predicted"], reply["tokens_evaluated"]) == (6, own.usage.prompt_tokens)
     assert (reply["model"], reply["prompt"]) == ("minerva-demo", "<|endoftext|>Once upon a time")
     assert reply["timings"]["predicted_n"] == 6
-    assert reply["timings"]["prompt_n"] + reply["timings"]["cache_n"] == own.usage.prompt_tokens
+    timings = reply["timings"]
+    assert timings["prompt_n"] + timings["cache_n"] == own.usage.prompt_tokens
+    assert timings["predicted_per_second"] == pytest.approx(5e3 / timings["predicted_ms"])  # the first is the prompt's
+    single = complete(http, prompt="Once upon a time", n_predict=1)["timings"]
+    assert (single["predicted_n"], single["predicted_per_second"], single["predicted_per_token_ms"]) == (1, 0, 0)
     settings = reply["generation_settings"]
     assert (settings["temperature"], settings["n_predict"], settings["top_k"]) == (0, 6, 40)
     assert complete(http, prompt="Once upon a time", n_predict=6, **GREEDY)["tokens"] == []

@@ -36,20 +36,27 @@ DONE = b"data: [DONE]\n\n"
 
 
 def timings_of(usage: mn.Usage, timings: mn.Timings) -> dict[str, float]:
-    """Return where the time went, as llama-server says it."""
+    """Return where the time went, as llama-server says it: the first token is the prompt's, the others are steps."""
     prompt_n = usage.prompt_tokens - usage.cached_tokens
-    predicted = max(0.0, timings.total - timings.queue - timings.prefill)
+    n_steps = max(0, usage.completion_tokens - 1)
+    predicted = max(0.0, timings.total - timings.first_token) if n_steps else 0.0
     return {
         "cache_n": usage.cached_tokens,
         "prompt_n": prompt_n,
         "prompt_ms": timings.prefill * 1e3,
-        "prompt_per_second": prompt_n / timings.prefill if timings.prefill > 0 else 0.0,
+        "prompt_per_token_ms": _ratio(timings.prefill * 1e3, prompt_n),
+        "prompt_per_second": _ratio(prompt_n, timings.prefill),
         "predicted_n": usage.completion_tokens,
         "predicted_ms": predicted * 1e3,
-        "predicted_per_second": usage.completion_tokens / predicted if predicted > 0 else 0.0,
+        "predicted_per_token_ms": _ratio(predicted * 1e3, n_steps),
+        "predicted_per_second": _ratio(n_steps, predicted),
         "queue_ms": timings.queue * 1e3,
         "first_token_ms": timings.first_token * 1e3,
     }
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0
 
 
 def usage_of(usages: Usages) -> dict[str, Any]:
