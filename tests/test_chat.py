@@ -399,6 +399,10 @@ def test_a_message_that_is_not_there_cannot_be_continued(tokenizer: mn.Tokenizer
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Once"}]
     with pytest.raises(mn.TemplateError, match="changes the last message"):
         mn.ChatTemplate("{{ messages[0].content }}Once").render(messages, continue_final_message=True)
+    with pytest.raises(mn.TemplateError, match="changes the last message"):  # another message is not meant
+        mn.ChatTemplate("{{ messages[0].content }}{{ messages[1].content[1:] }}").render(
+            [{"role": "user", "content": "Once"}, {"role": "assistant", "content": "Once"}], continue_final_message=True
+        )
     for content in ("", " "):
         with pytest.raises(ValueError, match="continue_final_message needs"):
             mn.ChatTemplate(CHATML).render([{"role": "assistant", "content": content}], continue_final_message=True)

@@ -336,7 +336,7 @@ def _up_to_the_end_of(text: Text, message: Message) -> Text:
         start = text.rfind(content)
         while start >= 0:
             end = start + len(content)
-            if not any(mask[start:end]):  # the template has not written it
+            if not any(mask[start:end]) and all(mask[end:]):  # nobody but the template has written what comes after
                 return text[:end]
             start = text.rfind(content, 0, end - 1)
     raise TemplateError("the chat template changes the last message, so that it cannot be continued")

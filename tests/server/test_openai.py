@@ -174,13 +174,14 @@ def served_here() -> Iterator[tuple[Served, mn.LLM]]:
     def load(source: Source) -> mn.LLM:
         raise AssertionError("the model is loaded")
 
-    models = Models([Source(name=MODEL, path=mn.DEMO_PATH, size_bytes=1)], load, lambda *_: None, 1)
+    metrics = mn.Metrics()
+    models = Models([Source(name=MODEL, path=mn.DEMO_PATH, size_bytes=1)], load, metrics, 1)
     llm = mn.LLM(mn.DEMO_PATH, n_ctx=16384, n_threads=1, gpu_layers=0)
     models.adopt(MODEL, llm)
     settings = Settings(keys=["key"])
     listening = running.tcp_socket("127.0.0.1", 0)
     config = uvicorn.Config(
-        create_app(models, settings, lambda access: None),
+        create_app(models, metrics, settings, lambda access: None),
         http=connection_class(settings),
         log_config=None,
         lifespan="on",

@@ -317,6 +317,7 @@ FIELDS = {name: name for name in SAMPLING} | {
     "chat_template_kwargs": "chat_template_kwargs",
     "continue_final_message": "continue_final_message",
     "prompt": "prompt",
+    "echo": "echo",
 }
 """The engine's names of what may be wrong with a request, and the API's."""
 
