@@ -269,6 +269,8 @@ class _Log:
                 "pid": os.getpid(),
             }
             print(as_json(facts), flush=True)
+            if options.quiet:
+                return
         where = f", {placed}" if placed else ""
         self.line("serving", f"{url} has {', '.join(models)}{where}, {options.parallel} requests at once")
         if token is not None and options.api_key_file is None and not options.json:
