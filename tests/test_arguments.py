@@ -175,6 +175,15 @@ def copy_a_little(size_bytes: Any) -> object:
     return None if is_long else mn.devices()[0].copy_bandwidth(size_bytes)
 
 
+def listen_briefly(**arguments: Any) -> None:
+    """Be a worker that ends as soon as it listens."""
+
+    def end(address: str, devices: list[mn.Device]) -> None:
+        raise mn.Cancelled("it is not to stay")
+
+    mn.rpc_worker(**arguments, on_listening=end)
+
+
 DRAWN: dict[str, Any] = {"logits": LOGITS, "tokens": IDS, "mask": None}
 SCORED: dict[str, Any] = {"logits": LOGITS, "token": 3}
 SAMPLER = mn.Sampler(
@@ -327,12 +336,20 @@ CALLS: dict[str, Call] = {
     "cpu_quota": Call(
         lambda room: mn.cpu_quota, lambda room: {"root": room.folder, "membership": room.folder / "text"}
     ),
+    "rpc_worker": Call(
+        lambda room: listen_briefly,
+        lambda room: {"host": "127.0.0.1", "port": 0, "n_threads": 1, "devices": None},
+        reads_files=True,
+    ),
+    "devices_at": fixed(mn.devices_at, {"endpoints": [], "timeout": 10.0}, "rpc"),
     "Model.load": Call(
         lambda room: close_after(mn.Model.load),
         lambda room: {
             "path": mn.DEMO_PATH,
             "gpu_layers": "auto",
             "devices": None,
+            "rpc": (),
+            "rpc_timeout": 300.0,
             "split_mode": "layer",
             "main_gpu": None,
             "tensor_split": None,

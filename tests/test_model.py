@@ -27,9 +27,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         def __getattr__(self, name: str) -> Any:
             return getattr(lib, name)
 
-        def minerva_model_load(self, paths: Any, count: int, parameters: Any) -> Any:
+        def minerva_model_load(self, paths: Any, count: int, parameters: Any, connections: Any) -> Any:
             found.append(ffi.new("struct llama_model_params *", parameters[0]))
-            return load(paths, count, parameters)
+            return load(paths, count, parameters, connections)
 
     monkeypatch.setattr(model_module, "lib", Watched())
     return found
@@ -147,7 +147,7 @@ def test_the_split_mode_reaches_libllama(path: Path, asked: list[Any], mode: str
 
 
 def test_shares_and_the_main_gpu_reach_libllama(path: Path, asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_module, "n_offload_devices", lambda chosen: 2)
+    monkeypatch.setattr(model_module, "gpus", lambda: [ffi.NULL, ffi.NULL])
     mn.Model.load(path, tensor_split=[3, 1], main_gpu=1, gpu_layers=0).close()
     assert asked[0].main_gpu == 1
     assert [asked[0].tensor_split[index] for index in range(lib.llama_max_devices())][:3] == [3.0, 1.0, 0.0][

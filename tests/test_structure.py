@@ -29,6 +29,7 @@ LAYERS = {
     "check": 3,
     "tokenizer": 2,
     "options": 2,
+    "rpc": 3,
     "model": 4,
     "engine": 4,
     "sampling": 4,

@@ -20,7 +20,7 @@ if minerva_command.is_run_as_a_module(__name__):
     minerva_command.leave_on_ctrl_c()  # the imports below take most of the time before `__main__` runs
 
 from .context import Context, Memory, Stats
-from .devices import Device, available_cpus, build_info, cpu_quota, devices
+from .devices import Device, Placement, available_cpus, build_info, cpu_quota, devices
 from .errors import (
     BackendError,
     BrokenContextError,
@@ -47,6 +47,7 @@ from .generation import Step, generate
 from .gguf import GGUF
 from .model import DEMO_PATH, Model
 from .options import FLASH_ATTENTION, KV_TYPES, ContextOptions
+from .rpc import devices_at, rpc_worker
 from .sampling import Sampler, SamplingParams, logprob, top_logprobs
 from .sequence import Sequence
 from .tokenizer import StreamDecoder, Tokenizer
@@ -112,6 +113,7 @@ __all__ = [
     "OpenAIBackend",
     "OpenTelemetry",
     "OptionError",
+    "Placement",
     "PromptFiles",
     "ReentryError",
     "RequestOptions",
@@ -140,9 +142,11 @@ __all__ = [
     "connect",
     "cpu_quota",
     "devices",
+    "devices_at",
     "generate",
     "logprob",
     "read_tools",
+    "rpc_worker",
     "top_logprobs",
 ]
 

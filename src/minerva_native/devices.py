@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ._arguments import file_path, integer, what
-from ._binding import BUILD_INFO, ffi, lib, text
+from ._binding import BUILD_INFO, ffi, lib, text, thrown
 from .errors import DeviceError
 
 TYPES = {
@@ -32,8 +32,8 @@ class Device:
     Attributes:
         name: libllama's name, such as "CUDA0", which `Model.load(devices=[...])` takes.
         description: the name of the hardware.
-        type: "cpu", "gpu", "igpu" (shares the machine's memory), "accel" (works beside the CPU, such as BLAS) or
-            "other".
+        type: "cpu", "gpu", "igpu" (shares the machine's memory), "accel" (works beside the CPU, such as BLAS), "rpc" (is
+            behind an RPC worker, whose address is the description) or "other".
         memory_total_bytes: the size of its memory.
         memory_free_bytes: how much of it was free when the device was listed.
     """
@@ -55,7 +55,7 @@ class Device:
         pointer = _by_name().get(self.name)
         if pointer is None:
             raise DeviceError(f"there is no device {self.name!r} here")
-        free = _describe(pointer).memory_free_bytes
+        free = described(pointer).memory_free_bytes
         if 2 * size_bytes > free > 0:
             raise DeviceError(f"{self.name} has {free:,} free bytes: no room for two buffers of {size_bytes:,}")
         best = 0.0
@@ -68,6 +68,25 @@ class Device:
                 rate = 2 * size_bytes * _COPY_TIMES / (time.perf_counter() - before)
                 best = max(best, rate if round_ else 0.0)  # the first round is a warm-up
         return best
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What of a model is on a device.
+
+    Attributes:
+        device: libllama's name of the device; "CPU" for all that is in this machine's memory.
+        description: the name of the hardware, or the address of an RPC worker.
+        layers: how many layers it has.
+        has_output: whether it computes the logits.
+        size_bytes: the size of its weights.
+    """
+
+    device: str
+    description: str
+    layers: int
+    has_output: bool
+    size_bytes: int
 
 
 def initialise() -> None:
@@ -94,7 +113,7 @@ if hasattr(os, "register_at_fork"):
 
 def devices() -> list[Device]:
     """Return every device of this machine that this build can use, including the CPU."""
-    return [_describe(pointer) for pointer in _pointers()]
+    return [described(pointer) for pointer in on_this_machine()]
 
 
 def build_info() -> dict[str, Any]:
@@ -108,35 +127,44 @@ def build_info() -> dict[str, Any]:
     }
 
 
-def has_gpu() -> bool:
-    """Return whether there is a device other than the CPU that layers can go to."""
-    initialise()
-    return bool(lib.llama_supports_gpu_offload())
+def gpus() -> list[Any]:
+    """Return libllama's devices of this machine that it would put layers on without being told which."""
+    kinds = [(pointer, described(pointer).type) for pointer in on_this_machine()]
+    dedicated = [pointer for pointer, kind in kinds if kind == "gpu"]
+    return dedicated or [pointer for pointer, kind in kinds if kind == "igpu"]  # if there are no others
+
+
+def placement(model: Any, n_layer: int) -> list[Placement]:
+    """Return what of a loaded `llama_model *` is where; the CPU is first."""
+    owners = [lib.minerva_layer_device(model, layer) for layer in range(n_layer + 1)]
+    found = []
+    for pointer in [ffi.NULL, *dict.fromkeys(owner for owner in owners if owner != ffi.NULL)]:
+        name, description = ("CPU", "this machine's memory")
+        if pointer != ffi.NULL:
+            name, description = text(lib.ggml_backend_dev_name(pointer)), text(lib.ggml_backend_dev_description(pointer))
+        layers = sum(owner == pointer for owner in owners[:-1])
+        size = lib.minerva_device_bytes(model, pointer)
+        found.append(Placement(name, description, layers, owners[-1] == pointer, size))
+    return found
 
 
 def _by_name() -> dict[str, Any]:
-    return {_describe(pointer).name: pointer for pointer in _pointers()}
+    return {described(pointer).name: pointer for pointer in on_this_machine()}
 
 
-def select(names: list[str]) -> Any:
-    """Return libllama's NULL-terminated array of the named devices; raise `DeviceError` if there is no such device."""
+def select(names: list[str], *, offload: bool = True) -> list[Any]:
+    """Return libllama's devices of these names, without the CPU if it is for `offload`.
+
+    Raises `DeviceError` if there is no such device.
+    """
     known = _by_name()
     for name in names:
         if not isinstance(name, str):
             raise TypeError(f"devices must be names, such as {next(iter(known))!r}, not {what(name)}")
         if name not in known:
             raise DeviceError(f"there is no device {name!r} here; this build has {', '.join(known)}")
-    # libllama uses the CPU anyway, and accepts only offload devices in this list.
-    chosen = [known[name] for name in names if _describe(known[name]).type != "cpu"]
-    return ffi.new("ggml_backend_dev_t[]", [*chosen, ffi.NULL])
-
-
-def n_offload_devices(chosen: Any) -> int:
-    """Return how many devices libllama puts layers on: those that were chosen, or all GPUs."""
-    if chosen != ffi.NULL:
-        return len(chosen) - 1
-    types = [device.type for device in devices()]
-    return types.count("gpu") or types.count("igpu")  # integrated ones only if there are no others
+    # libllama uses the CPU anyway, and accepts only offload devices.
+    return [known[name] for name in names if not offload or described(known[name]).type != "cpu"]
 
 
 def available_cpus() -> int:
@@ -150,18 +178,22 @@ def physical_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _pointers() -> list[Any]:
+def on_this_machine() -> list[Any]:
+    """Return libllama's devices of this machine, including the CPU."""
     initialise()
     return [lib.ggml_backend_dev_get(index) for index in range(lib.ggml_backend_dev_count())]
 
 
-def _describe(pointer: Any) -> Device:
+def described(pointer: Any) -> Device:
+    """Return what is known of one of libllama's devices; raise `DeviceError` if it is a worker's, and that is lost."""
     free, total = ffi.new("size_t *"), ffi.new("size_t *")
-    lib.ggml_backend_dev_memory(pointer, free, total)
+    if lib.minerva_device_memory(pointer, free, total):
+        raise DeviceError(thrown())
+    is_remote = text(lib.ggml_backend_reg_name(lib.ggml_backend_dev_backend_reg(pointer))) == "RPC"
     return Device(
         text(lib.ggml_backend_dev_name(pointer)),
         text(lib.ggml_backend_dev_description(pointer)),
-        TYPES.get(lib.ggml_backend_dev_type(pointer), "other"),
+        "rpc" if is_remote else TYPES.get(lib.ggml_backend_dev_type(pointer), "other"),
         total[0],
         free[0],
     )

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, NoReturn, ParamSpec
 
 from ._arguments import flag, function, integer, many, number
 from ._arguments import path as as_path
-from ._binding import BUILD_INFO, callbacks, ffi, lib, text, thrown
+from ._binding import BUILD_INFO, callbacks, ffi, is_lost, lib, text, thrown
 from ._handle import Handle
 from .check import check_loaded, check_model
-from .devices import has_gpu, n_offload_devices, select
+from . import rpc as workers
+from .devices import Placement, gpus, placement, select
 from .errors import Cancelled, DeviceError, ModelLoadError, StateError
 from .gguf import GGUF, Metadata, Override, checked_overrides, open_parts
 from .options import ContextOptions
@@ -66,6 +67,7 @@ class Model:
     tokenizer: Tokenizer
     gpu_layers: int  # how many layers were offered to a GPU
 
+    connections: Any  # libllama's, to the RPC workers that have layers of it
     kv_overrides: dict[str, Override]  # what `Model.load` was told to use instead of the file's metadata
 
     def __init__(
@@ -75,9 +77,10 @@ class Model:
         gpu_layers: int,
         vocab_only: bool,
         kv_overrides: dict[str, Override],
+        connections: Any = ffi.NULL,
     ):
         self.path, self._parts, self._handle, self.vocab_only = parts[0].path, parts, handle, vocab_only
-        self.kv_overrides = kv_overrides
+        self.kv_overrides, self.connections = kv_overrides, connections
         self._contexts: weakref.WeakSet[Context] = weakref.WeakSet()
         self.tokenizer = Tokenizer(handle, parts[0].metadata)
         with handle as pointer:  # a context with YaRN changes libllama's own number
@@ -92,6 +95,8 @@ class Model:
         *,
         gpu_layers: Literal["auto"] | int = "auto",
         devices: Sequence[str] | None = None,
+        rpc: Sequence[str] = (),
+        rpc_timeout: float = workers.DEFAULT_TIMEOUT,
         split_mode: str = "layer",
         main_gpu: int | None = None,
         tensor_split: Sequence[float] | None = None,
@@ -109,6 +114,9 @@ class Model:
             gpu_layers: how many layers to put on a GPU; "auto" puts all of them there if there is one, -1 does without
                 a choice.
             devices: names from `minerva_native.devices()`; all by default, none for the CPU alone.
+            rpc: the RPC workers that take layers too, as "host:port" (see `rpc_worker`). What they are sent is neither
+                encrypted nor authenticated.
+            rpc_timeout: how many seconds a worker may be silent while something is asked of it, before it is given up.
             split_mode: how several GPUs share the model: "none" (one has it), "layer", "row" or "tensor".
             main_gpu: the index of the GPU that has the whole model with split_mode="none".
             tensor_split: the share of each GPU, such as [3, 1]; by default as they have free memory.
@@ -125,7 +133,7 @@ class Model:
 
         Raises:
             ModelLoadError: there is no model in that file.
-            DeviceError: a GPU was asked for that is not there.
+            DeviceError: a GPU was asked for that is not there, or an RPC worker cannot be reached.
             Cancelled: `on_progress` returned False.
             TypeError, ValueError: an argument is of the wrong type or out of range.
         """
@@ -143,12 +151,14 @@ class Model:
         parameters = ffi.new("struct llama_model_params *", lib.llama_model_default_params())
         if isinstance(devices, str):
             raise TypeError(f"devices must be a list of names, not a str: [{devices!r}]")
-        chosen = select(list(many("devices", devices))) if devices is not None else ffi.NULL
-        layers = _resolve_gpu_layers(gpu_layers, has_gpu() and (devices is None or len(chosen) > 1))
+        local = gpus() if devices is None else select(list(many("devices", devices)))
+        # Workers come first, as in llama.cpp: what follows them is sent over the network once.
+        chosen = [*workers.connect(rpc, rpc_timeout), *local]
+        layers = _resolve_gpu_layers(gpu_layers, bool(chosen))
         if not isinstance(split_mode, str) or split_mode not in _SPLIT_MODES:
             raise ValueError(f"split_mode must be one of {', '.join(_SPLIT_MODES)}, not {split_mode!r}")
         parameters.split_mode = _SPLIT_MODES[split_mode]
-        n_gpus = n_offload_devices(chosen)
+        n_gpus = len(chosen)
         if main_gpu is not None:
             parameters.main_gpu = integer("main_gpu", main_gpu, 0, 2**31 - 1)
             if parameters.main_gpu >= max(1, n_gpus):  # 0 is what it is anyway
@@ -166,7 +176,8 @@ class Model:
             return not stopped
 
         watcher = ffi.new_handle(watch)
-        parameters.devices = chosen
+        offered = ffi.new("ggml_backend_dev_t[]", [*chosen, ffi.NULL])
+        parameters.devices = ffi.NULL if devices is None and not rpc else offered
         parameters.n_gpu_layers = layers
         mmap = mmap and all(part.can_be_mapped for part in parts)
         parameters.load_mode = _LOAD_MODES[mmap, mlock]
@@ -175,11 +186,15 @@ class Model:
         parameters.progress_callback_user_data = watcher
         with callbacks.captured_errors() as errors:
             names = [ffi.new("char[]", os.fsencode(one)) for one in paths]
-            pointer = lib.minerva_model_load(ffi.new("const char *[]", names), len(names), parameters)
+            connections = ffi.new("minerva_connections **")
+            pointer = lib.minerva_model_load(ffi.new("const char *[]", names), len(names), parameters, connections)
+        needed = ffi.gc(connections[0], lib.minerva_connections_free) if connections[0] != ffi.NULL else ffi.NULL
         handle = Handle("Model", pointer, lib.llama_model_free) if pointer != ffi.NULL else None
         callbacks.raise_kept()
         if stopped:
             raise Cancelled("loading was stopped by on_progress")
+        if handle is None and is_lost():
+            raise DeviceError(f"{paths[0]} cannot be loaded: {thrown()}")
         if handle is None:
             why = thrown() or callbacks.reason(errors, "libllama gives no reason")
             raise ModelLoadError(
@@ -189,7 +204,7 @@ class Model:
         if facts and not vocab_only:
             with handle as model:
                 check_loaded(facts, lib.llama_model_rope_type(model))
-        return cls(parts, handle, layers, vocab_only, overrides)
+        return cls(parts, handle, layers, vocab_only, overrides, needed)
 
     @classmethod
     def demo(cls, *, gpu_layers: Literal["auto"] | int = "auto") -> Self:
@@ -310,6 +325,12 @@ class Model:
         if self.vocab_only:
             return sum(tensor.size_bytes for part in self._parts for tensor in part.tensors)
         return self._fact(lib.llama_model_size)
+
+    @property
+    def placement(self) -> list[Placement]:
+        """What of the model is on which device: the CPU first, then those that have layers or the output."""
+        with self._handle as model:
+            return [] if self.vocab_only else placement(model, self.n_layer)
 
     @property
     def n_embd(self) -> int:

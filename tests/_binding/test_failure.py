@@ -35,7 +35,7 @@ class Bare:
         parameters.n_ctx, parameters.n_seq_max, parameters.kv_unified = 256 * N_SEQ, N_SEQ, True
         parameters.n_threads = parameters.n_threads_batch = n_threads
         with model.raw() as pointer:
-            context = lib.minerva_context_new(pointer, parameters)
+            context = lib.minerva_context_new(pointer, parameters, ffi.NULL)
         assert context != ffi.NULL
         self.decoder = ffi.new("minerva_decoder *", {"context": context})
         assert lib.minerva_threads_set(self.decoder, n_threads, n_threads) == 0

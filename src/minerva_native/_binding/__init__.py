@@ -12,7 +12,7 @@ except ImportError as error:
 
 from . import callbacks
 
-__all__ = ["BUILD_INFO", "callbacks", "ffi", "lib", "text", "thrown"]
+__all__ = ["BUILD_INFO", "callbacks", "ffi", "is_lost", "lib", "text", "thrown"]
 
 
 def text(pointer: Any) -> str:
@@ -24,3 +24,8 @@ def thrown() -> str:
     """Return what the last guarded call on this thread threw (see hooks.h), or an empty string."""
     callbacks.end_at_exit()
     return text(lib.minerva_thrown()) if lib.minerva_thrown_cause() != lib.MINERVA_NOTHING else ""
+
+
+def is_lost() -> bool:
+    """Return whether the last guarded call on this thread has failed because an RPC worker was lost."""
+    return lib.minerva_thrown_cause() == lib.MINERVA_LOST

@@ -219,9 +219,28 @@ void Call::fail() {
     }
 }
 
+void Call::lose(const std::string & why) {
+    note(MINERVA_LOST, why.c_str());
+    fail();
+    throw Lost(why);
+}
+
+bool Call::wants_to_stop() {
+    const minerva_abort_state * state = decoder_ != nullptr ? decoder_->abort : nullptr;
+    is_stopped_ = is_stopped_ || is_ending || (state != nullptr && state->cancelled) ||
+                  minerva_on_poll(state != nullptr ? state->data : nullptr);
+    return is_stopped_;
+}
+
+Call * current_call() {
+    return this_call;
+}
+
 void Call::explain() {
     try {
         throw;
+    } catch (const Lost & error) {
+        note(MINERVA_LOST, error.what());
     } catch (const Assertion & error) {
         note(MINERVA_ASSERTION, error.what());
     } catch (const std::length_error &) {  // a vector of more than it can ever hold

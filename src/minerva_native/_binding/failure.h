@@ -11,6 +11,7 @@
 #include <mutex>
 #include <new>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include <cxxabi.h>
@@ -19,6 +20,11 @@
 namespace minerva {
 
 struct Assertion : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+// A worker, on another machine, that cannot be reached (see rpc.cpp).
+struct Lost : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
@@ -75,6 +81,10 @@ class Call {
     bool has_failed() const { return computes_ && decoder_->failed; }
     void fail();     // called before anything is unwound, if possible
     void explain();  // in a handler: notes for `minerva_thrown` what was caught
+    [[noreturn]] void lose(const std::string & why);
+
+    bool wants_to_stop();  // asks Python, and remembers
+    const minerva_connections * connections() const { return decoder_ != nullptr ? decoder_->connections : nullptr; }
 
   private:
     Call * outer_;
@@ -82,7 +92,10 @@ class Call {
     minerva_decoder * decoder_;
     bool computes_;
     bool is_refused_ = false;
+    bool is_stopped_ = false;
 };
+
+Call * current_call();  // of this thread, or a null pointer
 
 template <class Result, class Work>
 Result guarded(Result if_thrown, minerva_decoder * decoder, bool computes, Work work) {
@@ -106,6 +119,14 @@ Result guarded(Result if_thrown, minerva_decoder * decoder, bool computes, Work 
 template <class Result, class Work> Result guarded(Result if_thrown, Work work) {
     return guarded(if_thrown, nullptr, false, work);
 }
+
+namespace rpc {
+
+void begin(const minerva_connections * wanted);  // notes from now on which connections this thread uses,
+minerva_connections * taken();                   // hands them over, or a null pointer if there are none,
+void check_taken();                              // or throws if there are others than those that were wanted
+
+}  // namespace rpc
 
 }  // namespace minerva
 

@@ -1,5 +1,7 @@
 #include "failure.h"
 
+#include <llama-model.h>
+
 #include <algorithm>
 #include <cstring>
 #include <deque>
@@ -91,11 +93,16 @@ static bool has_small_stack() {
 
 // ---- Models, contexts and texts -------------------------------------------------------------------------------------
 
-struct llama_model * minerva_model_load(
-    const char ** paths, size_t n_paths, const struct llama_model_params * parameters) {
+struct llama_model * minerva_model_load(const char ** paths, size_t n_paths,
+                                        const struct llama_model_params * parameters,
+                                        minerva_connections ** connections) {
+    *connections = nullptr;
     return guarded<llama_model *>(nullptr, [&] {
-        return n_paths == 1 ? llama_model_load_from_file(paths[0], *parameters)
-                            : llama_model_load_from_splits(paths, n_paths, *parameters);
+        minerva::rpc::begin(nullptr);
+        llama_model * model = n_paths == 1 ? llama_model_load_from_file(paths[0], *parameters)
+                                           : llama_model_load_from_splits(paths, n_paths, *parameters);
+        *connections = minerva::rpc::taken();
+        return model;
     });
 }
 
@@ -103,12 +110,20 @@ struct gguf_context * minerva_gguf_init(const char * path, const struct gguf_ini
     return guarded<gguf_context *>(nullptr, [&] { return gguf_init_from_file(path, *parameters); });
 }
 
-struct llama_context * minerva_context_new(struct llama_model * model, const struct llama_context_params * parameters) {
+struct llama_context * minerva_context_new(struct llama_model * model, const struct llama_context_params * parameters,
+                                           const minerva_connections * of_model) {
     return guarded<llama_context *>(nullptr, [&] {
         if (has_small_stack()) {
             throw std::runtime_error("this thread's stack is too small: give it a megabyte (threading.stack_size)");
         }
-        return llama_init_from_model(model, *parameters);
+        minerva::rpc::begin(of_model);
+        llama_context * context = llama_init_from_model(model, *parameters);
+        if (context != nullptr) {
+            std::unique_ptr<llama_context, void (*)(llama_context *)> owned(context, llama_free);
+            minerva::rpc::check_taken();
+            owned.release();
+        }
+        return context;
     });
 }
 
@@ -341,4 +356,32 @@ extern "C" void minerva_tensor_set(struct ggml_tensor * tensor, const void * dat
         return;
     }
     ggml_backend_tensor_set(tensor, data, offset, size);
+}
+
+// ---- Devices ---------------------------------------------------------------------------------------------------------
+
+int32_t minerva_device_memory(ggml_backend_dev_t device, size_t * free_bytes, size_t * total_bytes) {
+    return guarded<int32_t>(MINERVA_THREW, [&] {
+        ggml_backend_dev_memory(device, free_bytes, total_bytes);
+        return 0;
+    });
+}
+
+ggml_backend_dev_t minerva_layer_device(const struct llama_model * model, int32_t layer) {
+    return guarded<ggml_backend_dev_t>(nullptr, [&] {
+        ggml_backend_dev_t device = layer < int32_t(model->hparams.n_layer()) ? model->dev_layer(layer) : model->dev_output();
+        return device == nullptr || ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU ? nullptr : device;
+    });
+}
+
+int64_t minerva_device_bytes(const struct llama_model * model, ggml_backend_dev_t device) {
+    return guarded<int64_t>(MINERVA_THREW, [&] {
+        int64_t total = 0;
+        for (const auto & [type, size] : model->memory_breakdown()) {
+            ggml_backend_dev_t owner = ggml_backend_buft_get_device(type);
+            const bool is_cpu = owner == nullptr || ggml_backend_dev_type(owner) == GGML_BACKEND_DEVICE_TYPE_CPU;
+            total += (is_cpu ? nullptr : owner) == device ? int64_t(size) : 0;
+        }
+        return total;
+    });
 }

@@ -63,15 +63,23 @@ enum minerva_cause {
     MINERVA_ENDING,     // the interpreter is shutting down
     MINERVA_FAILED,     // an earlier computation has broken the context
     MINERVA_INHERITED,  // the context belongs to the process that this one was forked from
+    MINERVA_LOST,       // an RPC worker cannot be reached, or not any more
 };
 
 enum minerva_cause minerva_thrown_cause(void);
 const char * minerva_thrown(void);
 
-struct llama_model * minerva_model_load(
-    const char ** paths, size_t n_paths, const struct llama_model_params * parameters);
+// The connections to RPC workers that a model needs.
+typedef struct minerva_connections minerva_connections;
+
+// `connections`: set to those that loading has used, for `minerva_connections_free`, or to NULL.
+struct llama_model * minerva_model_load(const char ** paths, size_t n_paths,
+                                        const struct llama_model_params * parameters,
+                                        minerva_connections ** connections);
 struct gguf_context * minerva_gguf_init(const char * path, const struct gguf_init_params * parameters);
-struct llama_context * minerva_context_new(struct llama_model * model, const struct llama_context_params * parameters);
+struct llama_context * minerva_context_new(struct llama_model * model, const struct llama_context_params * parameters,
+                                           const minerva_connections * of_model);
+void minerva_connections_free(minerva_connections * connections);
 
 // An array of strings of a GGUF file, each as libllama reads it as a token: up to its first NUL, and "[EMPTY_n]" for an
 // empty one. Of two equal ones, `first` and `second` are the indices; -1 if there are none. `squares` and `cubes` are sums
@@ -102,6 +110,8 @@ typedef struct {
     void * threads;  // from `minerva_threads_set`, or NULL
     int failed;      // whether something was thrown in a computation: from then on every call is refused,
     char why[512];   // and this was thrown
+    minerva_abort_state * abort;               // what asks a call that waits for an RPC worker to stop, or NULL
+    const minerva_connections * connections;  // those of its model, or NULL
 } minerva_decoder;
 
 // Give a context worker threads of its own, and take them away, which has to come before `llama_free`. A single token is
@@ -134,6 +144,28 @@ int64_t minerva_state_read(minerva_decoder * decoder, int32_t sequence_id, uint3
 // it would spoil all others, because attention multiplies what it has masked by 0, and NaN times 0 is NaN.
 int64_t minerva_state_write(minerva_decoder * decoder, int32_t sequence_id, uint32_t flags, const uint8_t * state,
                             int64_t size, bool check);
+
+// ---- Devices ---------------------------------------------------------------------------------------------------------
+
+// How much memory a device has: 0 or MINERVA_THREW.
+int32_t minerva_device_memory(ggml_backend_dev_t device, size_t * free_bytes, size_t * total_bytes);
+
+// Where a model is: the device of a layer (the one after the last is the output), NULL for the CPU, and how many bytes of
+// weights a device has.
+ggml_backend_dev_t minerva_layer_device(const struct llama_model * model, int32_t layer);
+int64_t minerva_device_bytes(const struct llama_model * model, ggml_backend_dev_t device);
+
+// ---- RPC -------------------------------------------------------------------------------------------------------------
+
+bool minerva_has_rpc(void);
+
+// Get the devices of the worker at "host:port"; returns how many, or MINERVA_THREW. `timeout_us`: how long it may be silent
+// while something is asked of it.
+int32_t minerva_rpc_add(const char * endpoint, int64_t timeout_us, ggml_backend_dev_t * devices, int32_t capacity);
+
+// Be a worker on a listening socket, until a signal handler raises an exception.
+int32_t minerva_rpc_serve(int fd, const char * endpoint, int32_t n_threads, int32_t n_devices,
+                          ggml_backend_dev_t * devices);
 
 // ---- The calling thread ---------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from minerva_native import ContextError, DeviceError, MinervaError, SamplingError, TokenizerError, __version__
 
-from . import bench, cache, chat, devices, generate, info, pull, serve, tokenize
+from . import bench, cache, chat, devices, generate, info, pull, rpc_worker, serve, tokenize
 from .messages import printable, say, shown_log
 from .options import add_verbosity
 
@@ -24,6 +24,7 @@ COMMANDS = {
     "info": info,
     "devices": devices,
     "tokenize": tokenize,
+    "rpc-worker": rpc_worker,
 }
 
 

@@ -1,6 +1,7 @@
 """Show the build, and what a model's file says about it."""
 
 import argparse
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,13 +22,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the build, and the model."""
-    with load_model(options, vocab_only=True) as model:
+    with load_model(options, vocab_only=not options.rpc) as model:  # where weights go is known once they are there
         build, facts, metadata = mn.build_info(), model_facts(model), dict(model.metadata)
+        placement = {part.device: part for part in model.placement}
     if options.json:
-        print(as_json({"version": mn.__version__, "build": build, "model": facts, "metadata": metadata}))
+        where = {"placement": [dataclasses.asdict(part) for part in placement.values()]} if placement else {}
+        print(as_json({"version": mn.__version__, "build": build, "model": facts, **where, "metadata": metadata}))
         return 0
     print(f"minerva-native {mn.__version__}")
-    for section in (build, for_people(facts), metadata):
+    places = {name: placed(part) for name, part in placement.items()}
+    for section in (build, for_people(facts), *([places] if places else []), metadata):
         print()
         print_section({printable(name): summary(value) for name, value in section.items()}, room())
     return 0
@@ -61,6 +65,12 @@ def for_people(facts: Mapping[str, Any]) -> dict[str, str]:
         "trained context": f"{facts['n_ctx_train']:,} tokens",
         "vocabulary": f"{facts['n_vocab']:,} tokens, {facts['vocabulary']}",
     }
+
+
+def placed(part: mn.Placement) -> str:
+    """Return what of a model is on a device."""
+    output = " and the output" if part.has_output else ""
+    return f"{part.layers:,} layers{output}, {size(part.size_bytes)} ({part.description})"
 
 
 def print_section(texts: Mapping[str, str], width: int | None) -> None:

@@ -20,6 +20,18 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--model", type=file_name, metavar="FILE", help=model)
     layers = "layers to put on a GPU; -1 for all, auto for all if there is a GPU (default)"
     parser.add_argument("-ngl", "--gpu-layers", type=gpu_layers, default="auto", metavar="N", help=layers)
+    add_rpc(parser)
+
+
+def add_rpc(parser: argparse.ArgumentParser) -> None:
+    """Add `--rpc`."""
+    workers = "RPC workers that take layers of the model too (see minerva rpc-worker)"
+    parser.add_argument("--rpc", type=endpoints, metavar="HOST:PORT,...", help=workers)
+
+
+def endpoints(text: str) -> list[str]:
+    """Parse `--rpc`."""
+    return [endpoint for endpoint in text.split(",") if endpoint]
 
 
 def load_model(options: argparse.Namespace, vocab_only: bool = False) -> Model:
@@ -40,6 +52,7 @@ def load_model(options: argparse.Namespace, vocab_only: bool = False) -> Model:
 
 
 LOADING_FLAGS = {
+    "rpc": "--rpc",
     "kv_overrides": "--override-kv",
     "mlock": "--mlock",
     "split_mode": "-sm",

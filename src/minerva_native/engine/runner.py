@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .._binding import callbacks, ffi, lib, thrown
+from .._binding import callbacks, ffi, is_lost, lib, thrown
 from .._handle import Handle
-from ..errors import BrokenContextError, Cancelled, ContextError, DecodeError
+from ..errors import BrokenContextError, Cancelled, ContextError, DecodeError, DeviceError
 from ..options import CELLS_STEP, ROPE_NUMBERS, ROPE_SCALING_TYPES, ContextOptions, ggml_type
 from .gate import CancelToken, check
 
@@ -84,7 +84,8 @@ class Runner:
         self._watch = Watch()
         self._watch_handle = ffi.new_handle(self._watch)
         self._abort = ffi.new("minerva_abort_state *", {"poll_interval_us": _POLL_US, "data": self._watch_handle})
-        self.decoder = ffi.new("minerva_decoder *")
+        self.decoder = ffi.new("minerva_decoder *", {"abort": self._abort, "connections": model.connections})
+        self._is_lost = False  # with an RPC worker
         self.handle = self._make()
         with model.raw() as pointer:
             self.has_decoder = bool(lib.llama_model_has_decoder(pointer))
@@ -122,9 +123,11 @@ class Runner:
         parameters.abort_callback_data = self._abort
         with model.raw() as model_pointer, contextlib.ExitStack() as undo:
             with callbacks.captured_errors() as errors:
-                pointer = lib.minerva_context_new(model_pointer, parameters)
+                pointer = lib.minerva_context_new(model_pointer, parameters, model.connections)
             if pointer == ffi.NULL:
                 callbacks.raise_kept()
+                if is_lost():
+                    raise DeviceError(f"no context could be made: {thrown()}; close the model and load it again")
                 why = thrown() or callbacks.reason(errors, "libllama gives no reason")
                 raise ContextError(
                     f"no context could be made with n_ctx={options.n_ctx}, n_batch={options.n_batch}, n_seq={n_seq}, "
@@ -215,7 +218,9 @@ class Runner:
 
     def broken(self) -> BrokenContextError:
         """Return the error for a guarded call that threw, or was refused because an earlier one did."""
-        return BrokenContextError(f"this context cannot be used any more ({thrown()}): close it and make another")
+        self._is_lost |= is_lost()
+        remedy = "close the model and load it again" if self._is_lost else "close it and make another"
+        return BrokenContextError(f"this context cannot be used any more ({thrown()}): {remedy}")
 
 
 class Batch:
