@@ -42,7 +42,10 @@ class Worker:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.communicate(timeout=60)
+        self.process.wait(60)
+        for pipe in (self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                pipe.close()
 
 
 @pytest.fixture
@@ -278,7 +281,7 @@ def test_a_cancelled_call_leaves_a_worker_that_answers_alone(two: list[str], tol
 
 def test_nobody_there() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        endpoint = "127.0.0.1:{}".format(listener.getsockname()[1])
+        endpoint = f"127.0.0.1:{listener.getsockname()[1]}"
     with pytest.raises(mn.DeviceError) as caught:
         load(endpoint)
     sentence = f"the RPC worker at {endpoint} cannot be reached (Connection refused): "
@@ -315,7 +318,7 @@ def liar(*answers: bytes) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=serve)
         thread.start()
-        yield "127.0.0.1:{}".format(listener.getsockname()[1])
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
         listener.shutdown(socket.SHUT_RDWR)
     thread.join(30)
 
@@ -358,7 +361,9 @@ def test_what_names_no_worker(rpc: list[str], error: type[Exception], words: str
         mn.Model.load(mn.DEMO_PATH, rpc=rpc)
 
 
-@pytest.mark.parametrize("garbage", [b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 4096, bytes([HELLO]), bytes([DEVICE_COUNT]) * 99])
+@pytest.mark.parametrize(
+    "garbage", [b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 4096, bytes([HELLO]), bytes([DEVICE_COUNT]) * 99]
+)
 def test_a_worker_survives_a_client_that_does_not_speak_its_language(
     two: list[str], told: list[int], garbage: bytes
 ) -> None:
@@ -395,8 +400,10 @@ def test_ctrl_c_ends_a_worker(start: Callable[..., Worker]) -> None:
     worker = start()
     with load(worker.endpoint):
         worker.send(signal.SIGINT)
-        output, errors = worker.process.communicate(timeout=30)
-    assert worker.process.returncode == 130
+        assert worker.process.wait(30) == 130
+    assert worker.process.stdout is not None
+    assert worker.process.stderr is not None
+    output, errors = worker.process.stdout.read(), worker.process.stderr.read()
     assert re.match(r"CPU: .* \(cpu, .* free of .*\)\nCtrl-C ends it", output)
     assert errors == ""
 

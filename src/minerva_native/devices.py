@@ -32,8 +32,8 @@ class Device:
     Attributes:
         name: libllama's name, such as "CUDA0", which `Model.load(devices=[...])` takes.
         description: the name of the hardware.
-        type: "cpu", "gpu", "igpu" (shares the machine's memory), "accel" (works beside the CPU, such as BLAS), "rpc" (is
-            behind an RPC worker, whose address is the description) or "other".
+        type: "cpu", "gpu", "igpu" (shares the machine's memory), "accel" (works beside the CPU, such as BLAS), "rpc"
+            (is behind an RPC worker, whose address is the description) or "other".
         memory_total_bytes: the size of its memory.
         memory_free_bytes: how much of it was free when the device was listed.
     """
@@ -141,7 +141,10 @@ def placement(model: Any, n_layer: int) -> list[Placement]:
     for pointer in [ffi.NULL, *dict.fromkeys(owner for owner in owners if owner != ffi.NULL)]:
         name, description = ("CPU", "this machine's memory")
         if pointer != ffi.NULL:
-            name, description = text(lib.ggml_backend_dev_name(pointer)), text(lib.ggml_backend_dev_description(pointer))
+            name, description = (
+                text(lib.ggml_backend_dev_name(pointer)),
+                text(lib.ggml_backend_dev_description(pointer)),
+            )
         layers = sum(owner == pointer for owner in owners[:-1])
         size = lib.minerva_device_bytes(model, pointer)
         found.append(Placement(name, description, layers, owners[-1] == pointer, size))

@@ -9,12 +9,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, NoReturn, ParamSpec, Self
 
+from . import rpc as workers
 from ._arguments import flag, function, integer, many, number
 from ._arguments import path as as_path
 from ._binding import BUILD_INFO, callbacks, ffi, is_lost, lib, text, thrown
 from ._handle import Handle
 from .check import check_loaded, check_model
-from . import rpc as workers
 from .devices import Placement, gpus, placement, select
 from .errors import Cancelled, DeviceError, ModelLoadError, StateError
 from .gguf import GGUF, Metadata, Override, checked_overrides, open_parts

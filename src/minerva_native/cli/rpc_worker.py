@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-H", "--host", default="127.0.0.1", help="the IPv4 address to listen on (127.0.0.1: this machine alone)")
     add("-p", "--port", type=int, default=50052, metavar="N", help="the port; 0 for a free one (50052)")
-    add("-t", "--threads", dest="n_threads", type=int, metavar="N", help="threads of the CPU (default: the usable CPUs)")
+    add(
+        "-t", "--threads", dest="n_threads", type=int, metavar="N", help="threads of the CPU (default: the usable CPUs)"
+    )
     devices = "the devices to lend, as minerva devices names them (default: all but the CPU, or the CPU)"
     add("-d", "--device", dest="devices", type=names, metavar="NAME,...", help=devices)
 
