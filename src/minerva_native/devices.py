@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ._arguments import file_path, integer, what
-from ._binding import BUILD_INFO, ffi, lib, text, thrown
+from ._binding import BUILD_INFO, callbacks, ffi, lib, text, thrown
 from .errors import DeviceError
 
 TYPES = {
@@ -191,7 +191,9 @@ def described(pointer: Any) -> Device:
     """Return what is known of one of libllama's devices; raise `DeviceError` if it is a worker's, and that is lost."""
     free, total = ffi.new("size_t *"), ffi.new("size_t *")
     if lib.minerva_device_memory(pointer, free, total):
-        raise DeviceError(thrown())
+        why = thrown()
+        callbacks.raise_kept()
+        raise DeviceError(why)
     is_remote = text(lib.ggml_backend_reg_name(lib.ggml_backend_dev_backend_reg(pointer))) == "RPC"
     return Device(
         text(lib.ggml_backend_dev_name(pointer)),

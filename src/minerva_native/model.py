@@ -153,7 +153,8 @@ class Model:
             raise TypeError(f"devices must be a list of names, not a str: [{devices!r}]")
         local = gpus() if devices is None else select(list(many("devices", devices)))
         # Workers come first, as in llama.cpp: what follows them is sent over the network once.
-        chosen = [*workers.connect(rpc, rpc_timeout), *local]
+        endpoints = workers.checked(rpc)
+        chosen = [*workers.connect([] if vocab_only else endpoints, rpc_timeout), *local]
         layers = _resolve_gpu_layers(gpu_layers, bool(chosen))
         if not isinstance(split_mode, str) or split_mode not in _SPLIT_MODES:
             raise ValueError(f"split_mode must be one of {', '.join(_SPLIT_MODES)}, not {split_mode!r}")
@@ -177,7 +178,7 @@ class Model:
 
         watcher = ffi.new_handle(watch)
         offered = ffi.new("ggml_backend_dev_t[]", [*chosen, ffi.NULL])
-        parameters.devices = ffi.NULL if devices is None and not rpc else offered
+        parameters.devices = ffi.NULL if devices is None and not endpoints else offered
         parameters.n_gpu_layers = layers
         mmap = mmap and all(part.can_be_mapped for part in parts)
         parameters.load_mode = _LOAD_MODES[mmap, mlock]

@@ -122,9 +122,17 @@ template <class Result, class Work> Result guarded(Result if_thrown, Work work) 
 
 namespace rpc {
 
-void begin(const minerva_connections * wanted);  // notes from now on which connections this thread uses,
-minerva_connections * taken();                   // hands them over, or a null pointer if there are none,
-void check_taken();                              // or throws if there are others than those that were wanted
+// Notes which connections this thread uses.
+class Taking {
+  public:
+    explicit Taking(const minerva_connections * wanted = nullptr);
+    ~Taking();
+    Taking(const Taking &) = delete;
+    Taking & operator=(const Taking &) = delete;
+
+    minerva_connections * taken() const;  // to be freed by the caller, or a null pointer if there are none
+    void check() const;                   // throws if there are others than those that were wanted
+};
 
 }  // namespace rpc
 

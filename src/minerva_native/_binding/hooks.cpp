@@ -98,10 +98,10 @@ struct llama_model * minerva_model_load(const char ** paths, size_t n_paths,
                                         minerva_connections ** connections) {
     *connections = nullptr;
     return guarded<llama_model *>(nullptr, [&] {
-        minerva::rpc::begin(nullptr);
+        const minerva::rpc::Taking taking;
         llama_model * model = n_paths == 1 ? llama_model_load_from_file(paths[0], *parameters)
                                            : llama_model_load_from_splits(paths, n_paths, *parameters);
-        *connections = minerva::rpc::taken();
+        *connections = taking.taken();
         return model;
     });
 }
@@ -116,11 +116,11 @@ struct llama_context * minerva_context_new(struct llama_model * model, const str
         if (has_small_stack()) {
             throw std::runtime_error("this thread's stack is too small: give it a megabyte (threading.stack_size)");
         }
-        minerva::rpc::begin(of_model);
+        const minerva::rpc::Taking taking(of_model);
         llama_context * context = llama_init_from_model(model, *parameters);
         if (context != nullptr) {
             std::unique_ptr<llama_context, void (*)(llama_context *)> owned(context, llama_free);
-            minerva::rpc::check_taken();
+            taking.check();
             owned.release();
         }
         return context;

@@ -24,11 +24,12 @@ int32_t minerva_rpc_serve(int, const char *, int32_t, int32_t, ggml_backend_dev_
 void minerva_connections_free(struct minerva_connections *) {}
 
 namespace minerva::rpc {
-void begin(const minerva_connections *) {}
-minerva_connections * taken() {
+Taking::Taking(const minerva_connections *) {}
+Taking::~Taking() = default;
+minerva_connections * Taking::taken() const {
     return nullptr;
 }
-void check_taken() {}
+void Taking::check() const {}
 }  // namespace minerva::rpc
 
 #else
@@ -221,7 +222,7 @@ namespace {
 
 thread_local std::shared_ptr<Connection> served;  // by this thread, a dispatcher's
 thread_local std::shared_ptr<Connection> made;
-thread_local std::vector<std::shared_ptr<Connection>> used;  // since `begin`
+thread_local std::vector<std::shared_ptr<Connection>> used;  // since it has a `Taking`
 thread_local const minerva_connections * expected = nullptr;  // by this thread's call, which wants no others
 thread_local std::string failure;  // why this thread's last connection could not be had
 thread_local int listening = -1;   // the socket of a worker on this thread
@@ -363,20 +364,23 @@ void print(FILE * /* file */, const char * format, ...) {
     va_end(arguments);
 }
 
-void begin(const minerva_connections * wanted) {
+Taking::Taking(const minerva_connections * wanted) {
     used.clear();
     expected = wanted;
 }
 
-minerva_connections * taken() {
-    return used.empty() ? nullptr : new minerva_connections{std::move(used)};
+Taking::~Taking() {
+    used.clear();
+    expected = nullptr;
 }
 
-void check_taken() {
-    const minerva_connections * wanted = expected;
-    expected = nullptr;
+minerva_connections * Taking::taken() const {
+    return used.empty() ? nullptr : new minerva_connections{used};
+}
+
+void Taking::check() const {
     for (const auto & connection : used) {
-        if (!has(wanted, connection)) {
+        if (!has(expected, connection)) {
             throw Lost("the RPC worker at " + connection->endpoint() + " was started again, and has no weights any more");
         }
     }

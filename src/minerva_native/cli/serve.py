@@ -26,6 +26,7 @@ from .options import (
     add_context,
     add_json,
     add_loading,
+    add_rpc,
     add_sampling,
     file_name,
     gpu_layers,
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-a", "--alias", metavar="NAME", help="what to call the one model (the name of its file)")
     layers = "layers to put on a GPU; -1 for all, auto for all if there is a GPU (default)"
     add("-ngl", "--gpu-layers", type=gpu_layers, default="auto", metavar="N", help=layers)
+    add_rpc(parser)
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen; others than this machine need a key")
     add("--port", type=int, default=8080, metavar="N", help="the port; 0 for a free one (8080)")
     add("--unix-socket", type=Path, metavar="PATH", help="listen on a socket that only you can open, and need no token")
@@ -220,7 +222,8 @@ def _placed(llm: mn.LLM | None) -> str | None:
     if llm is None:
         return None
     layers, count = llm.model.gpu_layers, llm.model.n_layer + 1
-    return f"{layers} of {count} layers on a GPU" if layers else "on the CPU"
+    others = ", ".join(f"{part.device} ({part.description})" for part in llm.model.placement if part.device != "CPU")
+    return f"{layers} of {count} layers on {others}" if others else "on the CPU"
 
 
 class _Log:
