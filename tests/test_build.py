@@ -66,6 +66,11 @@ def test_a_backend_that_cannot_be_built_ends_the_build_with_a_sentence(
     assert "Building CXX object" not in output
 
 
+def test_upstreams_tools_are_built_without_rpc(tmp_path: Path) -> None:
+    settings = [f"cmake.define.{name}=ON" for name in ("GGML_RPC", "MINERVA_BUILD_TOOLS")]
+    assert "GGML_RPC=ON and MINERVA_BUILD_TOOLS=ON exclude each other" in failed_build(tmp_path, *settings)
+
+
 def old_vulkan(sdk: Path) -> list[str]:
     """Make headers without what the pin needs, and all else; return the settings that name them."""
     (sdk / "vulkan").mkdir(parents=True)
