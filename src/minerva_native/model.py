@@ -116,7 +116,8 @@ class Model:
             devices: names from `minerva_native.devices()`; all by default, none for the CPU alone.
             rpc: the RPC workers that take layers too, as "host:port" (see `rpc_worker`). What they are sent is neither
                 encrypted nor authenticated.
-            rpc_timeout: how many seconds a worker may be silent while something is asked of it, before it is given up.
+            rpc_timeout: how many seconds a worker may be silent while something is asked of it, before it is given up;
+                the last one holds for all models that share a worker.
             split_mode: how several GPUs share the model: "none" (one has it), "layer", "row" or "tensor".
             main_gpu: the index of the GPU that has the whole model with split_mode="none".
             tensor_split: the share of each GPU, such as [3, 1]; by default as they have free memory.

@@ -13,8 +13,9 @@ bool minerva_has_rpc(void) {
 }
 
 int32_t minerva_rpc_add(const char *, int64_t, ggml_backend_dev_t *, int32_t) {
-    return minerva::guarded<int32_t>(
-        MINERVA_THREW, []() -> int32_t { throw std::runtime_error("this build has no RPC (GGML_RPC=OFF): build it without that option"); });
+    return minerva::guarded<int32_t>(MINERVA_THREW, []() -> int32_t {
+        throw std::runtime_error("this build has no RPC (GGML_RPC=OFF): build it without that option");
+    });
 }
 
 int32_t minerva_rpc_serve(int, const char *, int32_t, int32_t, ggml_backend_dev_t *) {
@@ -95,9 +96,7 @@ void prepare(int fd) {
 #endif
     set_option(fd, IPPROTO_TCP, TCP_KEEPINTVL, KEEP_ALIVE_INTERVAL_S);
     set_option(fd, IPPROTO_TCP, TCP_KEEPCNT, KEEP_ALIVE_COUNT);
-#if defined(TCP_USER_TIMEOUT)
-    set_option(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, 1000 * (KEEP_ALIVE_IDLE_S + KEEP_ALIVE_INTERVAL_S * KEEP_ALIVE_COUNT));
-#endif
+    // No TCP_USER_TIMEOUT: it also ends connections to one that computes for long, and reads nothing meanwhile.
 #if defined(SO_NOSIGPIPE)
     set_option(fd, SOL_SOCKET, SO_NOSIGPIPE, 1);
 #endif
