@@ -1,7 +1,8 @@
-// Included before ggml's RPC client and server, by the compiler's -include: how they wait, fail and print is in rpc.cpp.
+// Included before ggml's RPC client and server, by the compiler's -include: how they wait, fail and print is in
+// rpc.cpp.
 //
-// Upstream ends the process when a worker is lost. Its thread that talks to the worker must not: it marks what was asked
-// as done and lost, and whoever waits for that throws. So the promises, and what ends the process, are ours.
+// Upstream ends the process when a worker is lost. Its thread that talks to the worker must not: it marks what was
+// asked as done and lost, and whoever waits for that throws. So the promises, and what ends the process, are ours.
 #ifndef MINERVA_GGML_RPC_H
 #define MINERVA_GGML_RPC_H
 

@@ -358,7 +358,7 @@ extern "C" void minerva_tensor_set(struct ggml_tensor * tensor, const void * dat
     ggml_backend_tensor_set(tensor, data, offset, size);
 }
 
-// ---- Devices ---------------------------------------------------------------------------------------------------------
+// ---- Devices --------------------------------------------------------------------------------------------------------
 
 int32_t minerva_device_memory(ggml_backend_dev_t device, size_t * free_bytes, size_t * total_bytes) {
     return guarded<int32_t>(MINERVA_THREW, [&] {
@@ -369,7 +369,8 @@ int32_t minerva_device_memory(ggml_backend_dev_t device, size_t * free_bytes, si
 
 ggml_backend_dev_t minerva_layer_device(const struct llama_model * model, int32_t layer) {
     return guarded<ggml_backend_dev_t>(nullptr, [&] {
-        ggml_backend_dev_t device = layer < int32_t(model->hparams.n_layer()) ? model->dev_layer(layer) : model->dev_output();
+        const bool is_output = layer >= int32_t(model->hparams.n_layer());
+        ggml_backend_dev_t device = is_output ? model->dev_output() : model->dev_layer(layer);
         return device == nullptr || ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU ? nullptr : device;
     });
 }

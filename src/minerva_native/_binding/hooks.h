@@ -145,22 +145,22 @@ int64_t minerva_state_read(minerva_decoder * decoder, int32_t sequence_id, uint3
 int64_t minerva_state_write(minerva_decoder * decoder, int32_t sequence_id, uint32_t flags, const uint8_t * state,
                             int64_t size, bool check);
 
-// ---- Devices ---------------------------------------------------------------------------------------------------------
+// ---- Devices --------------------------------------------------------------------------------------------------------
 
 // How much memory a device has: 0 or MINERVA_THREW.
 int32_t minerva_device_memory(ggml_backend_dev_t device, size_t * free_bytes, size_t * total_bytes);
 
-// Where a model is: the device of a layer (the one after the last is the output), NULL for the CPU, and how many bytes of
-// weights a device has.
+// Where a model is: the device of a layer (the one after the last is the output), NULL for the CPU, and how many bytes
+// of weights a device has.
 ggml_backend_dev_t minerva_layer_device(const struct llama_model * model, int32_t layer);
 int64_t minerva_device_bytes(const struct llama_model * model, ggml_backend_dev_t device);
 
-// ---- RPC -------------------------------------------------------------------------------------------------------------
+// ---- RPC ------------------------------------------------------------------------------------------------------------
 
 bool minerva_has_rpc(void);
 
-// Get the devices of the worker at "host:port"; returns how many, or MINERVA_THREW. `timeout_us`: how long it may be silent
-// while something is asked of it.
+// Get the devices of the worker at "host:port"; returns how many, or MINERVA_THREW. `timeout_us`: how long it may be
+// silent while something is asked of it.
 int32_t minerva_rpc_add(const char * endpoint, int64_t timeout_us, ggml_backend_dev_t * devices, int32_t capacity);
 
 // Be a worker on a listening socket, until a signal handler raises an exception.

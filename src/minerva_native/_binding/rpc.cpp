@@ -1,7 +1,7 @@
 // RPC: how a worker is reached, and what happens when it is not.
 //
-// This is the transport of ggml's RPC backend, in place of upstream's: connections that have time limits, and that can be
-// given up. A connection is lost once: from then on every call that needs it fails, and the next load makes another.
+// This is the transport of ggml's RPC backend, in place of upstream's: connections that have time limits, and that can
+// be given up. A connection is lost once: from then on every call that needs it fails, and the next load makes another.
 #include "failure.h"
 
 #include <string>
@@ -126,6 +126,10 @@ struct minerva_connections {
 
 namespace minerva::rpc {
 
+static bool is_to_stop() {  // this thread's call
+    return current_call() != nullptr && current_call()->wants_to_stop();
+}
+
 // ---- Connections ----------------------------------------------------------------------------------------------------
 
 // To a worker. A dispatcher's thread sends and receives; others may give it up, and ask how it is.
@@ -183,7 +187,7 @@ class Connection {
             const int64_t silence = llama_time_us() - began;
             if (minerva_is_ending()) {
                 lose("was left: the interpreter is shutting down");
-            } else if (is_given_up_ || (!is_at_work() && current_call() != nullptr && current_call()->wants_to_stop())) {
+            } else if (is_given_up_ || (!is_at_work() && is_to_stop())) {
                 lose("did not answer when the call was to be stopped");
             } else if (silence > limit) {
                 lose(is_at_work() ? "has been silent for " + std::to_string(silence / 1'000'000) + " s"
@@ -358,8 +362,8 @@ void print(const char * format, ...) {
 void print(FILE * /* file */, const char * format, ...) {
     va_list arguments;
     va_start(arguments, format);
-    const bool is_over = current_call() != nullptr && current_call()->wants_to_stop();  // what then fails is no news
-    minerva_log(is_over ? GGML_LOG_LEVEL_DEBUG : GGML_LOG_LEVEL_WARN, (formatted(format, arguments) + "\n").c_str(), nullptr);
+    const auto level = is_to_stop() ? GGML_LOG_LEVEL_DEBUG : GGML_LOG_LEVEL_WARN;  // what then fails is no news
+    minerva_log(level, (formatted(format, arguments) + "\n").c_str(), nullptr);
     va_end(arguments);
 }
 
@@ -380,7 +384,8 @@ minerva_connections * Taking::taken() const {
 void Taking::check() const {
     for (const auto & connection : used) {
         if (!has(expected, connection)) {
-            throw Lost("the RPC worker at " + connection->endpoint() + " was started again, and has no weights any more");
+            throw Lost("the RPC worker at " + connection->endpoint() +
+                       " was started again, and has no weights any more");
         }
     }
 }
@@ -645,8 +650,8 @@ std::atomic<ggml_backend_t (*)(ggml_backend_dev_t, const char *)> original_make{
 std::atomic<ggml_status (*)(ggml_backend_t, ggml_cgraph *)> original_compute{nullptr};
 std::atomic<void (*)(ggml_backend_dev_t, ggml_backend_event_t)> original_free_event{nullptr};
 
-// Whether a worker can compute its last graph again is decided there, and then asked for: no other context that uses the
-// device may come between.
+// Whether a worker can compute its last graph again is decided there, and then asked for: no other context that uses
+// the device may come between.
 ggml_status compute(ggml_backend_t backend, ggml_cgraph * graph) {
     static auto * one_at_a_time = new std::mutex;
     std::lock_guard lock(*one_at_a_time);
