@@ -45,7 +45,7 @@ def announce(address: str, devices: list[mn.Device]) -> None:
     for device in devices:
         memory = f"{size(device.memory_free_bytes)} free of {size(device.memory_total_bytes)}"
         print(printable(f"{device.name}: {device.description} ({device.type}, {memory})"))
-    print("Ctrl-C ends it; elsewhere: minerva generate --rpc " + address, flush=True)
+    print(f"Ctrl-C ends it; to use it: minerva generate --rpc {address}", flush=True)
 
 
 def is_loopback(host: str) -> bool:
