@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -257,6 +258,42 @@ def test_a_bias_can_ban_or_force_a_token() -> None:
 def test_a_bias_for_a_token_outside_the_vocabulary_is_rejected() -> None:
     with pytest.raises(ValueError, match="logit_bias"):
         Sampler(SamplingParams(logit_bias={3: 1.0}))(np.zeros(3, np.float32))
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=150)
+def test_a_bias_that_only_lowers_is_as_if_it_were_added_to_all(data: st.DataObject) -> None:
+    """A sampler with a processor adds it to all logits; one without may leave it to the step that keeps the best."""
+    levels = st.sampled_from([-math.inf, -1.0, 0.0, 1.0, 1.5, 2.0])
+    n = data.draw(st.integers(2, 40))
+    logits = np.array(data.draw(st.lists(levels, min_size=n, max_size=n)), np.float32)
+    bias = data.draw(st.dictionaries(st.integers(0, n - 1), st.sampled_from([-math.inf, -1.0, -0.5, 0.0]), min_size=1))
+    top_k, temperature = data.draw(st.integers(1, 8)), data.draw(st.sampled_from([0.0, 0.7]))
+    params = SamplingParams(top_k=top_k, temperature=temperature, logit_bias=bias, seed=1)
+    mask = data.draw(st.none() | st.lists(st.booleans(), min_size=n, max_size=n).map(np.array))
+    given_to_all = Sampler(params, [lambda tokens, work: None])
+    expected = outcome(given_to_all, logits, mask)
+    assert outcome(Sampler(params), logits, mask) == expected
+    assert outcome(pickle.loads(pickle.dumps(Sampler(params))), logits, mask) == expected
+
+
+def outcome(sampler: Sampler, logits: Floats, mask: Any) -> Any:
+    """Return the distribution and some draws, or what the error says."""
+    try:
+        ids, probs = sampler.distribution(logits, mask=mask)
+        return ids.tolist(), probs.tolist(), [sampler(logits, mask=mask) for _ in range(5)]
+    except SamplingError as error:
+        return str(error)
+
+
+def test_a_bias_on_a_large_vocabulary_is_as_if_it_were_added_to_all() -> None:
+    logits = make_logits(20_000)
+    best = np.argsort(-logits)[:50].tolist()
+    for n in (1, 5, 50):
+        for temperature in (0.0, 0.8):
+            params = SamplingParams(temperature=temperature, logit_bias=dict.fromkeys(best[:n], -math.inf), seed=1)
+            given_to_all = Sampler(params, [lambda tokens, work: None])
+            assert outcome(Sampler(params), logits, None) == outcome(given_to_all, logits, None)
 
 
 def test_steps_missing_from_the_order_do_not_run() -> None:

@@ -144,10 +144,12 @@ class LogitBias(NamedTuple):
     Attributes:
         ids: intp (n,), token ids, each at most once.
         values: float32 (n,), what is added to their logits.
+        lowered: the ids, if no logit is raised; else none.
     """
 
     ids: Ids
     values: Floats
+    lowered: frozenset[int]
 
     @classmethod
     def of(cls, pairs: Iterable[tuple[int, float]]) -> LogitBias:
@@ -155,13 +157,27 @@ class LogitBias(NamedTuple):
         total: dict[int, float] = {}
         for token, value in pairs:
             total[token] = total.get(token, 0.0) + value
-        return cls(np.fromiter(total, np.intp, len(total)), np.fromiter(total.values(), np.float32, len(total)))
+        ids, values = np.fromiter(total, np.intp, len(total)), np.fromiter(total.values(), np.float32, len(total))
+        return cls(ids, values, frozenset(total) if (values <= 0.0).all() else frozenset())
+
+    def check(self, n_vocab: int) -> None:
+        """Raise `ValueError` if an id is outside the vocabulary."""
+        largest = self.ids.item(self.ids.argmax())
+        if largest >= n_vocab:
+            raise ValueError(f"logit_bias: token id {largest} is outside a vocabulary of {n_vocab}")
 
     def add_to(self, logits: Floats) -> None:
-        """Add the bias in place, or raise `ValueError` if an id is outside the vocabulary."""
-        if int(self.ids.max()) >= logits.size:
-            raise ValueError(f"logit_bias: token id {int(self.ids.max())} is outside a vocabulary of {logits.size}")
+        """Add the bias in place."""
         logits[self.ids] += self.values
+
+    def lower(self, candidates: Candidates) -> Candidates:
+        """Return candidates with the bias added, by descending logit."""
+        position, chosen = _positions(candidates, self.ids)
+        if not position.size:
+            return candidates.sorted()
+        logits = candidates.logits.copy()
+        logits[position] += self.values[chosen]
+        return Candidates(logits, candidates.ids).sorted()
 
 
 def writable(candidates: Candidates, scratch: Scratch | None) -> Floats:

@@ -51,6 +51,8 @@ _Step = Callable[[Candidates, Sequence[int]], Candidates]
 # String breakers already resolved, per tokenizer: resolving one scans the whole vocabulary.
 _SPELLED: WeakKeyDictionary[BreakerTokenizer, dict[str, BreakerTails]] = WeakKeyDictionary()
 
+_FEW = 64  # biased tokens
+
 _KEEPS_THE_BEST = frozenset({"top_n_sigma", "top_k", "top_p", "min_p"})
 
 
@@ -94,7 +96,7 @@ class Sampler:
         self._scratch = Scratch()
         self._bias = LogitBias.of(params.logit_bias) if params.logit_bias else None  # type: ignore[arg-type]
         self._breakers = _resolve_breakers(params, tokenizer)
-        self._steps = self._build_steps()
+        self._build_steps()
         self._has_xtc = any(name == "xtc" for name, _ in self._steps)
         self._adapts = params.adaptive_target >= 0.0 and not params.mirostat
         self._is_argmax = [name for name, _ in self._steps] == ["greedy"] and not (params.mirostat or self._adapts)
@@ -120,6 +122,8 @@ class Sampler:
         candidates = self._prepared(logits, tokens, mask)
         if self._is_argmax:
             best = int(candidates.logits.argmax())
+            if best in self._lowered:
+                return int(self._survivors(candidates, tokens, False).token_ids()[0])
             check_largest(float(candidates.logits[best]))
             return best
         with_xtc = self._has_xtc and self._stream.uniform() <= self.params.xtc_probability
@@ -220,7 +224,7 @@ class Sampler:
         self.__dict__.update(state)
         self._stream = Stream(*state["_stream"])
         self._scratch = Scratch()
-        self._steps = self._build_steps()
+        self._build_steps()
 
     def reset(self) -> None:
         """Restart from the first draw with the same seed; Mirostat and adaptive-p return to their initial state."""
@@ -233,13 +237,16 @@ class Sampler:
     def _prepared(self, logits: Floats, tokens: Sequence[int], mask: Mask | None) -> Candidates:
         """Apply the mask, bias and processors, if there are any, to a copy of the logits."""
         candidates = Candidates(checked_logits(logits))
-        if self._bias is None and mask is None and not self.processors:
+        if self._bias is not None:
+            self._bias.check(logits.size)
+        is_biased = self._bias is not None and not self._lowered
+        if not is_biased and mask is None and not self.processors:
             return candidates
         if mask is not None:
             work = self._scratch.floats("work", logits.size)
             candidates = Candidates(apply_mask(candidates.logits, mask, work))
         work = writable(candidates, self._scratch)
-        if self._bias is not None:
+        if is_biased and self._bias is not None:
             self._bias.add_to(work)
         for processor in self.processors:
             processor(tokens, work)
@@ -301,8 +308,8 @@ class Sampler:
         self._total_weight = 1.0 + decay * self._total_weight
         return index if candidates.ids is None else int(candidates.ids[index])
 
-    def _build_steps(self) -> tuple[tuple[str, _Step], ...]:
-        """Return the steps that are not neutral, in order.
+    def _build_steps(self) -> None:
+        """Have the steps that are not neutral, in order.
 
         Greedy decoding skips the filters that always keep the most likely token.
         """
@@ -314,7 +321,20 @@ class Sampler:
             first = changing[-1] + 1 if changing else 0
             if set(names[:first]) <= {"penalties", "dry"}:
                 steps = [*steps[:first], ("greedy", lambda c, tokens: filters.temperature(c, 0.0))]
-        return tuple(steps)
+        self._steps: tuple[tuple[str, _Step], ...] = tuple(steps)
+        self._defer_bias()
+
+    def _defer_bias(self) -> None:
+        """Let a first step that keeps the k largest logits add a bias that only lowers some: n of them.
+
+        What it keeps is among the k + n largest before, so that the bias need not be added to a copy of all logits.
+        """
+        bias, scratch, self._lowered = self._bias, self._scratch, frozenset[int]()
+        name = self._steps[0][0] if self._steps else ""
+        k = {"greedy": 1, "top_k": self.params.top_k}.get(name, 0)
+        if k and bias is not None and 0 < len(bias.lowered) <= _FEW and not self.processors:
+            n, self._lowered = k + len(bias.lowered), bias.lowered
+            self._steps = (name, lambda c, tokens: bias.lower(filters.top_k(c, n, scratch)).head(k)), *self._steps[1:]
 
     def _step(self, name: str) -> _Step | None:
         """Return one step of the chain, or `None` if its parameters are neutral."""
