@@ -147,6 +147,38 @@ def test_a_logprob_is_the_models_own_whatever_the_sampler_did(sequence: mn.Seque
     assert step.logprob == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("seed", [None, 7], ids=["greedy", "drawn"])
+def test_steps_that_need_no_logprobs_cost_no_copy_of_the_logits(sequence: mn.Sequence, seed: int | None) -> None:
+    params = mn.SamplingParams.greedy() if seed is None else mn.SamplingParams(seed=seed)
+    expected = [step.token for step in mn.generate(sequence, params, max_tokens=8)]
+    sequence.rewind(8)
+    before = sequence.context.stats.logits_seconds
+    assert [step.token for step in mn.generate(sequence, params, max_tokens=8, logprobs=False)] == expected
+    assert sequence.context.stats.logits_seconds == before
+
+
+def test_a_sampler_of_somebody_else_may_keep_the_logits(sequence: mn.Sequence) -> None:
+    kept: list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]] = []
+
+    class Keeping(mn.Sampler):
+        def __call__(self, logits: npt.NDArray[np.float32], *arguments: Any, **options: Any) -> int:
+            kept.append((logits, logits.copy()))
+            return super().__call__(logits, *arguments, **options)
+
+    assert len(list(mn.generate(sequence, Keeping(), max_tokens=4, logprobs=False))) == 4
+    assert len(kept) == 4
+    assert all(np.array_equal(logits, copy) for logits, copy in kept)
+
+
+def test_a_processor_may_use_the_context(sequence: mn.Sequence) -> None:
+    def process(tokens: Sequence[int], logits: npt.NDArray[np.float32]) -> None:
+        logits[:] = -sequence.logits
+
+    sampler = mn.Sampler(mn.SamplingParams.greedy(), [process])
+    worst = int(sequence.logits.argmin())
+    assert next(mn.generate(sequence, sampler, logprobs=False)).token == worst
+
+
 # Finishing: length
 
 

@@ -301,6 +301,7 @@ class Draft:
             top_logprobs=self._top_logprobs,
             constraint=self._guide,
             speculate=self._speculation,
+            logprobs=has_logprobs,
         )
         for step in steps:
             chunk = Chunk(step.text, step.token)

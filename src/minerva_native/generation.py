@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ._arguments import cancel_token, integer, many, what
+from ._arguments import cancel_token, flag, integer, many, what
 from .devices import available_cpus
 from .engine.gate import CancelToken
 from .errors import ClosedError, EmptySequenceError, TokenizerError
@@ -18,7 +18,7 @@ from .sampling import Sampler, SamplingParams, apply_mask, logprob
 from .sampling import top_logprobs as most_likely
 from .sampling.masks import Mask
 from .sequence import Sequence as TokenSequence
-from .sequence import Tokens
+from .sequence import Tokens, choose_next
 from .tokenizer import Tokenizer
 
 Chooser = Callable[[npt.NDArray[np.float32], Tokens], int]
@@ -136,7 +136,8 @@ class Step:
         NaN for a forced token, whose logits nobody needed, unless `top_logprobs` were asked for.
         """
         if not isinstance(self._logprob, float):
-            self._logprob = logprob(self._logprob, self.token)
+            known = next((value for token, value in self.top_logprobs if token == self.token), None)
+            self._logprob = logprob(self._logprob, self.token) if known is None else known
         return self._logprob
 
     def __repr__(self) -> str:
@@ -154,6 +155,7 @@ def generate(
     top_logprobs: int = 0,
     constraint: Constraint | Guide | None = None,
     speculate: Speculation | None = None,
+    logprobs: bool = True,
 ) -> Iterator[Step]:
     """Continue a sequence, one token a step, until there is a reason to finish, which the last step names.
 
@@ -180,6 +182,8 @@ def generate(
             `fork` of both to go on in two ways.
         speculate: guesses what comes, to evaluate several tokens in one pass; the text is the same. The sequence may
             not be changed between steps then.
+        logprobs: whether steps are asked for their `logprob`. If not, it may be NaN, and a `Sampler` without processors
+            reads the logits where libllama has them, unless there is a constraint or speculation.
 
     Raises:
         EmptySequenceError: the sequence has no tokens.
@@ -212,7 +216,9 @@ def generate(
     if speculate is not None and not (hasattr(speculate, "over") and hasattr(speculate, "end")):
         raise TypeError(f"speculate must be a Speculation, not {what(speculate)}")
     sampler, guide = Sampler() if sampler is None else sampler, guide_of(constraint, sequence)
-    steps = _decode_loop(sequence, sampler, max_tokens, stop, cancel, decoder, top_logprobs, guide, speculate)
+    wants_logits = flag("logprobs", logprobs) or top_logprobs or guide is not None or speculate is not None
+    in_place = not wants_logits and getattr(sampler, "only_reads", False)
+    steps = _decode_loop(sequence, sampler, max_tokens, stop, cancel, decoder, top_logprobs, guide, speculate, in_place)
     return steps if speculate is None else _to_the_end(steps, speculate)
 
 
@@ -234,6 +240,7 @@ def _decode_loop(
     top_logprobs: int,
     guide: Guide | None,
     speculate: Speculation | None,
+    in_place: bool,
 ) -> Iterator[Step]:
     tokenizer = sequence.context.model.tokenizer
     source = sequence if speculate is None else speculate.over(sequence)
@@ -251,6 +258,8 @@ def _decode_loop(
         forced = guide.forced() if guide else None
         if forced is not None:
             chosen, logits = forced, source.logits if top_logprobs else None
+        elif in_place:
+            chosen, logits = choose_next(sequence, sampler, tokens), None
         elif guide is None:
             logits = source.logits
             chosen = sampler(logits, tokens)

@@ -61,12 +61,7 @@ class ReasoningDecoder:
 
     def forcing(self, sampler: Chooser) -> Chooser:
         """Return a sampler that chooses the tokens that are forced, and else as another does."""
-        forced = self._forced
-
-        def choose(logits: npt.NDArray[np.float32], tokens: Tokens) -> int:
-            return forced[0] if forced else sampler(logits, tokens)
-
-        return choose
+        return _Forcing(self._forced, sampler)
 
     def feed(self, token: int) -> str:
         """Return the text that the token adds to the answer."""
@@ -119,6 +114,17 @@ class ReasoningDecoder:
     def _watch_budget(self) -> None:
         if self._inside and self._budget is not None and self.n_tokens >= self._budget and not self._forced:
             self._forced.extend(self._end)
+
+
+class _Forcing:
+    """A sampler that chooses the tokens that are forced, and else as another does."""
+
+    def __init__(self, forced: deque[int], sampler: Chooser):
+        self._forced, self._sampler = forced, sampler
+        self.only_reads = getattr(sampler, "only_reads", False)
+
+    def __call__(self, logits: npt.NDArray[np.float32], tokens: Tokens) -> int:
+        return self._forced[0] if self._forced else self._sampler(logits, tokens)
 
 
 class AfterReasoning:

@@ -2,11 +2,12 @@
 
 import operator
 import os
+import time
 from array import array
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as AbstractSequence
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn, Self, overload
+from typing import TYPE_CHECKING, NoReturn, Self, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,8 @@ from .tokenizer import TokenIds
 
 if TYPE_CHECKING:
     from .context import Context
+
+T = TypeVar("T")
 
 
 class Sequence(AbstractSequence[int]):
@@ -65,7 +68,11 @@ class Sequence(AbstractSequence[int]):
         """
         cache = self._cache
         with cache.gate.enter():
-            return cache.logits(self._slot)
+            logits = cache.peek(self._slot)
+            before = time.perf_counter()
+            copy = logits.copy()
+            cache.stats.logits_seconds += time.perf_counter() - before
+            return copy
 
     @property
     def n_waiting(self) -> int:
@@ -337,6 +344,16 @@ class Sequence(AbstractSequence[int]):
 
     def __repr__(self) -> str:
         return "<Sequence: closed>" if self.closed else f"<Sequence of {len(self)} tokens>"
+
+
+def choose_next(sequence: Sequence, choose: Callable[[npt.NDArray[np.float32], "Tokens"], T], tokens: "Tokens") -> T:
+    """Return what a function chooses from the logits after a sequence, and its tokens; nothing is copied.
+
+    The function only reads the logits, does not keep them, and does not use the context.
+    """
+    cache = sequence._cache
+    with cache.gate.enter():
+        return choose(cache.peek(sequence._slot), tokens)
 
 
 # For `Context`, on its fast path: C functions, where properties would be Python calls.

@@ -164,8 +164,11 @@ class KVCache:
 
     # Logits
 
-    def logits(self, slot: Slot) -> Logits:
-        """Return the logits after the last token as a copy; evaluate what waits, or the last token if need be."""
+    def peek(self, slot: Slot) -> Logits:
+        """Return the logits after the last token; evaluate what waits, or the last token if need be.
+
+        They are libllama's, or what forks and checkpoints rely on: to be read, or copied, before the gate is left.
+        """
         if slot.closed:
             slot.check_open()
         if slot.row is None and slot.logits is None:
@@ -178,17 +181,12 @@ class KVCache:
                 self.stats.tokens_reevaluated += slot.commit(n + 1, -1)
                 if not self.memory.can_truncate:
                     self._checkpoint(slot, 1)
-                return runner.logits()
-            if self._needs_evaluation(slot):
+            elif self._needs_evaluation(slot):
                 self._evaluate([slot])
-        return self._copied_logits(slot)
-
-    def _copied_logits(self, slot: Slot) -> Logits:
-        """Copy the logits, which are known: no caller may write into what forks and checkpoints rely on."""
         if slot.row is not None:
-            return self.runner.logits(slot.row)
+            return self.runner.peek(slot.row)
         assert slot.logits is not None
-        return np.array(slot.logits)
+        return slot.logits
 
     def _keep_logits(self, slot: Slot) -> None:
         """Copy a slot's logits before libllama's buffer is used for something else."""
@@ -567,7 +565,7 @@ class KVCache:
         if self.pool.spare < len(new):  # the last token may take a cell of its own now
             self._make_room(slot, len(new), exactly=True)
         if start and slot.has_logits:
-            on_row(0, self._copied_logits(slot))
+            on_row(0, self.peek(slot).copy())
         if not new.size:
             return
         n_rows = max(1, min(self._stride, _ROWS_BYTES // (4 * self.runner.n_vocab)))

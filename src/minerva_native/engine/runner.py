@@ -184,6 +184,13 @@ class Runner:
     def logits(self, row: int = -1) -> Logits:
         """Copy the logits of a token of the last batch, by its index there, out of libllama's buffer."""
         before = time.perf_counter()
+        logits = self.peek(row).copy()
+        self.stats.logits_seconds += time.perf_counter() - before
+        return logits
+
+    def peek(self, row: int) -> Logits:
+        """Return the same where libllama has them: to be read, or copied, before the next computation."""
+        before = time.perf_counter()
         pointer = self.decoder.logits if row == -1 else lib.llama_get_logits_ith(self._context, row)
         if pointer != self._seen_at:
             if not pointer:
@@ -191,9 +198,7 @@ class Runner:
             self._seen_at = ffi.NULL  # an interrupt may come before both are set
             self._seen = np.frombuffer(ffi.buffer(pointer, 4 * self.n_vocab), np.float32)
             self._seen_at = pointer
-        logits: Logits = self._seen.copy()
-        self.stats.logits_seconds += time.perf_counter() - before
-        return logits
+        return self._seen
 
     def raise_for(self, code: int, count: int, since: float) -> None:
         """Raise what a callback has left behind, else what libllama's return code says, if anything.

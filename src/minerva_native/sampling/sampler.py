@@ -104,6 +104,11 @@ class Sampler:
         self.reset()
 
     @property
+    def only_reads(self) -> bool:
+        """Whether a call only reads the logits, and runs nobody else's code: there are no processors."""
+        return not self.processors and type(self) is Sampler
+
+    @property
     def seed(self) -> int:
         """The seed of the random stream, even if `params.seed` is `None`."""
         return self._stream.seed
