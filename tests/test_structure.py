@@ -6,10 +6,13 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
 
 import minerva_native as mn
+from minerva_native.requests import RequestQueue
+from minerva_native.scheduler import Scheduler
 
 PACKAGE = Path(mn.__file__).parent
 if not (PACKAGE / "_binding" / "generate.py").exists():  # installed: the checkout has the same files, and this one
@@ -351,6 +354,22 @@ def test_a_token_of_generate_takes_few_python_calls(demo: mn.Model) -> None:
                 next(steps)
 
         assert calls_of(generate) <= 17 * 50 + 1
+
+
+def test_a_round_of_eight_requests_takes_few_python_calls(demo: mn.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = list[int]()
+    do_round = vars(Scheduler)["_round"]
+
+    def counted(scheduler: Scheduler, queue: RequestQueue) -> None:
+        counts.append(calls_of(lambda: do_round(scheduler, queue)))
+
+    monkeypatch.setattr(Scheduler, "_round", counted)
+    with mn.LLM(demo, n_ctx=2048, n_parallel=8, n_threads=1) as llm:
+        bias = {token: -float("inf") for token in range(llm.tokenizer.n_vocab) if llm.tokenizer.is_end(token)}
+        options: dict[str, Any] = {"max_tokens": 40, "temperature": 0.0, "logit_bias": bias}
+        streams = [llm.stream([300 + at] * 8, **options) for at in range(8)]
+        assert sum(len(list(stream)) for stream in streams) == 8 * 40
+    assert sorted(counts)[len(counts) // 2] <= 8 * 64
 
 
 def test_extending_by_a_token_takes_few_python_calls(demo: mn.Model) -> None:

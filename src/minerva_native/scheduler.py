@@ -60,8 +60,9 @@ class _Served:
 
     @property
     def is_reading(self) -> bool:
-        """Whether its prompt is evaluated."""
-        return any(isinstance(writer, Prompt) for writer in self.request.writers)
+        """Whether its prompt is evaluated: a request reads a text or writes some, not both at once."""
+        writers = self.request.writers
+        return len(writers) > 0 and isinstance(writers[0], Prompt)
 
     def needed(self) -> list[Sequence]:
         """Return the sequences whose logits the next step reads, and which have something waiting."""
@@ -174,20 +175,23 @@ class Scheduler:
         running = [served for served in self._served if served.is_running]
         writing, reading = list[Sequence](), list[Sequence]()
         for served in running:
+            is_reading = served.is_reading
             for sequence in served.needed():
-                is_written = not served.is_reading and sequence.n_waiting <= _MOST_WAITING
+                is_written = not is_reading and sequence.n_waiting <= _MOST_WAITING
                 (writing if is_written else reading).append(sequence)
         needed = [*writing, *self._in_order(reading)]
         if len(writing) >= self._context.n_ubatch:  # not all of them fit into one batch
             turn = self._n_rounds % len(needed)
             needed = needed[turn:] + needed[:turn]
+        n_left = len(reading)  # of which some may wait for their turn
         if needed:
             try:
-                self._evaluate(running, needed, self._context.n_ubatch)
+                n_left += self._evaluate(running, needed, self._context.n_ubatch)
             except BaseException as error:
                 self._find_failed(running, error, queue)
+                n_left = len(needed)
         for served in running:
-            if served in self._served and served.is_running and not served.needed():
+            if served in self._served and served.is_running and not (n_left and served.needed()):
                 self._step(served, queue)
         if self._has_ended:
             self._has_ended = False
@@ -215,22 +219,23 @@ class Scheduler:
                 ready.append(sequence)
         return sorted(ready, key=lambda sequence: sequence.n_waiting) if self._n_rounds % 2 else ready
 
-    def _evaluate(self, running: list[_Served], needed: list[Sequence], max_tokens: int | None) -> None:
-        """Evaluate what waits in sequences, and count what of it was prompts."""
-        context = self._context
+    def _evaluate(self, running: list[_Served], needed: list[Sequence], max_tokens: int | None) -> int:
+        """Evaluate what waits in sequences, and count what of it was prompts; return how many tokens are left."""
+        context, n_left = self._context, 0
         reading = [
             (served.request, writer.sequence, writer.sequence.n_waiting)
             for served in running
+            if served.is_reading
             for writer in served.request.writers
-            if isinstance(writer, Prompt)
         ]
         # What is written ends by itself, with what it has.
         cancel = running[0].request if len(running) == 1 and running[0].is_reading else None
         batches = [[sequence] for sequence in needed] if self._is_deterministic else [needed]
         for batch in batches:
-            self._idle.with_room(lambda batch=batch: context.evaluate(batch, max_tokens, cancel=cancel))  # type: ignore[misc]
+            n_left += self._idle.with_room(partial(context.evaluate, batch, max_tokens, cancel=cancel))
         for request, sequence, before in reading:
             request.n_evaluated += before - sequence.n_waiting
+        return n_left
 
     def _find_failed(self, running: list[_Served], error: BaseException, queue: RequestQueue) -> None:
         """Evaluate what each request needs by itself, after an error in a common batch; end those that fail."""
@@ -254,14 +259,15 @@ class Scheduler:
             for _ in range(_MOST_STEPS):
                 item = next(steps) if error is None else steps.throw(error)
                 error = None
-                if not isinstance(item, Signal) and (bell := request.deliver(item)) is not None:
-                    self._bells.add(bell)
-                served.is_blocked = item is Signal.BLOCKED
-                if item is not Signal.STEP and isinstance(item, Signal):
+                if not isinstance(item, Signal):
+                    if (bell := request.deliver(item)) is not None:
+                        self._bells.add(bell)
+                elif item is not Signal.STEP:
+                    served.is_blocked = item is Signal.BLOCKED
                     self._room = 0  # a prompt was added, or sequences were
                     return
                 self._room -= len(request.writers)
-                if not request.writers or any(writer.needs_logits for writer in request.writers) or self._room < 1:
+                if self._room < 1 or not request.writers or any(writer.needs_logits for writer in request.writers):
                     return
         except StopIteration:
             self._end(served, queue)
