@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import minerva_native as mn
-from minerva_native.requests import Signal
+from minerva_native.requests import RequestQueue, Signal
 from minerva_native.scheduler import Scheduler
 from test_llm import CHATML, evaluated, no_end
 from tiny_models import TinyModel
@@ -430,6 +430,47 @@ def test_chats_that_are_idle_make_room(demo: mn.Model) -> None:
         assert (
             chats[0].send("And?").text == llm.chat_completion(chats[0].messages[:-1], temperature=0, max_tokens=8).text
         )
+
+
+def test_a_prompt_takes_no_cells_that_others_are_about_to_need(demo: mn.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    take = RequestQueue.take
+    lengths = [(11, 13), (26, 21), (12, 44), (15, 34)]  # 64 tokens of prompts
+
+    def take_late(queue: RequestQueue, wait: bool) -> Any:
+        while wait and len(queue) < len(lengths) and not queue.closed:
+            time.sleep(0.001)
+        return take(queue, wait)
+
+    monkeypatch.setattr(RequestQueue, "take", take_late)
+    with mn.LLM(demo, n_ctx=64, n_parallel=4, **EXACT) as llm:
+        options: dict[str, Any] = {"temperature": 0.0, "logit_bias": no_end(llm)}
+        requests = [{"prompt": [300 + n] * n, "max_tokens": max_tokens, **options} for n, max_tokens in lengths]
+        streams = [llm.stream(**request) for request in requests]
+        found = [[chunk.token for chunk in stream] for stream in streams]
+    monkeypatch.undo()
+    assert found == alone(demo, requests, n_ctx=64)
+
+
+def test_guesses_take_no_cells_that_others_are_about_to_need(demo: mn.Model) -> None:
+    expected, guessed = list[list[int]](), list[int]()
+
+    def guess(tokens: Any, n: int) -> list[int]:
+        text = [300] * 8 + expected[0]
+        found = text[len(tokens) : len(tokens) + n] if list(tokens) == text[: len(tokens)] else []
+        guessed.extend(found)
+        return found
+
+    with mn.LLM(demo, n_ctx=64, n_parallel=2, speculate=guess, **EXACT) as llm:
+        llm.speculation = lambda: mn.Speculation(guess, float("inf"))  # type: ignore[method-assign]
+        options: dict[str, Any] = {"max_tokens": 50, "temperature": 0.0, "logit_bias": no_end(llm)}
+        requests = [{"prompt": [300 + at] * 8, **options} for at in range(2)]
+        expected += alone(demo, requests, n_ctx=64)
+        one = llm.stream(**requests[0])
+        tokens = [next(one).token for _ in range(4)]
+        other = llm.stream(**requests[1])
+        assert [*tokens, *(chunk.token for chunk in one)] == expected[0]
+        assert [chunk.token for chunk in other] == expected[1]
+    assert len(guessed) > 20
 
 
 # Chats

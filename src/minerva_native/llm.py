@@ -221,7 +221,8 @@ class LLM:
         self.tokenizer: Tokenizer = self.model.tokenizer
         self.on_full = on_full
         self.chats, self.n_parallel = OpenChats(), n_parallel
-        self.queue = RequestQueue(Scheduler(self.context, self.chats, n_parallel, deterministic))
+        scheduler = Scheduler(self.context, self.chats, n_parallel, deterministic, speculates=speculate is not None)
+        self.queue = RequestQueue(scheduler)
         self._close = weakref.finalize(self, _close, self.queue, self.prompt_cache, self.context, drafter, owned)
 
     def options(self, caller: str, options: Mapping[str, Any]) -> RequestOptions:

@@ -80,11 +80,19 @@ class Scheduler:
         room: makes room in it.
         n_parallel: how many requests to serve at once.
         deterministic: evaluate each sequence in batches of its own.
+        speculates: whether requests guess tokens. Guesses take cells until they are drawn or taken back.
     """
 
-    def __init__(self, context: Context, room: Room, n_parallel: int = 1, deterministic: bool = False):
+    def __init__(
+        self,
+        context: Context,
+        room: Room,
+        n_parallel: int = 1,
+        deterministic: bool = False,
+        speculates: bool = False,
+    ):
         self._context, self._idle = context, room
-        self._n_parallel, self._is_deterministic = n_parallel, deterministic
+        self._n_parallel, self._is_deterministic, self._speculates = n_parallel, deterministic, speculates
         self._served: list[_Served] = []
         self._room = 0  # how many cells are known to be free
         self._has_ended = False  # since those that are blocked have last tried
@@ -143,7 +151,7 @@ class Scheduler:
                 if may_join:
                     if len(queue):
                         return
-                    self._room = 0 if evaluates else self._room - 1
+                    self._room = 0 if evaluates or self._speculates else self._room - 1
                     if self._room <= len(request.writers):
                         self._make_room(queue)  # of chats that were busy when it came
         except StopIteration:
@@ -191,6 +199,8 @@ class Scheduler:
                 self._find_failed(running, error, queue)
                 n_left = len(needed)
         for served in running:
+            if self._room < len(served.request.writers):  # the step of another took what was there, for a new prompt
+                self._make_room(queue)
             if served in self._served and served.is_running and not (n_left and served.needed()):
                 self._step(served, queue)
         if self._has_ended:
@@ -268,7 +278,9 @@ class Scheduler:
                     return
                 self._room -= len(request.writers)
                 if self._room < 1 or not request.writers or any(writer.needs_logits for writer in request.writers):
-                    return
+                    break
+            if self._speculates:
+                self._room = 0
         except StopIteration:
             self._end(served, queue)
         except BaseException as failed:  # the caller's to handle, whatever it is
