@@ -4,6 +4,7 @@
     batch --batched-bench PATH    eight streams, with our sampler and without one, against `llama-batched-bench`
     single                        one stream, with n_parallel=8 against n_parallel=1
     deterministic                 eight streams, with deterministic=True against without, both in cells of their own
+    rounds                        what a round of eight takes besides evaluating, in CPU time: other load matters little
     cells                         decoding beside cells of finished sequences, and in cells of one's own, without `LLM`
 
 Ratios are of tokens a second in each pair of turns: the median, the lowest and the highest.
@@ -222,9 +223,33 @@ def batch(arguments: argparse.Namespace) -> None:
         print(f"eight streams, {name}, over llama-batched-bench: {spread(values)}")
 
 
+def rounds(arguments: argparse.Namespace) -> None:
+    with mn.LLM(arguments.model, n_ctx=4096, n_parallel=8, n_threads=arguments.threads) as llm:
+        evaluate, ended = llm.context.evaluate, 0.0
+        seconds: list[float] = []
+
+        def timed(sequences: list[mn.Sequence], *others: Any, **options: Any) -> int:
+            nonlocal ended
+            if ended and len(sequences) == 8:
+                seconds.append(time.thread_time() - ended)
+            n_left = evaluate(sequences, *others, **options)
+            ended = time.thread_time() if len(sequences) == 8 and not n_left else 0.0
+            return n_left
+
+        llm.context.evaluate = timed  # type: ignore[method-assign, assignment]
+        for name, temperature in (("greedy", 0.0), ("drawn", 0.8)):
+            seconds.clear()
+            for number in range(arguments.pairs):
+                llm.context.clear_cache()
+                ours(llm, [[1000 + at] * 16 for at in range(8)], arguments.tokens, number, temperature)
+            tenth, median = (1e6 * percentile(seconds, share) for share in (0.1, 0.5))
+            print(f"{name}: p10 {tenth:.0f}, p50 {median:.0f} us of {len(seconds)} rounds")
+
+
 def main() -> None:
+    ways = {way.__name__: way for way in (server, batch, single, deterministic, rounds, cells)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["server", "batch", "single", "deterministic", "cells"])
+    parser.add_argument("what", choices=ways)
     parser.add_argument("model")
     parser.add_argument("--llama-server", default="llama-server")
     parser.add_argument("--batched-bench", default="llama-batched-bench")
@@ -233,9 +258,7 @@ def main() -> None:
     parser.add_argument("--unified", action="store_true", help="server: all streams in one KV cache, on both sides")
     parser.add_argument("--pairs", type=int, default=7)
     arguments: Any = parser.parse_args()
-    {"server": server, "batch": batch, "single": single, "deterministic": deterministic, "cells": cells}[
-        arguments.what
-    ](arguments)
+    ways[arguments.what](arguments)
 
 
 if __name__ == "__main__":

@@ -296,6 +296,7 @@ CALLS: dict[str, Call] = {
             "cancel": None,
             "decoder": room.model.tokenizer.stream(),
             "top_logprobs": 0,
+            "logprobs": False,
         },
         also=("Sequence",),
     ),
