@@ -256,7 +256,8 @@ class Api:
                 completions = await exchange.wait(_all([_asked(llm.acomplete(prompt, **given)) for prompt in prompts]))
                 _note(exchange.access, replies.added([replies.usage_of([one.usage]) for one in completions]))
                 self._note_texts(exchange.access, completions)
-                whole = [writer.whole(*one) for writer, *one in zip(writers, prompts, completions, strict=True)]
+                pairs = zip(writers, prompts, completions, strict=True)
+                whole = [writer.whole(prompt, completion) for writer, prompt, completion in pairs]
                 await exchange.json(whole if isinstance(body.prompt, list) and len(whole) > 1 else whole[0])
                 return
             streams = _begun(lambda index: llm.astream(prompts[index], **given), len(prompts))
