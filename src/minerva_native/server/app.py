@@ -15,6 +15,7 @@ import minerva_native as mn
 from . import replies
 from .bodies import (
     FIELDS,
+    MOST_IDS,
     B,
     ChatBody,
     CompletionBody,
@@ -31,10 +32,12 @@ from .bodies import (
     of_completion,
     of_native,
     prompts_of,
+    strings,
 )
 from .errors import HTTPError, of_arguments, of_engine, wrong
-from .exchange import Endpoint, Exchange, Handler
+from .exchange import Endpoint, Exchange, Handler, as_json
 from .guard import Access, App, Guard, Receive, Scope, Send
+from .long_texts import LongTexts
 from .models import Models
 from .native import NativeWriter, native_prompts, settings_of
 from .openapi import document
@@ -54,7 +57,13 @@ class Chunks(Protocol):
 
 _logger = logging.getLogger("minerva_native.server")
 
-_LONG = 10_000  # characters of a text that are encoded off the event loop
+_SHORT = 10_000  # characters of texts that are encoded on the event loop
+
+_LONGEST_TOKEN = 128  # characters: so many spaces are one token in some vocabularies
+
+_MOST_BIASES = 64  # that are read on the event loop
+
+_MOST_ANSWERS = 128  # to all prompts of a request
 
 _PAGE = {
     "/": ("index.html", b"text/html; charset=utf-8"),
@@ -114,6 +123,7 @@ def create_app(models: Models, metrics: mn.Metrics, settings: Settings, on_acces
             yield
         finally:
             unloading.cancel()
+            api.close()
             await models.close()
 
     routes = [Route(path, Endpoint(method, path, handler)) for method, path, handler in endpoints]
@@ -141,6 +151,11 @@ class Api:
 
     def __init__(self, models: Models, metrics: mn.Metrics, settings: Settings):
         self._models, self._metrics, self._settings = models, metrics, settings
+        self._long_texts = LongTexts()
+
+    def close(self) -> None:
+        """Leave what takes long."""
+        self._long_texts.close()
 
     # What there is
 
@@ -209,6 +224,7 @@ class Api:
         body, sampling = await self._read(exchange, ChatBody)
         messages = checked_messages(body.messages)
         async with self._lent(exchange, body.model) as (name, llm):
+            _checked_size(llm, messages)
             given = await _keywords(llm, body, lambda: of_chat(body, sampling, llm), is_chat=True)
             n = body.n or 1
             if not body.stream:
@@ -227,8 +243,10 @@ class Api:
         texts, n = prompts_of(body), body.n or 1
         if body.best_of is not None and body.best_of < n:
             raise HTTPError(400, f"best_of: it is less than n={n}", "best_of")
+        if len(texts) * max(n, body.best_of or 1) > _MOST_ANSWERS:
+            raise HTTPError(400, f"prompt: there would be more than {_MOST_ANSWERS} answers", "prompt")
         async with self._lent(exchange, body.model, "prompt") as (name, llm):
-            prompts = await _encoded(exchange, llm.tokenizer, texts)
+            prompts = await self._encoded(exchange, llm, texts)
             given = await _keywords(llm, body, lambda: of_completion(body, sampling, llm.model))
             if not body.stream:
                 works = [_asked(llm.acomplete(prompt, n, body.best_of, **given)) for prompt in prompts]
@@ -248,7 +266,7 @@ class Api:
         if body.n is not None and body.n > 1:
             raise wrong("n", "it must be 1 here: give the prompt several times")
         async with self._lent(exchange, body.model, "prompt") as (name, llm):
-            prompts = await _encoded(exchange, llm.tokenizer, native_prompts(body, llm.tokenizer))
+            prompts = await self._encoded(exchange, llm, native_prompts(body, llm.tokenizer))
             given = await _keywords(llm, body, lambda: of_native(body, sampling, llm.model))
             settings = settings_of(body, llm.options("request", given).sampling, given)
             writers = [NativeWriter(body, name, at, llm.tokenizer, settings) for at in range(len(prompts))]
@@ -368,6 +386,7 @@ class Api:
         chat = chat_body(body)
         messages = checked_messages(chat.messages)
         async with self._lent(exchange, body.model) as (name, llm):
+            _checked_size(llm, messages)
             given = await _keywords(llm, chat, lambda: of_chat(chat, sampling, llm), is_chat=True)
             if not body.stream:
                 completion = await exchange.wait(_asked(llm.achat_completion(messages, chat.tools, **given)))
@@ -404,12 +423,13 @@ class Api:
     async def _count(self, exchange: Exchange, body: ChatBody, sampling: dict[str, Any]) -> None:
         messages = checked_messages(body.messages)
         async with self._lent(exchange, body.model) as (_, llm):
+            size = _checked_size(llm, messages)
             given = await _keywords(llm, body, lambda: of_chat(body, sampling, llm), is_chat=True)
             template, tools = _template(llm), None if body.tool_choice == "none" else body.tools
             variables = {**given.get("chat_template_kwargs", {}), "continue_final_message": continues(body)}
             said = template.with_arguments(messages)
             encode = partial(template.encode, llm.tokenizer, said, tools, **variables)
-            count = len(await exchange.wait(asyncio.to_thread(encode)))
+            count = len(await exchange.wait(self._long_texts.run(size, encode)))
         await exchange.json({"object": "response.input_tokens", "input_tokens": count})
 
     async def embeddings(self, exchange: Exchange) -> None:
@@ -419,35 +439,58 @@ class Api:
 
     # Tokens
 
+    async def _encoded(self, exchange: Exchange, llm: mn.LLM, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+        """Return prompts as ids; long ones are encoded in a thread.
+
+        Names of control tokens are those tokens, as with other servers: whoever sends a raw prompt has applied a
+        template.
+        """
+        tokenizer = llm.tokenizer
+
+        def encode() -> list[list[int]]:
+            return [tokenizer.encode(one, parse_special=True) if isinstance(one, str) else one for one in prompts]
+
+        size = _checked_size(llm, prompts)
+        return encode() if size <= _SHORT else await exchange.wait(self._long_texts.run(size, encode))
+
     async def tokenize(self, exchange: Exchange) -> None:
         """Encode a text."""
         body, _ = await exchange.read(TokenizeBody)
         async with self._lent(exchange, body.model, "content") as (_, llm):
-            tokenizer = llm.tokenizer
-            encode = partial(tokenizer.encode, body.content, body.add_special, body.parse_special)
-            ids = await exchange.wait(asyncio.to_thread(encode))
-        if not body.with_pieces:
-            await exchange.json({"tokens": ids})
-            return
-        pieces = [tokenizer.piece(token, special=True) for token in ids]
-        tokens = [{"id": token, "piece": _shown(piece)} for token, piece in zip(ids, pieces, strict=True)]
-        await exchange.json({"tokens": tokens})
+            tokenizer, ending = llm.tokenizer, self._long_texts.ending
+
+            def work() -> bytes:
+                ids = tokenizer.encode(body.content, body.add_special, body.parse_special, cancel=ending)
+                if not body.with_pieces:
+                    return as_json({"tokens": ids})
+                if len(ids) > MOST_IDS:
+                    raise HTTPError(400, f"with_pieces: the text has more than {MOST_IDS:,} tokens", "with_pieces")
+                tokens = {token: {"id": token, "piece": _shown(tokenizer.piece(token, True))} for token in set(ids)}
+                return as_json({"tokens": [tokens[token] for token in ids]})
+
+            reply = await exchange.wait(self._long_texts.run(len(body.content), work))
+        await exchange.encoded(reply)
 
     async def detokenize(self, exchange: Exchange) -> None:
         """Decode tokens."""
         body, _ = await exchange.read(DetokenizeBody)
         async with self._lent(exchange, body.model, "tokens") as (_, llm):
-            for token in body.tokens:
-                if not 0 <= token < llm.tokenizer.n_vocab:
-                    raise HTTPError(400, f"tokens: there is no token {token}", "tokens")
-            await exchange.json({"content": llm.tokenizer.decode(body.tokens, special=True)})
+
+            def work() -> bytes:
+                for token in body.tokens:
+                    if not 0 <= token < llm.tokenizer.n_vocab:
+                        raise HTTPError(400, f"tokens: there is no token {token}", "tokens")
+                return as_json({"content": llm.tokenizer.decode(body.tokens, special=True)})
+
+            reply = await exchange.wait(self._long_texts.run(len(body.tokens), work))
+        await exchange.encoded(reply)
 
     async def apply_template(self, exchange: Exchange) -> None:
         """Show the prompt that messages are."""
         body, _ = await exchange.read(TemplateBody)
         messages = checked_messages(body.messages)
         async with self._lent(exchange, body.model) as (_, llm):
-            template, kwargs = _template(llm), body.chat_template_kwargs or {}
+            template, kwargs, size = _template(llm), body.chat_template_kwargs or {}, _checked_size(llm, messages)
 
             def render() -> str:
                 said = template.with_arguments(messages)
@@ -455,16 +498,35 @@ class Api:
                 return template.render(said, body.tools, begins, continues(body), **kwargs)
 
             try:
-                text = await exchange.wait(asyncio.to_thread(render))
+                text = await exchange.wait(self._long_texts.run(size, render))
             except (TypeError, ValueError) as error:
                 raise of_arguments(error, FIELDS) from None
             await exchange.json({"prompt": text})
 
 
+def _checked_size(llm: mn.LLM, texts: Sequence[Any]) -> int:
+    """Return how many characters messages, or prompts, have.
+
+    Prompts are encoded by the thread that generates, and what cannot fit would keep all requests waiting.
+
+    Raises:
+        ContextFullError: even of the longest tokens that vocabularies have there would be too many.
+    """
+    n_ctx = llm.context.n_ctx
+    if any(isinstance(text, list) and len(text) > n_ctx for text in texts):
+        raise mn.ContextFullError(f"the prompt has more tokens than the context of {n_ctx:,}")
+    sizes = [sum(map(len, strings(text))) for text in texts if not isinstance(text, list)]
+    size = sum(sizes)
+    longest = size if texts and isinstance(texts[0], dict) else max(sizes, default=0)
+    if longest > n_ctx * _LONGEST_TOKEN:
+        raise mn.ContextFullError(f"{longest:,} characters are too many for a context of {n_ctx:,} tokens")
+    return size
+
+
 async def _keywords(
     llm: mn.LLM, body: Generation, make: Callable[[], dict[str, Any]], is_chat: bool = False
 ) -> dict[str, Any]:
-    """Return the keywords of a request, checked; a grammar is compiled in a thread.
+    """Return the keywords of a request, checked; what takes long is done in a thread.
 
     Raises:
         HTTPError: one of them is wrong.
@@ -480,7 +542,8 @@ async def _keywords(
         return given
 
     shape = getattr(body, "response_format", None)
-    is_slow = not (body.grammar is None and body.json_schema is None and (shape is None or is_text(shape)))
+    is_grammar = not (body.grammar is None and body.json_schema is None and (shape is None or is_text(shape)))
+    is_slow = is_grammar or len(body.logit_bias or ()) > _MOST_BIASES
     try:
         return await asyncio.to_thread(checked) if is_slow else checked()
     except mn.ConstraintError as error:
@@ -505,19 +568,6 @@ async def _asked(work: Any) -> mn.Completion:
             raise
         raise of_arguments(error, FIELDS) from None
     return completion
-
-
-async def _encoded(exchange: Exchange, tokenizer: mn.Tokenizer, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-    """Return prompts as ids; long ones are encoded in a thread.
-
-    Names of control tokens are those tokens, as with other servers: whoever sends a raw prompt has applied a template.
-    """
-
-    def encode() -> list[list[int]]:
-        return [tokenizer.encode(one, parse_special=True) if isinstance(one, str) else one for one in prompts]
-
-    is_long = sum(map(len, prompts)) > _LONG
-    return await exchange.wait(asyncio.to_thread(encode)) if is_long else encode()
 
 
 async def _all(works: Sequence[Any]) -> list[mn.Completion]:

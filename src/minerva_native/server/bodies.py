@@ -23,6 +23,8 @@ B = TypeVar("B", bound=Struct)
 MOST_PROMPTS = 128  # of one request
 
 _MAX_DEPTH = 64  # of JSON
+_MOST_TOOL_BYTES = 1 << 18  # of which a grammar is made
+_MOST_CONTAINERS = 1 << 19  # which take a third of a second
 
 SAMPLING = {
     field.name: get_type_hints(mn.SamplingParams)[field.name]
@@ -35,8 +37,15 @@ Count = Annotated[int, Meta(ge=1, le=128)]
 Limit = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 Messages = Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=4096)]
 Tools = Annotated[list[dict[str, Any]], Meta(max_length=512)]
-Stops = str | Annotated[list[str], Meta(max_length=64)]
-Ids = Annotated[list[int], Meta(max_length=1 << 20)]
+Stop = Annotated[str, Meta(max_length=4096)]
+Stops = Stop | Annotated[list[Stop], Meta(max_length=64)]
+Bias = float | bool
+Biases = (
+    Annotated[dict[Annotated[str, Meta(max_length=256)], Bias], Meta(max_length=1 << 18)]
+    | Annotated[list[tuple[int | Annotated[str, Meta(max_length=256)], Bias]], Meta(max_length=1 << 18)]
+)
+MOST_IDS = 1 << 20
+Ids = Annotated[list[int], Meta(max_length=MOST_IDS)]
 
 
 class StreamOptions(Struct, kw_only=True):
@@ -70,7 +79,7 @@ class Generation(Struct, kw_only=True):
     stream_options: StreamOptions | None = None
     n: Count | None = None
     stop: Stops | None = None
-    logit_bias: dict[str, float | bool] | list[tuple[int | str, float | bool]] | None = None
+    logit_bias: Biases | None = None
     ignore_eos: bool | None = None
     samplers: list[str] | None = None
     grammar: str | None = None
@@ -205,14 +214,14 @@ class TokenizeBody(Struct, kw_only=True):
     """A request of `/tokenize`.
 
     Attributes:
-        content: the text.
+        content: the text, of 4,194,304 characters at most.
         add_special: add what the model expects around it, such as a BOS token.
         parse_special: treat the names of control tokens as those tokens.
         with_pieces: give the text of each token; bytes if it is none.
         model: see there.
     """
 
-    content: str
+    content: Annotated[str, Meta(max_length=4 << 20)]
     add_special: bool = False
     parse_special: bool = True
     with_pieces: bool = False
@@ -257,6 +266,9 @@ def read(data: bytes, kind: type[B]) -> tuple[B, dict[str, Any]]:
     Raises:
         HTTPError: it is not JSON, or a field is wrong.
     """
+    n_containers = data.count(b"{") + data.count(b"[")  # or more: some may be in texts
+    if n_containers > _MOST_CONTAINERS:
+        raise HTTPError(400, f"the body has more than {_MOST_CONTAINERS:,} arrays and objects")
     try:
         fields = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -265,7 +277,8 @@ def read(data: bytes, kind: type[B]) -> tuple[B, dict[str, Any]]:
         raise HTTPError(400, "the body is nested too deeply") from None
     if not isinstance(fields, dict):
         raise HTTPError(400, "the body must be a JSON object")
-    _check_depth(fields)
+    if n_containers > _MAX_DEPTH:
+        _check_depth(fields)
     try:
         body = msgspec.convert(fields, kind)
     except msgspec.ValidationError as error:
@@ -273,7 +286,7 @@ def read(data: bytes, kind: type[B]) -> tuple[B, dict[str, Any]]:
     own = {field.name for field in msgspec.structs.fields(kind)}
     sampling = {name: fields[name] for name in SAMPLING if name not in own and fields.get(name) is not None}
     if unknown := sorted(fields.keys() - own - SAMPLING.keys()):
-        _logger.debug("ignored fields: %s", ", ".join(name[:40] for name in unknown[:20]))
+        _logger.debug("ignored fields: %s", ", ".join(repr(name[:40]) for name in unknown[:20]))
     return body, sampling
 
 
@@ -347,6 +360,8 @@ def of_generation(body: Generation, sampling: Mapping[str, Any], model: mn.Model
 
 def of_chat(body: ChatBody, sampling: Mapping[str, Any], llm: mn.LLM) -> dict[str, Any]:
     """Return the keywords of a chat completion, without messages, tools and n."""
+    if body.tools and len(msgspec.json.encode(body.tools)) > _MOST_TOOL_BYTES:
+        raise wrong("tools", f"they have more than {_MOST_TOOL_BYTES:,} bytes")
     given = of_generation(body, sampling, llm.model)
     given["max_tokens"] = _limit(body.max_completion_tokens, body.max_tokens, body.n_predict)
     given["logprobs"] = bool(body.logprobs)
@@ -463,6 +478,15 @@ def continues(body: ChatBody | TemplateBody) -> bool:
     if is_open and [message.get("role") for message in body.messages[-2:]] == ["assistant"] * 2:
         raise wrong("messages", "there are two messages of the assistant at the end")
     return is_open
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Yield the strings in JSON, without the names of fields."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from strings(item)
 
 
 def checked_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

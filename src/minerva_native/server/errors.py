@@ -8,6 +8,8 @@ import minerva_native as mn
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 501: "not_supported_error"}
 
+_MOST_CHARACTERS = 2000  # of a message, which may quote what the client has sent
+
 _NAME = re.compile(r"^(?:[a-z_]+\(\) has no argument )?['`]?([a-z][a-z0-9_]*)")
 
 _ABOUT = re.compile(r"\b(tool|prompt)s?\b")
@@ -39,6 +41,7 @@ class HTTPError(Exception):
         headers: Mapping[str, str] | None = None,
     ):
         super().__init__(message)
+        message = message if len(message) <= _MOST_CHARACTERS else f"{message[:_MOST_CHARACTERS]}..."
         self.status, self.message, self.param, self.code = status, message, param, code
         self.headers = dict(headers or {})
 
@@ -90,6 +93,4 @@ def of_engine(error: Exception, prompt: str | None = None) -> HTTPError:
         return HTTPError(408, str(error), code="timeout")
     if isinstance(error, mn.ClosedError):
         return HTTPError(503, "the model is being unloaded", code="unavailable", headers={"retry-after": "1"})
-    if isinstance(error, mn.ModelLoadError | mn.DeviceError | mn.OptionError):
-        return HTTPError(500, "the model cannot be loaded: the server's log says why", code="model_load_failed")
     return HTTPError(500, "the server failed: its log says why", code="internal_error")

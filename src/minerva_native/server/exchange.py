@@ -19,6 +19,9 @@ _JSON = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")
 _EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
 
 
+as_json = msgspec.json.encode
+
+
 class Exchange:
     """A request and its reply.
 
@@ -51,7 +54,11 @@ class Exchange:
 
     async def json(self, data: Any) -> None:
         """Send JSON."""
-        await self.reply(200, msgspec.json.encode(data), _JSON)
+        await self.encoded(as_json(data))
+
+    async def encoded(self, data: bytes) -> None:
+        """Send what is JSON already."""
+        await self.reply(200, data, _JSON)
 
     async def wait(self, work: Coroutine[Any, Any, T]) -> T:
         """Return what some work returns; stop it as soon as the client has gone.

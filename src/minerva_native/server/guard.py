@@ -5,11 +5,11 @@ import hmac
 import ipaddress
 import json
 import logging
+import re
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
-from urllib.parse import urlsplit
 
 from .errors import HTTPError
 from .settings import Settings
@@ -24,6 +24,10 @@ _logger = logging.getLogger("minerva_native.server")
 
 OPEN = frozenset({"/", "/page.js", "/page.css", "/favicon.svg", "/health", "/v1/health", "/openapi.json"})
 """Paths that say nothing about models or people, and need no token."""
+
+_HOST = re.compile(r"([a-zA-Z0-9._-]+|\[[0-9a-fA-F:.]+\])(?::[0-9]{1,5})?")
+
+_ONCE = frozenset({b"host", b"origin", b"authorization"})
 
 _SAFETY = [
     (b"x-content-type-options", b"nosniff"),
@@ -81,6 +85,7 @@ class Guard:
             await send(message)
 
         try:
+            self._check_head(scope["headers"])
             self._check_host(headers)
             origin = self._checked_origin(headers, scope["scheme"])
             if origin is not None:
@@ -98,6 +103,10 @@ class Guard:
                 await _reply(answer, error.status, json.dumps(error.body).encode(), _JSON)
         except Gone:
             access.status = access.status or 499
+        except asyncio.CancelledError:  # the server ends
+            if access.status == 0:
+                ended = HTTPError(503, "the server ends", code="unavailable")
+                await _reply(answer, ended.status, json.dumps(ended.body).encode(), _JSON)
         except Exception as error:
             _logger.error("a request failed: %s", type(error).__name__)
             _logger.debug("of this:", exc_info=True)
@@ -108,6 +117,15 @@ class Guard:
             access.seconds = time.perf_counter() - begun
             self._on_access(access)
 
+    def _check_head(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        """Refuse a head that is too large, or says twice what is to be checked."""
+        if sum(len(name) + len(value) + 4 for name, value in headers) > self._settings.max_head_bytes:
+            most = self._settings.max_head_bytes
+            raise HTTPError(431, f"the head has more than {most:,} bytes", headers={"connection": "close"})
+        names = [name for name, _ in headers if name in _ONCE]
+        if len(names) > len(set(names)):
+            raise HTTPError(400, "a header is there twice")
+
     def _check_host(self, headers: dict[bytes, bytes]) -> None:
         """Refuse a name that is not this machine's: by one, a page could make a browser take this server for its own.
 
@@ -115,11 +133,8 @@ class Guard:
         """
         if self._settings.hosts is None:
             return
-        given = headers.get(b"host", b"").decode("latin-1")
-        try:
-            name = (urlsplit(f"//{given}").hostname or "").rstrip(".")
-        except ValueError:
-            name = ""
+        given = _HOST.fullmatch(headers.get(b"host", b"").decode("latin-1"))
+        name = "" if given is None else given[1].strip("[]").lower().removesuffix(".")
         if name in ("localhost", *(host.lower() for host in self._settings.hosts)):
             return
         try:
@@ -153,7 +168,7 @@ class Guard:
 
     def _too_large(self) -> HTTPError:
         most = self._settings.max_body_bytes
-        return HTTPError(413, f"the body has more than {most:,} bytes", headers={"connection": "close"})
+        return HTTPError(413, f"the body has more than {most:,} bytes")
 
     def _bounded(self, receive: Receive) -> Receive:
         """Return a `receive` that bounds how large a body is, and how long it takes."""

@@ -109,7 +109,12 @@ class Models:
                     raise HTTPError(503, busy, "model", "busy", {"retry-after": "10"}) from None
                 name, begun = place.source.name, time.monotonic()
                 _logger.info("loading %s", name)
-                place.llm = llm = await asyncio.to_thread(self._load, place.source)
+                try:
+                    place.llm = llm = await asyncio.to_thread(self._load, place.source)
+                except (OSError, mn.MinervaError) as error:
+                    _logger.error("%s cannot be loaded: %s", name, error)
+                    failed = "the model cannot be loaded: the server's log says why"
+                    raise HTTPError(500, failed, "model", "model_load_failed") from None
                 place.used = time.monotonic()
                 self._metrics.watch(llm, name)
                 _logger.info("loaded %s in %.1f s", name, place.used - begun)

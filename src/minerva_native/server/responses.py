@@ -81,7 +81,9 @@ def _messages(items: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         elif kind == "function_call_output":
             said("tool", item.get("output"))["tool_call_id"] = call_id
         elif kind == "reasoning":
-            texts = [part.get("text") for part in item.get("content") or () if isinstance(part, dict)]
+            content = item.get("content")
+            parts = content if isinstance(content, list) else []
+            texts = [part.get("text") for part in parts if isinstance(part, dict)]
             reasoning = {"reasoning_content": "".join(text for text in texts if isinstance(text, str))}
         else:
             raise wrong("input", f"item {number} is of the type {str(kind)[:40]!r}, which is not supported")

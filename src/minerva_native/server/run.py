@@ -2,8 +2,11 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import ipaddress
+import logging
 import os
+import resource
 import signal
 import socket
 import stat
@@ -19,6 +22,7 @@ from .guard import App
 from .settings import Settings
 
 _BACKLOG = 1024
+_OTHER_FILES = 256  # models, caches, and what libraries open
 
 
 def is_loopback(host: str) -> bool:
@@ -85,6 +89,16 @@ def unix_socket(path: Path) -> Iterator[socket.socket]:
                 path.unlink()
 
 
+def _allowed_connections(wanted: int) -> int:
+    """Return how many clients may be connected; have the system allow as many open files and some more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted + _OTHER_FILES:
+        soft = wanted + _OTHER_FILES if hard == resource.RLIM_INFINITY else min(wanted + _OTHER_FILES, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        return min(wanted, max(1, soft - _OTHER_FILES))
+    return wanted
+
+
 class _Server(uvicorn.Server):
     """uvicorn's server, that says when it listens."""
 
@@ -111,6 +125,9 @@ def run(app: App, listening: socket.socket, settings: Settings, on_ready: Callab
     Raises:
         KeyboardInterrupt: SIGINT came.
     """
+    settings = dataclasses.replace(settings, max_connections=_allowed_connections(settings.max_connections))
+    logging.getLogger("uvicorn").addHandler(logging.NullHandler())  # what matters of its log, others say
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each client that leaves a stream
     config = uvicorn.Config(
         app,
         http=connection_class(settings),
