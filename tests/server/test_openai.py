@@ -17,6 +17,7 @@ import uvicorn
 import minerva_native as mn
 from minerva_native.server import run as running
 from minerva_native.server.app import create_app
+from minerva_native.server.bodies import ChatBody, of_chat
 from minerva_native.server.connection import connection_class
 from minerva_native.server.models import Models
 from minerva_native.server.settings import Settings, Source
@@ -445,6 +446,12 @@ def test_reasoning_is_apart_from_the_answer(thinker: openai.OpenAI) -> None:
     options["extra_body"] = {"reasoning_budget": -1, "reasoning_format": "none"}
     raw: Any = thinker.chat.completions.create(**options).choices[0].message
     assert getattr(raw, "reasoning_content", None) is None
+
+
+def test_an_effort_turns_reasoning_on_or_off(llm: mn.LLM) -> None:
+    for effort, is_on in (("none", False), ("low", True)):
+        variables = of_chat(ChatBody(messages=HELLO, reasoning_effort=effort), {}, llm)["chat_template_kwargs"]
+        assert variables == {"reasoning_effort": effort, "enable_thinking": is_on}
 
 
 # Completions

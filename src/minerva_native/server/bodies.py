@@ -100,7 +100,7 @@ class ChatBody(Generation, kw_only=True):
         tool_choice: "auto", "none", "required", or the one to call.
         parallel_tool_calls: whether there may be more than one call.
         response_format: text, a JSON object, or JSON of a schema.
-        reasoning_effort: a variable of the chat template; "none" asks it for no reasoning.
+        reasoning_effort: a variable of the chat template; "none" also sets `enable_thinking` to false, others to true.
         reasoning_format: "none" leaves the reasoning in the content.
         reasoning_budget: how many tokens of reasoning before it is ended by force; -1 for no limit.
         continue_final_message: go on with the last message; by default if it is the assistant's.
@@ -379,8 +379,7 @@ def of_chat(body: ChatBody, sampling: Mapping[str, Any], llm: mn.LLM) -> dict[st
     tags = None if llm.template is None else llm.template.thinking_tags
     if body.reasoning_effort is not None:
         variables.setdefault("reasoning_effort", body.reasoning_effort)
-        if body.reasoning_effort == "none":
-            variables.setdefault("enable_thinking", False)
+        variables.setdefault("enable_thinking", body.reasoning_effort != "none")
     if variables:
         given["chat_template_kwargs"] = variables
     if continues(body):
