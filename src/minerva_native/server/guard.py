@@ -195,7 +195,7 @@ class Guard:
 _JSON = [(b"content-type", b"application/json")]
 _PREFLIGHT = [
     (b"access-control-allow-methods", b"GET, POST"),
-    (b"access-control-allow-headers", b"authorization, content-type"),
+    (b"access-control-allow-headers", b"authorization, *"),
     (b"access-control-max-age", b"600"),
 ]
 
