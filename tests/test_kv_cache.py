@@ -1172,3 +1172,78 @@ def test_pieces_of_a_prompt_are_not_given_up_for_a_window_that_is_gone(
                 waiting.append(context.evaluate([second], max_tokens=32))
                 second.extend([], evaluate=False)
             assert waiting == [88, 56, 24, 0]
+
+
+# Snapshots of recurrent states
+
+QWEN, NEMOTRON = TinyModel("qwen35"), TinyModel("nemotron_h", n_layer=4)
+
+with_snapshots = pytest.mark.parametrize("model", [LFM, QWEN, NEMOTRON], ids=["conv", "delta net", "mamba 2"])
+
+
+@with_snapshots
+def test_what_the_last_batch_has_evaluated_is_forgotten_without_a_checkpoint(load_tiny: Load, model: TinyModel) -> None:
+    with make(load_tiny(model), n_rs_seq=6) as context, context.sequence() as sequence:
+        assert context.memory.n_rollback == 6
+        sequence.extend(IDS)
+        _ = sequence.logits
+        for guess in (OTHER[:6], OTHER[6:10], OTHER[10:16]):  # as many as that, twice in a row
+            before = list(sequence)
+            sequence.logits_after([*guess])
+            sequence.truncate(len(before) + 1)
+            evaluated = evaluated_by(context, lambda: sequence.extend([7]))
+            assert evaluated == 1
+            assert_same(sequence.logits, fresh(load_tiny(model), [*before, guess[0], 7]))
+        assert context.stats.tokens_reevaluated == 0
+
+
+@with_snapshots
+def test_snapshots_of_an_earlier_batch_are_not_gone_back_to(load_tiny: Load, model: TinyModel) -> None:
+    with make(load_tiny(model), n_rs_seq=6) as context, context.sequence() as sequence:
+        sequence.extend(IDS)
+        sequence.append(3)
+        _ = sequence.logits
+        sequence.rewind(2)  # libllama would take the snapshot of the batch before
+        sequence.extend([5])
+        assert_same(sequence.logits, fresh(load_tiny(model), [*IDS[:-1], 5]))
+
+
+@with_snapshots
+@pytest.mark.parametrize("cut_first", [True, False])
+def test_a_fork_and_what_it_is_of_are_rolled_back_apart(load_tiny: Load, model: TinyModel, cut_first: bool) -> None:
+    with make(load_tiny(model), n_rs_seq=6) as context, context.sequence() as sequence:
+        sequence.extend(IDS)
+        sequence.logits_after(OTHER[:5])
+        if cut_first:
+            sequence.truncate(len(IDS) + 2)
+        fork = sequence.fork()
+        if not cut_first:
+            sequence.truncate(len(IDS) + 2)
+        wanted = {sequence: IDS + OTHER[:2], fork: IDS + OTHER[: 2 if cut_first else 5]}
+        for one, ids in wanted.items():
+            one.extend([9])
+            assert_same(one.logits, fresh(load_tiny(model), [*ids, 9]))
+
+
+@with_snapshots
+def test_sequences_of_a_shared_batch_are_rolled_back_apart(load_tiny: Load, model: TinyModel) -> None:
+    with make(load_tiny(model), n_rs_seq=6) as context:
+        sequences = [context.sequence() for _ in range(3)]
+        for number, sequence in enumerate(sequences):
+            sequence.extend([number, *IDS])
+        context.extend({sequences[2]: OTHER[:4], sequences[0]: OTHER[:4]})
+        for number in (2, 0):
+            sequences[number].truncate(len(IDS) + 3)
+        context.extend({sequence: [9] for sequence in sequences})
+        for number, sequence in enumerate(sequences):
+            ids = [number, *IDS, *(OTHER[:2] if number != 1 else []), 9]
+            assert_same(sequence.logits, fresh(load_tiny(model), ids))
+
+
+def test_a_memory_without_snapshots_says_so(load_tiny: Load, tiny: mn.Model) -> None:
+    for model in (load_tiny(MAMBA), load_tiny(JAMBA), tiny):
+        with make(model, n_rs_seq=8) as context:
+            assert context.memory.n_rollback == context.options.n_rs_seq == 0
+    with make(load_tiny(LFM), n_rs_seq=64, n_ubatch=16) as context:  # libllama wants two tokens more in a pass
+        assert context.memory.n_rollback == 14
+        assert lib.llama_n_rs_seq(open_up(load_tiny(LFM), n_ctx=64, n_rs_seq=3)[1].runner.handle.pointer) == 3

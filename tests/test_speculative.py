@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import minerva_native as mn
-from tiny_models import TinyModel
+from tiny_models import END, END_OF_TURN, TinyModel
 
 PROMPT = "Once upon a time, there was a little girl named Emma. One day,"
 
@@ -172,13 +172,43 @@ def test_what_cannot_speculate_says_so(demo: mn.Model, load_tiny: Any) -> None:
             next(mn.generate(sequence, speculate=mn.Speculation()))
         with pytest.raises(TypeError, match="speculate must be a Speculation"):
             mn.generate(sequence, speculate="lookup")  # type: ignore[arg-type]
-    recurrent = load_tiny(TinyModel(architecture="mamba"))
-    with pytest.raises(mn.OptionError, match="which a recurrent memory cannot"):
-        mn.LLM(recurrent, n_ctx=64, speculate="lookup")
+    for architecture, kind in ("mamba", "recurrent"), ("jamba", "hybrid"):
+        without = load_tiny(TinyModel(architecture))
+        with pytest.raises(
+            mn.OptionError, match=f"which this {kind} memory cannot: .* no snapshots for {architecture}"
+        ):
+            mn.LLM(without, n_ctx=64, speculate="lookup")
+    lfm2 = load_tiny(TinyModel("lfm2", n_layer=4))
+    with lfm2.context(n_ctx=64) as context, pytest.raises(mn.OptionError, match="such as n_rs_seq=8"):
+        mn.Speculation().check(context)
+    mn.LLM(lfm2, n_ctx=64, speculate="lookup").close()
     with pytest.raises(ValueError, match='must be "lookup"'):
         mn.LLM(demo, n_ctx=64, speculate="look")
     with pytest.raises(TypeError, match="must be"):
         mn.LLM(demo, n_ctx=64, speculate=7)
+
+
+@pytest.mark.parametrize("architecture", ["lfm2", "qwen35", "nemotron_h"])
+@pytest.mark.parametrize("wrong_every", [0, 3, 1])
+def test_a_state_goes_back_to_a_snapshot(load_tiny: Any, architecture: str, wrong_every: int) -> None:
+    model = load_tiny(TinyModel(architecture, n_layer=4))
+    drawn = mn.SamplingParams(seed=3, logit_bias=dict.fromkeys((END, END_OF_TURN), -math.inf))
+    options: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "kv_type": "f32", "flash_attention": "off"}
+    with model.context(n_rs_seq=6, **options) as context, context.sequence() as sequence:
+        sequence.extend(list(range(60, 90)))
+        with model.context(**options) as other, other.sequence() as without:
+            without.extend(list(sequence))
+            plain = written(without, drawn, n=100)
+        speculation = mn.Speculation(Oracle(len(sequence), plain, wrong_every), max_loss=math.inf)
+        steps = list(mn.generate(sequence, drawn, max_tokens=100, speculate=speculation))
+        assert [step.token for step in steps] == plain
+        assert speculation.drafted > 50
+        stats = context.stats
+        assert stats.tokens_reevaluated == 0
+        # What is evaluated besides the text are wrong guesses alone; the last token of the text is if it was guessed.
+        assert stats.tokens_evaluated - (speculation.drafted - speculation.accepted) in (30 + 99, 30 + 100)
+        if not wrong_every:
+            assert stats.decode_calls < 25
 
 
 @pytest.mark.parametrize("speculate", ["lookup", "model", "function"])

@@ -59,6 +59,11 @@ KINDS = {
     "recurrent, RWKV": Kind(TinyModel("rwkv7")),
     "hybrid": Kind(TinyModel("jamba")),
     "hybrid with a small window": Kind(TinyModel("lfm2", n_layer=4), {"swa_full": False, "n_ctx": 300}),
+    "hybrid with a small window and snapshots": Kind(
+        TinyModel("lfm2", n_layer=4), {"swa_full": False, "n_ctx": 300, "n_rs_seq": 4}
+    ),
+    "hybrid with snapshots, delta net": Kind(TinyModel("qwen35"), {"n_rs_seq": 4}),
+    "hybrid with snapshots, Mamba 2": Kind(TinyModel("nemotron_h", n_layer=4), {"n_rs_seq": 4}),
     "encoder-decoder": Kind(TinyModel("t5")),
 }
 
@@ -262,6 +267,22 @@ class Walk(stateful.RuleBasedStateMachine):
             return
         if self.attempt(lambda: sequence.logits_after(ids), text) is not None:
             text.extend(ids)
+
+    @stateful.rule(data=st.data(), ids=st.lists(FEW, min_size=1, max_size=7), after=st.lists(FEW, max_size=2))
+    def guess(self, data: st.DataObject, ids: list[int], after: list[int]) -> None:
+        sequence, text = self.pick(data)
+        ids, n = ids[: MAX_TOKENS - len(text.tokens) - len(after)], len(text.tokens)
+        if not ids or not n or self.look(sequence, text) is None:
+            return
+        if self.attempt(lambda: sequence.logits_after(ids), text) is None:
+            return
+        text.extend(ids)
+        kept = data.draw(st.integers(n, n + len(ids)), label="kept")
+        sequence.truncate(kept)
+        text.cut(kept, self.can_truncate)
+        if after and self.attempt(lambda: sequence.extend(after), text) is not None:
+            text.extend(after)
+        text.waits |= not after and text.shifts is None
 
     @stateful.rule(max_tokens=st.none() | st.integers(1, 20))
     def evaluate(self, max_tokens: int | None) -> None:

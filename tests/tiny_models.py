@@ -42,6 +42,7 @@ class TinyModel:
     ssm_state: int = 16
     ssm_conv: int = 4
     ssm_dt_rank: int = 8
+    ssm_group: int = 2
     n_buckets: int = 32  # of relative positions
     lora_rank: int = 16  # of RWKV's small matrices
 
@@ -121,6 +122,11 @@ def gpt2_hyperparameters(model: TinyModel) -> dict[str, Key]:
     }
 
 
+def attends(layer: int) -> bool:
+    """Return whether this layer of a hybrid is an attention layer, not a recurrent one."""
+    return layer % 2 == 1
+
+
 def lfm2_hyperparameters(model: TinyModel) -> dict[str, Key]:
     heads = [model.n_head_kv if attends(layer) else 0 for layer in range(model.n_layer)]
     return {**gemma2_hyperparameters(model), "attention.head_count_kv": heads, "shortconv.l_cache": model.ssm_conv - 1}
@@ -150,6 +156,32 @@ def mamba_hyperparameters(model: TinyModel) -> dict[str, Key]:
 def jamba_hyperparameters(model: TinyModel) -> dict[str, Key]:
     heads = [model.n_head_kv if attends(layer) else 0 for layer in range(model.n_layer)]
     return {**llama_hyperparameters(model), **mamba_hyperparameters(model), "attention.head_count_kv": heads}
+
+
+def qwen35_hyperparameters(model: TinyModel) -> dict[str, Key]:
+    half = model.head_size // 2
+    return {
+        **llama_hyperparameters(model),
+        **grouped_ssm_hyperparameters(model),
+        "ssm.inner_size": model.ssm_dt_rank * model.ssm_state,  # whose heads are as wide as the state
+        "rope.dimension_sections": [half - 2 * (half // 3), half // 3, half // 3, 0],
+        "full_attention_interval": 2,  # see `attends`
+    }
+
+
+def nemotron_hyperparameters(model: TinyModel) -> dict[str, Key]:
+    layers = range(model.n_layer)
+    return {
+        **llama_hyperparameters(model),
+        **grouped_ssm_hyperparameters(model),
+        "attention.layer_norm_epsilon": model.rms_epsilon,
+        "attention.head_count_kv": [model.n_head_kv if attends(layer) else 0 for layer in layers],
+        "feed_forward_length": [model.n_ff if feeds_forward(model, layer) else 0 for layer in layers],
+    }
+
+
+def grouped_ssm_hyperparameters(model: TinyModel) -> dict[str, Key]:
+    return {**mamba_hyperparameters(model), "ssm.group_count": model.ssm_group}
 
 
 def t5_hyperparameters(model: TinyModel) -> dict[str, Key]:
@@ -217,11 +249,6 @@ def mamba_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
     yield f"blk.{layer}.ssm_out.weight", (model.n_embd, model.ssm_inner)
 
 
-def attends(layer: int) -> bool:
-    """Return whether this layer of a hybrid is an attention layer, not a recurrent one."""
-    return layer % 2 == 1
-
-
 def jamba_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
     if attends(layer):
         yield from llama_layer(model, layer)
@@ -231,6 +258,50 @@ def jamba_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
     yield f"blk.{layer}.ssm_b_norm.weight", (model.ssm_state,)
     yield f"blk.{layer}.ssm_c_norm.weight", (model.ssm_state,)
     yield from feed_forward(model, f"blk.{layer}")
+
+
+def qwen35_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
+    prefix, key, value = f"blk.{layer}", model.ssm_group * model.ssm_state, model.ssm_dt_rank * model.ssm_state
+    if attends(layer):  # with a gate for each number of the queries
+        for name, shape in qwen3_attention(model, layer):
+            yield name, (2 * shape[0], *shape[1:]) if name.endswith("attn_q.weight") else shape
+    else:
+        yield f"{prefix}.attn_norm.weight", (model.n_embd,)
+        yield f"{prefix}.attn_qkv.weight", (2 * key + value, model.n_embd)
+        yield f"{prefix}.attn_gate.weight", (value, model.n_embd)
+        yield f"{prefix}.ssm_conv1d.weight", (2 * key + value, model.ssm_conv)
+        yield f"{prefix}.ssm_dt.bias", (model.ssm_dt_rank,)
+        yield f"{prefix}.ssm_a", (model.ssm_dt_rank,)
+        yield f"{prefix}.ssm_beta.weight", (model.ssm_dt_rank, model.n_embd)
+        yield f"{prefix}.ssm_alpha.weight", (model.ssm_dt_rank, model.n_embd)
+        yield f"{prefix}.ssm_norm.weight", (model.ssm_state,)
+        yield f"{prefix}.ssm_out.weight", (model.n_embd, value)
+    for name, shape in feed_forward(model, prefix):
+        yield name.replace("ffn_norm", "post_attention_norm"), shape
+
+
+def feeds_forward(model: TinyModel, layer: int) -> bool:
+    """Return whether this layer of Nemotron-H is a feed-forward one, which has no state: the last one is."""
+    return layer == model.n_layer - 1
+
+
+def nemotron_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
+    prefix, wide = f"blk.{layer}", model.ssm_inner + 2 * model.ssm_group * model.ssm_state
+    yield f"{prefix}.attn_norm.weight", (model.n_embd,)
+    if feeds_forward(model, layer):
+        yield f"{prefix}.ffn_up.weight", (model.n_ff, model.n_embd)
+        yield f"{prefix}.ffn_down.weight", (model.n_embd, model.n_ff)
+    elif attends(layer):
+        yield from attention(model, prefix)
+    else:
+        yield f"{prefix}.ssm_in.weight", (wide + model.ssm_inner + model.ssm_dt_rank, model.n_embd)
+        yield f"{prefix}.ssm_conv1d.weight", (wide, model.ssm_conv)
+        yield f"{prefix}.ssm_conv1d.bias", (wide,)
+        yield f"{prefix}.ssm_dt.bias", (model.ssm_dt_rank,)
+        yield f"{prefix}.ssm_a", (model.ssm_dt_rank, 1)
+        yield f"{prefix}.ssm_d", (model.ssm_dt_rank, 1)
+        yield f"{prefix}.ssm_norm.weight", (model.ssm_group, model.ssm_inner // model.ssm_group)
+        yield f"{prefix}.ssm_out.weight", (model.n_embd, model.ssm_inner)
 
 
 def lfm2_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
@@ -342,6 +413,8 @@ ARCHITECTURES = {
     "gpt2": Architecture(gpt2_hyperparameters, gpt2_tensors),
     "smollm3": Architecture(llama_hyperparameters, partial(decoder, llama_layer)),
     "lfm2": Architecture(lfm2_hyperparameters, lfm2_tensors),
+    "qwen35": Architecture(qwen35_hyperparameters, partial(decoder, qwen35_layer), SSM_SCALES),
+    "nemotron_h": Architecture(nemotron_hyperparameters, partial(decoder, nemotron_layer), SSM_SCALES),
     "rwkv7": Architecture(rwkv7_hyperparameters, rwkv7_tensors, RWKV_SCALES),
     "t5": Architecture(t5_hyperparameters, t5_tensors, T5_SCALES),
 }

@@ -49,6 +49,11 @@ _MAX_BATCH = 1 << 16  # tokens in one call: more gain nothing, and their room is
 
 _MAX = 2**31 - 1
 
+_MAX_SNAPSHOTS = 1 << 10  # of a sequence's state: more tokens than anybody guesses at once
+
+# Recurrent states of which libllama keeps snapshots, as far as tests/test_walks.py has been over them.
+SNAPSHOT_ARCHITECTURES = frozenset({"lfm2", "lfm2moe", "nemotron_h", "nemotron_h_moe", "qwen35", "qwen35moe"})
+
 OnFull: TypeAlias = 'Literal["error", "shift"] | Callable[[Sequence, int], object]'
 """What to do when no cell is free: raise, shift, or call a function with the sequence and how many cells it lacks."""
 
@@ -81,6 +86,9 @@ class ContextOptions:
         checkpoint_interval: tokens between checkpoints, which are copies of the state of a memory that cannot be cut
             (see `Context.memory`).
         checkpoint_bytes: memory for the checkpoints of all sequences, in bytes.
+        n_rs_seq: how many snapshots to keep of each sequence's recurrent state, after the last tokens of a batch, so
+            that as many tokens can be forgotten: what speculation needs. States then take 1 + n_rs_seq times the
+            memory. It is cut to `n_ubatch` - 2, and to 0 if libllama has no snapshots for the architecture.
         rope_scaling_type: how positions beyond the training are scaled: "none", "linear", "yarn" or "longrope". None
             for this and for the next seven means as the model's file says.
         rope_freq_base: the base of RoPE's frequencies, above 0.
@@ -110,6 +118,7 @@ class ContextOptions:
     n_keep: int = 4
     checkpoint_interval: int = 512
     checkpoint_bytes: int = 1 << 30
+    n_rs_seq: int = 0
     rope_scaling_type: Literal["none", "linear", "yarn", "longrope"] | None = None
     rope_freq_base: float | None = None
     rope_freq_scale: float | None = None
@@ -128,6 +137,7 @@ class ContextOptions:
             ("n_keep", 0, _MAX),
             ("checkpoint_interval", 1, _MAX),
             ("checkpoint_bytes", 0, 2**63 - 1),
+            ("n_rs_seq", 0, _MAX_SNAPSHOTS),
         ):
             self._set(name, integer(name, getattr(self, name), low, high))
         if self.n_ctx == 1:
@@ -204,11 +214,14 @@ class ContextOptions:
             if model.size_bytes >= ONE_THREAD_BYTES:
                 n_threads = min(available_cpus(), lib.GGML_MAX_N_THREADS)
         n_batch = min(self.n_batch, n_ctx, _MAX_BATCH)
+        n_ubatch = min(self.n_ubatch, n_batch)
+        n_rs_seq = max(0, min(self.n_rs_seq, n_ubatch - 2))  # or libllama ends the process
         resolved = dataclasses.replace(
             self,
             n_ctx=n_ctx,
             n_batch=n_batch,
-            n_ubatch=min(self.n_ubatch, n_batch),
+            n_ubatch=n_ubatch,
+            n_rs_seq=n_rs_seq if model.architecture in SNAPSHOT_ARCHITECTURES else 0,
             n_threads=n_threads,
             n_threads_batch=self.n_threads_batch or n_threads,
             kv_type=self.kv_types,

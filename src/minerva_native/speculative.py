@@ -17,6 +17,7 @@ from ._arguments import integer, many, number, what
 from .context import Context
 from .errors import ContextFullError, OptionError
 from .model import Model
+from .options import SNAPSHOT_ARCHITECTURES
 from .sequence import Sequence as TokenSequence
 from .tokenizer import Tokenizer
 
@@ -203,9 +204,14 @@ class Speculation:
             self._drafter.check(context.model.tokenizer)
         if context.options.on_full != "error":
             raise OptionError(f"speculation needs a context with on_full='error', not {context.options.on_full!r}")
-        if not context.memory.can_truncate:
-            kind = context.memory.kind
-            raise OptionError(f"speculation has to forget what was guessed wrong, which a {kind} memory cannot")
+        if not _most_drafted(context):
+            kind, architecture = context.memory.kind, context.model.architecture
+            why = f"libllama keeps no snapshots for {architecture}"
+            if architecture in SNAPSHOT_ARCHITECTURES:
+                why = "make the context with snapshots, such as n_rs_seq=8"
+            raise OptionError(
+                f"speculation has to forget what was guessed wrong, which this {kind} memory cannot: {why}"
+            )
 
     def end(self) -> None:
         """Take back what was guessed and not drawn."""
@@ -226,7 +232,8 @@ class Lookahead:
         self._draft: list[int] = []
         self._rows: npt.NDArray[np.float32] | None = None
         self._at = 0  # how many guessed tokens were right
-        self._size = _FIRST_DRAFT
+        self._most = _most_drafted(sequence.context)
+        self._size = min(_FIRST_DRAFT, self._most)
         self._plain: deque[float] = deque(maxlen=9)  # seconds of the last plain steps
         self._cost = 0.0  # seconds of the pass in stock
         self._elapsed = self._gained = 0.0
@@ -300,10 +307,16 @@ class Lookahead:
         n = len(self._draft)
         typical = sorted(self._plain)[len(self._plain) // 2]
         self._gained += typical * (self._at + 1) - self._cost
-        self._size = min(2 * self._size, _MOST_DRAFTED) if self._at == n else max(_FIRST_DRAFT, self._at)
+        self._size = min(2 * self._size if self._at == n else max(_FIRST_DRAFT, self._at), self._most)
         self._rows, self._draft, self._at = None, [], 0
         if len(self._sequence) > self.tokens.n:
             self._sequence.truncate(self.tokens.n)
+
+
+def _most_drafted(context: Context) -> int:
+    """Return how many tokens can be guessed at once: as many as can be forgotten."""
+    memory = context.memory
+    return _MOST_DRAFTED if memory.can_truncate else min(memory.n_rollback, _MOST_DRAFTED)
 
 
 class Beginning(Sequence[int]):

@@ -535,12 +535,15 @@ class KVCache:
             at += size
         return parts
 
-    def _commit(self, slot: Slot, size: int, row: int) -> None:
-        """Note that `size` more tokens of a slot's list are cached, and where the logits of the last one are."""
+    def _commit(self, slot: Slot, size: int, row: int, can_roll_back: bool = False) -> None:
+        """Note that `size` more tokens of a slot's list are cached, and where the logits of the last one are.
+
+        If they can be rolled back, they are no reason to keep the state.
+        """
         is_last = size == slot.n_waiting
         self.stats.tokens_reevaluated += slot.commit(slot.n_cached + size, row if is_last else None)
         if not self.memory.can_truncate:
-            self._checkpoint(slot, size)
+            self._checkpoint(slot, 1 if can_roll_back else size)
 
     def read_rows(
         self, slot: Slot, new: Ids, on_row: Callable[[int, Logits], object], cancel: CancelToken | None = None
@@ -583,7 +586,7 @@ class KVCache:
                 first = min(size, n_unwanted)
                 batch.put(0, slot.tokens[n : n + size], n, slot.id, max(1, size - first))
                 self._decode((slot,), size, self.runner.decode, batch.pointer, cancel=cancel)
-                self._commit(slot, size, -1)
+                self._commit(slot, size, -1, can_roll_back=size <= self.memory.n_rollback + 1)
                 for row in range(first, size):
                     on_row(index, self.runner.logits(row))
                     index += 1
@@ -630,6 +633,8 @@ class KVCache:
             self._check_encoded()
         if cancel is not None:
             self.runner.watch(cancel)
+        if self.memory.n_rollback:
+            self._cells.begin_decode()
         stats.decode_calls += 1  # before it: from now on the logits in the buffer are not there any more
         code = ABORTED  # should an interrupt strike before it is known
         since = time.perf_counter()
@@ -649,6 +654,8 @@ class KVCache:
             self.runner.raise_for(code, count, since)
         stats.tokens_evaluated += count
         self._in_buffer = slots
+        if self.memory.n_rollback:
+            self._cells.end_decode([slot.id for slot in slots], count)
 
     def _doubt(self, code: int) -> None:
         """Trust what a decode with this return code has left, and no more."""

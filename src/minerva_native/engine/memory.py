@@ -20,6 +20,8 @@ State = npt.NDArray[np.uint8]
 
 _WITHOUT_GAPS = ("attention", "encoder-decoder")
 
+_NO_SNAPSHOTS = -1, 0  # the sequence id that has them, and how many tokens they go back
+
 PARTLY_ROTATED = frozenset(
     {
         *("afmoe", "cohere2", "cohere2moe", "exaone-moe", "exaone4"),
@@ -42,6 +44,8 @@ class Memory:
             checkpoint) is kept every `checkpoint_interval` tokens, and `truncate` goes back to the nearest one before.
             A full-size window may have given the cells of tokens that left it to others; if those come into the window
             again, everything is re-evaluated.
+        n_rollback: how many tokens of the last batch can be forgotten at once, if nothing was evaluated since and
+            `can_truncate` is False: from snapshots of the state (`n_rs_seq`).
         can_shift: whether tokens can be taken out of the middle and the rest moved up without re-evaluating them.
         can_share: whether sequences share the cells of a common prefix. If not, they copy them.
     """
@@ -49,6 +53,7 @@ class Memory:
     kind: Kind
     window: int
     can_truncate: bool
+    n_rollback: int
     can_shift: bool
     can_share: bool
 
@@ -83,6 +88,9 @@ class Cells:
         # Cells in common take any sequence id that libllama knows. Slots use those below `n_seq`.
         can_split = self.facts.can_truncate and self.facts.can_share
         self.scratch_id = options.n_seq if can_split and options.n_seq < lib.llama_max_parallel_sequences() else -1
+        # libllama would go back to any snapshot, of an earlier batch as well: here is what the last one has left.
+        self._snapshots = _NO_SNAPSHOTS
+        self._rolled_back: set[int] = set()  # ids whose state goes back to a snapshot only with the next decode
 
     @property
     def _is_gone(self) -> bool:
@@ -92,7 +100,35 @@ class Cells:
         """Forget a sequence's tokens from position `start` on, or up to `stop`; return False if this kind cannot."""
         if self._is_gone or sequence_id < 0:
             return True
+        if self.facts.n_rollback and stop < 0 and not self._prepare_rollback(sequence_id, start):
+            return False
         return lib.minerva_memory_seq_rm(self._decoder, sequence_id, start, stop) != 0  # also if it broke: all is gone
+
+    def begin_decode(self) -> None:
+        """Note that the state is about to be another, and so are its snapshots."""
+        self._snapshots = _NO_SNAPSHOTS
+
+    def end_decode(self, sequence_ids: list[int], n: int) -> None:
+        """Note that `n` tokens were evaluated together, of these sequences."""
+        self._rolled_back.difference_update(sequence_ids)
+        if len(sequence_ids) == 1:  # with several, libllama may move states and leave their snapshots behind
+            self._snapshots = sequence_ids[0], min(n - 1, self.facts.n_rollback)
+
+    def _prepare_rollback(self, sequence_id: int, start: int) -> bool:
+        """Return whether a sequence's state can forget its tokens from `start` on: all of them, or by a snapshot."""
+        holder, n_snapshots = self._snapshots
+        if start <= 0:
+            self._rolled_back.discard(sequence_id)
+        else:
+            n = lib.llama_memory_seq_pos_max(self._memory, sequence_id) + 1 - start
+            if n <= 0:
+                return True
+            if holder != sequence_id or n > n_snapshots:
+                return False
+            self._rolled_back.add(sequence_id)
+        if holder == sequence_id:
+            self._snapshots = _NO_SNAPSHOTS
+        return True
 
     def cut(self, sequence_id: int, n: int) -> bool:
         """Have a sequence hold its first `n` tokens; return whether it now does, and can be continued."""
@@ -128,6 +164,7 @@ class Cells:
 
     def clear(self) -> None:
         """Forget everything, and overwrite it."""
+        self._snapshots, self._rolled_back = _NO_SNAPSHOTS, set()
         lib.minerva_memory_clear(self._decoder)
 
     def copy(self, source_id: int, target_id: int) -> bool:
@@ -135,6 +172,11 @@ class Cells:
         if not self.facts.can_share:  # libllama's own copy is of the whole buffer, and only made by the next decode
             state = self.read(source_id)
             return state is not None and not self.write(target_id, state)
+        if source_id in self._rolled_back:  # a copy would share the state from which it has yet to go back
+            state = self.read(source_id, partial=True)
+            if state is None or self.write(source_id, state, partial=True):
+                return False
+        self._snapshots = _NO_SNAPSHOTS  # the state is shared, and libllama would roll it back for both
         # A small window reuses the cells of what has left it only while one sequence holds them: each gets its own.
         window = self.read(source_id, partial=True) if self._is_small else None
         self._check(lib.minerva_memory_seq_cp(self._decoder, source_id, target_id))
@@ -149,6 +191,7 @@ class Cells:
         first = lib.llama_memory_seq_pos_min(self._memory, sequence_id)
         if self.facts.kind == "sliding window" and keep > seen < first:
             return False
+        self._snapshots = _NO_SNAPSHOTS
         self.remove(sequence_id, keep, keep + discard)
         self._check(lib.minerva_memory_seq_add(self._decoder, sequence_id, keep + discard, -discard))
         return True
@@ -172,9 +215,11 @@ class Cells:
         `check`: it comes from outside, and must not hold numbers that would spoil the other sequences.
         """
         flags = lib.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY if partial else 0
+        self._snapshots = _NO_SNAPSHOTS
         with callbacks.captured_errors() as errors:
             size = lib.minerva_state_write(self._decoder, sequence_id, flags, _pointer(state), state.size, check)
         self._check_not_refused(size)
+        self._rolled_back.discard(sequence_id)
         return "" if size == state.size else thrown() or callbacks.reason(errors, "libllama gives no reason")
 
     @property
@@ -251,6 +296,7 @@ def _facts(model: "Model", options: ContextOptions, memory: Any) -> Memory:
         kind=kind,
         window=window,
         can_truncate=kind in _WITHOUT_GAPS or (kind == "sliding window" and options.swa_full),
+        n_rollback=options.n_rs_seq if kind in ("recurrent", "hybrid") else 0,
         can_shift=bool(can_shift),
         can_share=options.kv_unified,
     )

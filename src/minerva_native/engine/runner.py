@@ -108,7 +108,7 @@ class Runner:
         parameters.n_ctx = n_cells * (1 if options.kv_unified else n_seq)
         parameters.n_batch = max(options.n_batch, n_seq)  # or libllama ends the process
         parameters.n_ubatch = options.n_ubatch
-        parameters.n_seq_max = n_seq
+        parameters.n_seq_max, parameters.n_rs_seq = n_seq, options.n_rs_seq
         parameters.n_threads, parameters.n_threads_batch = n_threads, n_threads_batch
         if options.rope_scaling_type is not None:
             parameters.rope_scaling_type = ROPE_SCALING_TYPES[options.rope_scaling_type]
