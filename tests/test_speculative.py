@@ -182,6 +182,8 @@ def test_what_cannot_speculate_says_so(demo: mn.Model, load_tiny: Any) -> None:
     with lfm2.context(n_ctx=64) as context, pytest.raises(mn.OptionError, match="such as n_rs_seq=8"):
         mn.Speculation().check(context)
     mn.LLM(lfm2, n_ctx=64, speculate="lookup").close()
+    with pytest.raises(mn.OptionError, match="MTP head cannot draft"):
+        mn.LLM(demo, n_ctx=64, speculate="mtp")
     with pytest.raises(ValueError, match='must be "lookup"'):
         mn.LLM(demo, n_ctx=64, speculate="look")
     with pytest.raises(TypeError, match="must be"):

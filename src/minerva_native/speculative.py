@@ -169,6 +169,10 @@ class Speculation:
     Attributes:
         drafted: how many tokens were guessed.
         accepted: how many of them were right.
+
+    Raises:
+        OptionError: the drafter is "mtp", for which libllama's interface lacks something.
+        TypeError, ValueError: it is nothing that drafts.
     """
 
     def __init__(
@@ -177,6 +181,11 @@ class Speculation:
         max_loss: float = 0.01,
     ):
         if isinstance(drafter, str):
+            if drafter == "mtp":
+                raise OptionError(
+                    "a model's own MTP head cannot draft: llama.h does not give out the hidden states that it starts "
+                    'from; use "lookup" or a smaller model'
+                )
             if drafter != "lookup":
                 raise ValueError(f'speculate must be "lookup", a model or a function, not {drafter!r}')
             drafter = Lookup()
