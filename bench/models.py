@@ -50,7 +50,10 @@ MINIMUM = 7.5  # q4_k: a block's scale of minimums divided by its scale of numbe
 # Makes logits as peaked as real ones: 95% of the probability on about 100 of 128,256 tokens. Samplers depend on that.
 OUTPUT_NORM = 6.0
 
-Key = int | float | bool | str
+OUTPUT_NORMS = {"lfm2": "token_embd_norm.weight"}  # its name, if it is another
+SHORT_CONVOLUTION = 3  # tokens
+
+Key = int | float | bool | str | list[int]
 
 
 class Shape(NamedTuple):
@@ -59,6 +62,7 @@ class Shape(NamedTuple):
     Attributes:
         vocabulary: which of the pinned source's ggml-vocab-*.gguf it uses.
         tied: whether the output matrix is the embedding matrix.
+        attends: which layers attend, if the others are short convolutions.
     """
 
     architecture: str
@@ -72,12 +76,15 @@ class Shape(NamedTuple):
     n_ctx_train: int
     rope_base: float
     tied: bool
+    attends: tuple[int, ...] = ()
 
 
 SHAPES = {
     "qwen2.5-0.5b": Shape("qwen2", "qwen2", 24, 896, 4864, 14, 2, 64, 32768, 1e6, True),
     "llama-3.2-1b": Shape("llama", "llama-bpe", 16, 2048, 8192, 32, 8, 64, 131072, 5e5, True),
     "mistral-7b": Shape("llama", "llama-spm", 32, 4096, 14336, 32, 8, 128, 32768, 1e6, False),
+    # With another vocabulary: its own, of 65,536 tokens, is not in the source.
+    "lfm2-350m": Shape("lfm2", "gpt-2", 16, 1024, 4608, 16, 8, 64, 128000, 1e6, True, (2, 5, 8, 10, 12, 14)),
     # Not a real model: small, with a large vocabulary, so that the time outside llama_decode matters. A token takes
     # about 2 ms in f16 and less than 1 ms in q4_0.
     "wide-34m": Shape("llama", "llama-bpe", 2, 256, 1024, 4, 2, 64, 8192, 5e5, True),
@@ -115,27 +122,29 @@ def write(path: Path, shape: Shape, kind: str) -> None:
     wanted = dict(tensors(shape, len(tokens)))
     matrix = TYPES[kind].of_tensors
     block, _ = gguf.GGML_QUANT_SIZES[matrix]
-    if any(len(size) == 2 and size[1] % block for size in wanted.values()):
+    if any(is_matrix(size) and size[1] % block for size in wanted.values()):
         raise SystemExit(f"{kind} has blocks of {block} weights, which do not divide the rows of this shape")
     for name, size in wanted.items():
-        dtype = matrix if len(size) == 2 else gguf.GGMLQuantizationType.F32
-        stored = gguf.quant_shape_to_byte_shape(size, dtype) if len(size) == 2 else size
+        dtype = matrix if is_matrix(size) else gguf.GGMLQuantizationType.F32
+        stored = gguf.quant_shape_to_byte_shape(size, dtype) if is_matrix(size) else size
         writer.add_tensor_info(
-            name, stored, np.dtype(np.uint8 if len(size) == 2 else np.float32), n_bytes(size, dtype), raw_dtype=dtype
+            name, stored, np.dtype(np.uint8 if is_matrix(size) else np.float32), n_bytes(size, dtype), raw_dtype=dtype
         )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     rng = np.random.default_rng(1)
     for name, size in track(wanted.items(), f"making {path.stem}", console=Console(stderr=True)):
-        norm = OUTPUT_NORM if name == "output_norm.weight" else 1.0
-        writer.write_tensor_data(blocks(rng, size, kind) if len(size) == 2 else np.full(size, norm, np.float32))
+        norm = OUTPUT_NORM if name == OUTPUT_NORMS.get(shape.architecture, "output_norm.weight") else 1.0
+        writer.write_tensor_data(blocks(rng, size, kind) if is_matrix(size) else np.full(size, norm, np.float32))
     writer.close()
 
 
 def add(writer: gguf.GGUFWriter, key: str, value: Key) -> None:
     """Write one key."""
-    if isinstance(value, bool):
+    if isinstance(value, list):
+        writer.add_array(key, value)
+    elif isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
         writer.add_uint32(key, value)
@@ -147,13 +156,17 @@ def add(writer: gguf.GGUFWriter, key: str, value: Key) -> None:
 
 def hyperparameters(shape: Shape) -> dict[str, Key]:
     """Return the keys of the file, without the architecture before each."""
+    kv_heads: int | list[int] = shape.n_head_kv
+    if shape.attends:
+        kv_heads = [shape.n_head_kv if layer in shape.attends else 0 for layer in range(shape.n_layer)]
     return {
+        **({"shortconv.l_cache": SHORT_CONVOLUTION} if shape.attends else {}),
         "context_length": shape.n_ctx_train,
         "embedding_length": shape.n_embd,
         "block_count": shape.n_layer,
         "feed_forward_length": shape.n_ff,
         "attention.head_count": shape.n_head,
-        "attention.head_count_kv": shape.n_head_kv,
+        "attention.head_count_kv": kv_heads,
         "attention.layer_norm_rms_epsilon": 1e-5,
         "rope.dimension_count": shape.head_size,
         "rope.freq_base": shape.rope_base,
@@ -167,18 +180,30 @@ def tensors(shape: Shape, n_vocab: int) -> Iterator[tuple[str, tuple[int, ...]]]
     for layer in range(shape.n_layer):
         prefix = f"blk.{layer}."
         yield prefix + "attn_norm.weight", (shape.n_embd,)
-        for name, rows in (("q", wide), ("k", narrow), ("v", narrow)):
-            yield f"{prefix}attn_{name}.weight", (rows, shape.n_embd)
-            if shape.architecture == "qwen2":
-                yield f"{prefix}attn_{name}.bias", (rows,)
-        yield prefix + "attn_output.weight", (shape.n_embd, wide)
+        if shape.attends and layer not in shape.attends:
+            yield prefix + "shortconv.conv.weight", (shape.n_embd, SHORT_CONVOLUTION)
+            yield prefix + "shortconv.in_proj.weight", (3 * shape.n_embd, shape.n_embd)
+            yield prefix + "shortconv.out_proj.weight", (shape.n_embd, shape.n_embd)
+        else:
+            for name, rows in (("q", wide), ("k", narrow), ("v", narrow)):
+                yield f"{prefix}attn_{name}.weight", (rows, shape.n_embd)
+                if shape.architecture == "qwen2":
+                    yield f"{prefix}attn_{name}.bias", (rows,)
+                if shape.architecture == "lfm2" and name != "v":
+                    yield f"{prefix}attn_{name}_norm.weight", (shape.head_size,)
+            yield prefix + "attn_output.weight", (shape.n_embd, wide)
         yield prefix + "ffn_norm.weight", (shape.n_embd,)
         yield prefix + "ffn_gate.weight", (shape.n_ff, shape.n_embd)
         yield prefix + "ffn_up.weight", (shape.n_ff, shape.n_embd)
         yield prefix + "ffn_down.weight", (shape.n_embd, shape.n_ff)
-    yield "output_norm.weight", (shape.n_embd,)
+    yield OUTPUT_NORMS.get(shape.architecture, "output_norm.weight"), (shape.n_embd,)
     if not shape.tied:
         yield "output.weight", (n_vocab, shape.n_embd)
+
+
+def is_matrix(size: tuple[int, ...]) -> bool:
+    """Return whether a tensor is quantised: vectors and the kernels of convolutions are not."""
+    return len(size) == 2 and size[1] > SHORT_CONVOLUTION
 
 
 def n_bytes(size: tuple[int, ...], dtype: gguf.GGMLQuantizationType) -> int:

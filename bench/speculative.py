@@ -3,15 +3,23 @@
 Two tasks, against plain decoding in turns: a text that repeats what is in the prompt with a word changed, and a story
 that cannot be guessed, greedily. So that a small model repeats faithfully, the first is dictated by the sampler; its
 logits are computed all the same. Ratios are medians of pairs, with the smallest and the largest in brackets.
+
+With `--llama-server` also a request that the model itself answers by copying (for SmolLM2), in turns with upstream's
+server: plain, and with `--spec-type ngram-simple`. Its times are those that it reports for the tokens of the answer.
 """
 
 import argparse
+import contextlib
+import json
 import math
 import re
 import statistics
 import time
+import urllib.request
+from collections.abc import Callable
 
 import minerva_native as mn
+from upstream import llama_server
 
 PARAGRAPH = (
     "The river rises in the northern hills near the village of Alderby and flows south for about ninety miles before "
@@ -20,6 +28,11 @@ PARAGRAPH = (
     "at Harrow. The people who live beside it say that the river remembers every storm, and that on quiet nights you "
     "can hear the bells of the drowned church at Saint Osyth, which the flood of 1287 carried away in a single night."
 )
+COPY = (
+    "<|im_start|>user\nRepeat this text, with the word 'mills' replaced by 'bridges':\n\n"
+    f"{PARAGRAPH}<|im_end|>\n<|im_start|>assistant\n"
+)
+N_COPIED = 124  # tokens of the answer
 STORY = "Write a long story about a lighthouse keeper who finds a strange machine on the beach."
 
 
@@ -33,11 +46,69 @@ class Dictated:
         return next(self._rest)
 
 
+def over(ones: list[float], others: list[float]) -> str:
+    """Return the median of how many times as long the others took, with the smallest and the largest."""
+    ratios = [other / one for one, other in zip(ones, others, strict=True)]
+    return f"{statistics.median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}]"
+
+
+def ours(sequence: mn.Sequence, speculate: str | None) -> tuple[float, str]:
+    """Return the seconds that the answer takes, and the answer."""
+    sequence.assign(sequence.context.model.tokenizer.encode(COPY, parse_special=True))
+    _ = sequence.logits
+    speculation = mn.Speculation(speculate) if speculate else None
+    before = time.perf_counter()
+    steps = mn.generate(sequence, mn.SamplingParams.greedy(), max_tokens=N_COPIED, speculate=speculation)
+    text = "".join(step.text for step in steps)
+    return time.perf_counter() - before, text
+
+
+def theirs(address: str) -> tuple[float, str]:
+    """Return the same of llama-server, which has the prompt cached."""
+    body = json.dumps({"prompt": COPY, "n_predict": N_COPIED, "temperature": 0.0}).encode()
+    request = urllib.request.Request(f"http://{address}/completion", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=300) as response:
+        answer = json.load(response)
+    return answer["timings"]["predicted_ms"] / 1e3, answer["content"]
+
+
+def compare(sequence: mn.Sequence, model: str, binary: str, n_threads: int, pairs: int) -> None:
+    """Print how this package and upstream's server do with a request that is answered by copying."""
+    common = (binary, model, n_threads, "-c", "2048", "-np", "1")
+    with contextlib.ExitStack() as stack:
+        plain = stack.enter_context(llama_server(*common))
+        guessing = stack.enter_context(llama_server(*common, "--spec-type", "ngram-simple"))
+        ways: dict[str, Callable[[], tuple[float, str]]] = {
+            "ours, lookup": lambda: ours(sequence, "lookup"),
+            "ours, plain": lambda: ours(sequence, None),
+            "theirs, ngram-simple": lambda: theirs(guessing),
+            "theirs, plain": lambda: theirs(plain),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        texts: dict[str, set[str]] = {name: set() for name in ways}
+        for at in range(pairs + 1):
+            for name, way in ways.items() if at % 2 else reversed(ways.items()):
+                took, text = way()
+                if at:
+                    seconds[name].append(took)
+                    texts[name].add(text)
+    for name, some in seconds.items():
+        print(f"copy, {name}: {N_COPIED / statistics.median(some):.1f} tokens/s")
+    first = seconds["ours, lookup"]
+    print("  ours with lookup over ours plain:", over(first, seconds["ours, plain"]))
+    print(
+        "  theirs with ngram-simple over theirs plain:", over(seconds["theirs, ngram-simple"], seconds["theirs, plain"])
+    )
+    print("  ours with lookup over theirs with ngram-simple:", over(first, seconds["theirs, ngram-simple"]))
+    print("  the same text in all:", len(set.union(*texts.values())) == 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--llama-server", help="upstream's server, of the same source and flags")
     arguments = parser.parse_args()
     model = mn.Model.load(arguments.model)
     tokenizer = model.tokenizer
@@ -45,7 +116,8 @@ def main() -> None:
     edit = tokenizer.encode(f"{PARAGRAPH}\n\nThe same with one word changed:\n\n")
     copied = tokenizer.encode(edited, add_special=False)
     story = tokenizer.encode(STORY)
-    with model.context(n_ctx=2048, n_threads=arguments.threads) as context, context.sequence() as sequence:
+    options = {"n_ctx": 2048, "n_threads": arguments.threads, "n_rs_seq": 8}
+    with model.context(**options) as context, context.sequence() as sequence:
 
         def take(task: str, speculation: mn.Speculation | None) -> tuple[float, list[int]]:
             sequence.assign(edit if task == "edit" else story)
@@ -58,6 +130,10 @@ def main() -> None:
             for _ in mn.generate(sequence, sampler, max_tokens=n, speculate=speculation):
                 pass
             return time.perf_counter() - before, sequence[n_before:]
+
+        if arguments.llama_server:
+            compare(sequence, arguments.model, arguments.llama_server, arguments.threads, arguments.pairs)
+            return
 
         for task in ("edit", "story"):
             ratios, same = [], 0
