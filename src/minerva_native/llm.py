@@ -42,7 +42,6 @@ Prompt = str | TokenIds
 """A text, which is encoded as the model expects it (with its BOS), or token ids, which are taken as they are."""
 
 _N_SEQ = 8  # places for requests, open chats and forks; with cells in common, a place costs nothing
-_N_RS_SEQ = 8  # tokens that a guess may have if a state has to be rolled back
 
 _MOST_ANSWERS = 128  # to one request
 
@@ -138,7 +137,7 @@ class LLM:
             nor on what was before. Each sequence is evaluated by itself and has its share of the `n_ctx` tokens, and
             nothing is reused between requests: slower, but equal to the last bit.
         options: those of `Model.load` and `ContextOptions`; `n_seq` is 8 by default, and one more for each request that
-            may be served beside the first. With `speculate`, `n_rs_seq` is 8 by default.
+            may be served beside the first.
 
     Attributes:
         model: the model.
@@ -182,10 +181,8 @@ class LLM:
         if unknown:
             raise TypeError(f"LLM() has no argument {unknown[0]!r}: see Model.load and ContextOptions")
         defaults: dict[str, Any] = {"n_seq": min(n_parallel - 1 + _N_SEQ, MOST_SEQUENCES)}
-        if speculate is not None:
-            defaults["n_rs_seq"] = _N_RS_SEQ
         if deterministic:
-            defaults |= {"n_seq": n_parallel + 1, "kv_unified": False, "prefix_cache": False}
+            defaults = {"n_seq": n_parallel + 1, "kv_unified": False, "prefix_cache": False}
             wrong = [name for name in ("kv_unified", "prefix_cache") if options.get(name)]
             if wrong:
                 raise ValueError(f"{wrong[0]} has no place beside deterministic=True: it changes roundings")

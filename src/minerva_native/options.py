@@ -51,7 +51,8 @@ _MAX = 2**31 - 1
 
 _MAX_SNAPSHOTS = 1 << 10  # of a sequence's state: more tokens than anybody guesses at once
 
-# Recurrent states of which libllama keeps snapshots, as far as tests/test_walks.py has been over them.
+# Whose recurrent states libllama keeps snapshots of, as far as tests/test_walks.py goes over them. Those with experts
+# build theirs with the same code.
 SNAPSHOT_ARCHITECTURES = frozenset({"lfm2", "lfm2moe", "nemotron_h", "nemotron_h_moe", "qwen35", "qwen35moe"})
 
 OnFull: TypeAlias = 'Literal["error", "shift"] | Callable[[Sequence, int], object]'
@@ -87,8 +88,8 @@ class ContextOptions:
             (see `Context.memory`).
         checkpoint_bytes: memory for the checkpoints of all sequences, in bytes.
         n_rs_seq: how many snapshots to keep of each sequence's recurrent state, after the last tokens of a batch, so
-            that as many tokens can be forgotten: what speculation needs. States then take 1 + n_rs_seq times the
-            memory. It is cut to `n_ubatch` - 2, and to 0 if libllama has no snapshots for the architecture.
+            that as many tokens can be forgotten without a checkpoint. States then take 1 + n_rs_seq times the memory.
+            It is cut to `n_ubatch` - 2, and to 0 if libllama has no snapshots for the architecture.
         rope_scaling_type: how positions beyond the training are scaled: "none", "linear", "yarn" or "longrope". None
             for this and for the next seven means as the model's file says.
         rope_freq_base: the base of RoPE's frequencies, above 0.

@@ -193,7 +193,7 @@ class Sequence(AbstractSequence[int]):
             if not slot.tokens:
                 raise EmptySequenceError("the sequence is empty: there are no logits before the first token")
             rows = np.full((len(new) + 1, self._n_vocab), np.nan, np.float32)
-            cache.read_rows(slot, new, rows.__setitem__, cancel)
+            cache.read_rows(slot, new, rows.__setitem__, cancel, is_guess=True)
             return rows
 
     def score(self, ids: TokenIds, cancel: CancelToken | None = None) -> npt.NDArray[np.float32]:

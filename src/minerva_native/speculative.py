@@ -17,7 +17,6 @@ from ._arguments import integer, many, number, what
 from .context import Context
 from .errors import ContextFullError, OptionError
 from .model import Model
-from .options import SNAPSHOT_ARCHITECTURES
 from .sequence import Sequence as TokenSequence
 from .tokenizer import Tokenizer
 
@@ -206,20 +205,17 @@ class Speculation:
         """Say whether it works with a context.
 
         Raises:
-            OptionError: the context shifts when it is full, or its memory cannot forget single tokens.
+            OptionError: the context shifts when it is full, or its memory forgets by checkpoints and may not keep any.
             ValueError: the draft model has another vocabulary.
         """
         if isinstance(self._drafter, DraftModel):
             self._drafter.check(context.model.tokenizer)
         if context.options.on_full != "error":
             raise OptionError(f"speculation needs a context with on_full='error', not {context.options.on_full!r}")
-        if not _most_drafted(context):
-            kind, architecture = context.memory.kind, context.model.architecture
-            why = f"libllama keeps no snapshots for {architecture}"
-            if architecture in SNAPSHOT_ARCHITECTURES:
-                why = "make the context with snapshots, such as n_rs_seq=8"
+        if not context.memory.can_truncate and not context.memory.n_rollback and not context.options.checkpoint_bytes:
             raise OptionError(
-                f"speculation has to forget what was guessed wrong, which this {kind} memory cannot: {why}"
+                f"speculation has to forget what was guessed wrong, which a {context.memory.kind} memory does by "
+                "checkpoints: leave them some checkpoint_bytes"
             )
 
     def end(self) -> None:
@@ -241,7 +237,9 @@ class Lookahead:
         self._draft: list[int] = []
         self._rows: npt.NDArray[np.float32] | None = None
         self._at = 0  # how many guessed tokens were right
-        self._most = _most_drafted(sequence.context)
+        memory = sequence.context.memory
+        self._most = min(memory.n_rollback or _MOST_DRAFTED, _MOST_DRAFTED)
+        self._is_behind = False  # whether right tokens of the last guess have to be evaluated again
         self._size = min(_FIRST_DRAFT, self._most)
         self._plain: deque[float] = deque(maxlen=9)  # seconds of the last plain steps
         self._cost = 0.0  # seconds of the pass in stock
@@ -265,6 +263,9 @@ class Lookahead:
         self._elapsed += seconds
         if is_plain:
             self._plain.append(seconds)
+        elif self._is_behind:
+            self._gained += self._typical - seconds
+        self._is_behind = False
         return logits
 
     def append(self, token: int) -> None:
@@ -289,6 +290,11 @@ class Lookahead:
         """Whether the sequence is closed."""
         return self._sequence.closed
 
+    @property
+    def _typical(self) -> float:
+        """The seconds of a plain step."""
+        return sorted(self._plain)[len(self._plain) // 2]
+
     def _pays(self) -> bool:
         if len(self._plain) < _PLAIN_STEPS:
             return False
@@ -297,6 +303,8 @@ class Lookahead:
     def _guess(self) -> bool:
         """Evaluate a guess; return False if there is none."""
         sequence = self._sequence
+        if self._is_behind:  # that comes first, or it would be evaluated after each guess from now on
+            return False
         n = min(self._size, sequence.context.n_ctx - len(sequence) - 1)
         draft = self._drafter.draft(self.tokens, n) if n > 0 else []
         if not draft:
@@ -314,18 +322,12 @@ class Lookahead:
         if self._rows is None:
             return
         n = len(self._draft)
-        typical = sorted(self._plain)[len(self._plain) // 2]
-        self._gained += typical * (self._at + 1) - self._cost
+        self._gained += self._typical * (self._at + 1) - self._cost
         self._size = min(2 * self._size if self._at == n else max(_FIRST_DRAFT, self._at), self._most)
         self._rows, self._draft, self._at = None, [], 0
         if len(self._sequence) > self.tokens.n:
             self._sequence.truncate(self.tokens.n)
-
-
-def _most_drafted(context: Context) -> int:
-    """Return how many tokens can be guessed at once: as many as can be forgotten."""
-    memory = context.memory
-    return _MOST_DRAFTED if memory.can_truncate else min(memory.n_rollback, _MOST_DRAFTED)
+            self._is_behind = self._sequence.n_waiting > 0
 
 
 class Beginning(Sequence[int]):

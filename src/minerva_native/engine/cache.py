@@ -535,22 +535,28 @@ class KVCache:
             at += size
         return parts
 
-    def _commit(self, slot: Slot, size: int, row: int, can_roll_back: bool = False) -> None:
+    def _commit(self, slot: Slot, size: int, row: int, is_guess: bool = False) -> None:
         """Note that `size` more tokens of a slot's list are cached, and where the logits of the last one are.
 
-        If they can be rolled back, they are no reason to keep the state.
+        A guess is no text of some length that is worth a checkpoint.
         """
         is_last = size == slot.n_waiting
         self.stats.tokens_reevaluated += slot.commit(slot.n_cached + size, row if is_last else None)
         if not self.memory.can_truncate:
-            self._checkpoint(slot, 1 if can_roll_back else size)
+            self._checkpoint(slot, 1 if is_guess else size)
 
     def read_rows(
-        self, slot: Slot, new: Ids, on_row: Callable[[int, Logits], object], cancel: CancelToken | None = None
+        self,
+        slot: Slot,
+        new: Ids,
+        on_row: Callable[[int, Logits], object],
+        cancel: CancelToken | None = None,
+        is_guess: bool = False,
     ) -> None:
         """Add tokens and evaluate them together with what waits; call `on_row` with a copy of each row of logits.
 
         Row 0 is before the first new token, and is missing if the list was empty; row i is after the i-th.
+        `is_guess`: they may be taken back soon.
         """
         slot.check_open()
         slot.settle()
@@ -572,6 +578,9 @@ class KVCache:
         if not new.size:
             return
         n_rows = max(1, min(self._stride, _ROWS_BYTES // (4 * self.runner.n_vocab)))
+        if is_guess and not self.memory.can_truncate and not self.memory.n_rollback:
+            self._keep_logits(slot)
+            slot.checkpoint(1, self._checkpoint_bytes, is_passing=True)
         batch, index = self.runner.batch, int(slot.has_logits or not start)
         self.runner.begin(cancel)
         with self._rollback() as undo:
@@ -586,7 +595,7 @@ class KVCache:
                 first = min(size, n_unwanted)
                 batch.put(0, slot.tokens[n : n + size], n, slot.id, max(1, size - first))
                 self._decode((slot,), size, self.runner.decode, batch.pointer, cancel=cancel)
-                self._commit(slot, size, -1, can_roll_back=size <= self.memory.n_rollback + 1)
+                self._commit(slot, size, -1, is_guess)
                 for row in range(first, size):
                     on_row(index, self.runner.logits(row))
                     index += 1
@@ -819,7 +828,8 @@ class KVCache:
         payload = self.payload(slot)
         logits = None if slot.n_waiting else payload.logits
         tokens = payload.tokens[: payload.n_cached]
-        return payload._replace(tokens=tokens, logits=logits, checkpoints=tuple(slot.checkpoints))
+        checkpoints = tuple(checkpoint for checkpoint in slot.checkpoints if not checkpoint.is_passing)
+        return payload._replace(tokens=tokens, logits=logits, checkpoints=checkpoints)
 
     def keep_parts(self, ids: Ids, parts: Iterable[Payload]) -> None:
         """Put tokens among what closed sequences have left, as many as are cached or are in the saved parts."""

@@ -34,11 +34,15 @@ class ReuseKey(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """The state after the first `n` tokens, and the logits there if they were known."""
+    """The state after the first `n` tokens, and the logits there if they were known.
+
+    A passing one is kept until the next of its kind.
+    """
 
     n: int
     state: State
     logits: Logits | None
+    is_passing: bool = False
 
 
 class Mark(NamedTuple):
@@ -412,15 +416,17 @@ class Slot:
         if not self.has_logits and last and last.n == self.n_cached == len(self.tokens):
             self.logits = last.logits
 
-    def checkpoint(self, stride: int, max_bytes: int) -> None:
+    def checkpoint(self, stride: int, max_bytes: int, is_passing: bool = False) -> None:
         """Keep the state, unless one within `stride` tokens is kept; of too many, drop the most crowded one."""
-        last = self.checkpoints[-1].n if self.checkpoints else 0
-        if self.n_cached - last < stride:
+        lasting = [checkpoint for checkpoint in self.checkpoints if not checkpoint.is_passing]
+        known = self.checkpoints if is_passing else lasting
+        if self.n_cached - (known[-1].n if known else 0) < stride:
             return
         state = self._cells.read(self.id, partial=True)
         if state is None or state.size > max_bytes:
             return
-        kept = [*self.checkpoints, Checkpoint(self.n_cached, state, self.logits)]
+        kept = [*(lasting if is_passing else self.checkpoints)]
+        kept.append(Checkpoint(self.n_cached, state, self.logits, is_passing))
         while sum(checkpoint.state.size for checkpoint in kept) > max_bytes:
             starts = [0, *(checkpoint.n for checkpoint in kept)]
             gaps = [after - before for before, after in zip(starts[:-2], starts[2:], strict=True)]
