@@ -1247,3 +1247,16 @@ def test_a_memory_without_snapshots_says_so(load_tiny: Load, tiny: mn.Model) -> 
     with make(load_tiny(LFM), n_rs_seq=64, n_ubatch=16) as context:  # libllama wants two tokens more in a pass
         assert context.memory.n_rollback == 14
         assert lib.llama_n_rs_seq(open_up(load_tiny(LFM), n_ctx=64, n_rs_seq=3)[1].runner.handle.pointer) == 3
+
+
+def test_guesses_leave_one_checkpoint_behind(load_tiny: Load) -> None:
+    with make(load_tiny(MAMBA)) as context, context.sequence() as sequence:
+        sequence.extend(IDS)
+        for token in range(6):
+            sequence.logits_after(OTHER[:20])
+            sequence.truncate(len(IDS) + 2 * token + 1)
+            sequence.append(7)
+            # What was right of the guess, and the next token.
+            assert evaluated_by(context, lambda: sequence.logits) == 2
+        assert [checkpoint.is_passing for checkpoint in slot_of(sequence).checkpoints] == [False, True]
+        assert_same(sequence.logits, fresh(load_tiny(MAMBA), list(sequence)))
