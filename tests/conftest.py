@@ -67,6 +67,13 @@ def demo() -> Iterator[mn.Model]:
 
 
 @pytest.fixture(scope="session")
+def demo_draft() -> Iterator[mn.Model]:
+    """The smaller trained model, which drafts for it."""
+    with mn.Model.demo_draft() as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
 def load_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TinyModel], mn.Model]:
     """A function that makes and loads a tiny random model, on the CPU."""
     folder = tmp_path_factory.mktemp("tiny-models")

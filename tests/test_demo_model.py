@@ -1,4 +1,4 @@
-"""The built-in model is as its card describes it."""
+"""The built-in models are as their cards describe them."""
 
 import math
 import re
@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import minerva_native as mn
 import stories
@@ -23,19 +24,30 @@ def test_it_is_small_and_its_metadata_describes_it(demo: mn.Model) -> None:
     assert "<|im_start|>" in str(demo.metadata["tokenizer.chat_template"])
 
 
-def test_the_held_out_perplexity_is_what_the_card_states(demo: mn.Model) -> None:
-    seed, count = (int(str(demo.metadata[f"minerva.heldout_{name}"])) for name in ("seed", "documents"))
+def test_the_draft_model_is_smaller_and_has_the_same_vocabulary(demo: mn.Model, demo_draft: mn.Model) -> None:
+    assert demo_draft.path.stat().st_size < 300_000
+    assert demo_draft.metadata["general.name"] == "Minerva Demo Draft"
+    assert str(demo_draft.metadata["general.description"]) in " ".join((FOLDER / "DRAFT_CARD.md").read_text().split())
+    of_the_tokenizer = [key for key in demo.metadata if key.startswith("tokenizer.")]
+    assert of_the_tokenizer
+    assert all(demo_draft.metadata[key] == demo.metadata[key] for key in of_the_tokenizer)
+
+
+@pytest.mark.parametrize(("name", "card"), [("demo", "MODEL_CARD.md"), ("demo_draft", "DRAFT_CARD.md")])
+def test_the_held_out_perplexity_is_what_the_card_states(request: pytest.FixtureRequest, name: str, card: str) -> None:
+    model: mn.Model = request.getfixturevalue(name)
+    seed, count = (int(str(model.metadata[f"minerva.heldout_{key}"])) for key in ("seed", "documents"))
     scores = []
-    with demo.context(n_ctx=1024, n_threads=1) as context, context.sequence() as sequence:
+    with model.context(n_ctx=1024, n_threads=1) as context, context.sequence() as sequence:
         for document in stories.documents(seed, count):
-            ids = demo.tokenizer.encode(document, parse_special=True)
+            ids = model.tokenizer.encode(document, parse_special=True)
             sequence.truncate(0)
             sequence.extend(ids[:1])
             scores.append(sequence.score(ids[1:]))
     perplexity = math.exp(-float(np.concatenate(scores).mean(dtype=np.float64)))
-    stated = float(str(demo.metadata["minerva.heldout_perplexity"]))
+    stated = float(str(model.metadata["minerva.heldout_perplexity"]))
     assert abs(perplexity / stated - 1) < 0.01
-    assert f"{stated:.2f}" in (FOLDER / "MODEL_CARD.md").read_text()
+    assert f"{stated:.2f}" in (FOLDER / card).read_text()
 
 
 def test_its_stories_are_sentences_that_end(demo: mn.Model) -> None:

@@ -1,5 +1,7 @@
 """Speculative decoding: the same text with fewer passes, whatever the guesses are."""
 
+import collections
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,6 +12,8 @@ import minerva_native as mn
 from tiny_models import END, END_OF_TURN, TinyModel
 
 PROMPT = "Once upon a time, there was a little girl named Emma. One day,"
+
+ACCEPTED = 0.4  # of what the built-in pair drafts, at least
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +126,58 @@ def test_a_model_can_draft(sequence: mn.Sequence, demo: mn.Model, tiny: mn.Model
         assert speculation.accepted == pytest.approx(speculation.drafted, abs=33)  # the last draft may be cut off
     with mn.DraftModel(tiny) as other, pytest.raises(ValueError, match="another vocabulary"):
         mn.Speculation(other).over(sequence)
+
+
+PAIR: dict[str, Any] = {"n_ctx": 1024, "n_threads": 1, "kv_type": "f32", "flash_attention": "off"}
+
+
+@pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_a_smaller_model_drafts_for_a_larger_one(
+    sequence: mn.Sequence, demo_draft: mn.Model, params: mn.SamplingParams
+) -> None:
+    plain = written(sequence, params)
+    with mn.DraftModel(demo_draft, **PAIR) as drafter:
+        speculation = mn.Speculation(drafter, max_loss=math.inf)
+        assert written(sequence, params, speculate=speculation) == plain
+    assert speculation.accepted > ACCEPTED * speculation.drafted > 0
+
+
+def test_tokens_that_were_drafted_come_as_often_as_the_model_says(sequence: mn.Sequence, demo_draft: mn.Model) -> None:
+    # Three tokens are given, so that the fourth is drawn before a draft, and the fifth after its first token.
+    start, given = list(sequence), written(sequence, GREEDY, n=3)
+    params = mn.SamplingParams(temperature=1.5, top_k=8, top_p=1.0, min_p=0.0)
+    drawn = collections.Counter[tuple[int, int]]()
+    n_draws = 600
+    with mn.DraftModel(demo_draft, **PAIR) as drafter:
+        for seed in range(n_draws):
+            rest, draw = iter(given), mn.Sampler(dataclasses.replace(params, seed=seed))
+
+            def choose(logits: Any, tokens: Any, rest: Iterator[int] = rest, draw: mn.Sampler = draw) -> int:
+                return next(rest, None) or draw(logits, tokens)
+
+            speculation = mn.Speculation(drafter, max_loss=math.inf)
+            steps = list(mn.generate(sequence, choose, max_tokens=5, speculate=speculation))
+            assert speculation.drafted
+            drawn[steps[3].token, steps[-1].token] += 1
+            sequence.truncate(len(start))
+    expected = dict[tuple[int, int], float]()
+    sampler = mn.Sampler(params)
+    sequence.extend(given)
+    for fourth, share in zip(*sampler.distribution(sequence.logits, sequence.tokens), strict=True):
+        if sequence.context.model.tokenizer.is_end(int(fourth)):
+            expected[int(fourth), int(fourth)] = float(share)
+            continue
+        sequence.append(int(fourth))
+        for fifth, next_share in zip(*sampler.distribution(sequence.logits, sequence.tokens), strict=True):
+            expected[int(fourth), int(fifth)] = float(share * next_share)
+        sequence.rewind(1)
+    assert set(drawn) <= set(expected)
+    often = {pair: n_draws * share for pair, share in expected.items() if n_draws * share >= 5}
+    rare = n_draws - sum(often.values())
+    chi2 = sum((drawn[pair] - n) ** 2 / n for pair, n in often.items())
+    chi2 += (n_draws - sum(drawn[pair] for pair in often) - rare) ** 2 / rare
+    assert len(often) > 5
+    assert chi2 < len(often) + 3.1 * math.sqrt(2 * len(often)) + 4  # above it in one of a thousand
 
 
 def test_stop_strings_limits_and_constraints_are_kept_in_the_middle_of_a_guess(sequence: mn.Sequence) -> None:

@@ -1,7 +1,8 @@
-"""Train the built-in model from scratch and write it as GGUF, with its model card.
+"""Train a built-in model from scratch and write it as GGUF, with its model card.
 
     pip install torch gguf numpy tokenizers
     python tools/train_demo_model.py
+    python tools/train_demo_model.py --draft     # the smaller one, which drafts for the other
 
 The text comes from the story grammar in `stories.py`, new for every step; nothing is downloaded. `--steps 20` runs the
 whole pipeline in about a minute. Progress goes to stderr, the held-out perplexity and samples to stdout.
@@ -37,7 +38,6 @@ from torch.nn import functional as F
 from stories import IM_END, IM_START, documents
 
 FOLDER = Path(__file__).resolve().parents[1] / "src" / "minerva_native" / "demo"
-SIZE_LIMIT_BYTES = 2_000_000
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIALS = (END_OF_TEXT, IM_START, IM_END)  # ids 0, 1, 2
@@ -76,6 +76,63 @@ class Shape:
     @property
     def head_dim(self) -> int:
         return self.n_embd // self.n_head
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One of the built-in models.
+
+    Attributes:
+        limit_bytes: what the file must stay below.
+        steps: of its training,
+        batch_tokens: and tokens in each.
+        purpose: what the description says it can do and is for.
+        rest: how the description ends.
+    """
+
+    name: str
+    file: str
+    card: str
+    limit_bytes: int
+    steps: int
+    batch_tokens: int
+    shape: Shape
+    purpose: str
+    rest: str
+
+
+DEMO = Kind(
+    name="Minerva Demo",
+    file="minerva-demo.gguf",
+    card="MODEL_CARD.md",
+    limit_bytes=2_000_000,
+    steps=3480,
+    batch_tokens=4096,
+    shape=Shape(),
+    purpose=(
+        'It tells short English stories after an opening such as "Once upon a time", or in a chat when asked for a '
+        "story about an animal or a child; a thing, a place or a theme in a request it often passes over. It exists so "
+        "that a first command and the tests have something real to run."
+    ),
+    rest=(
+        "It is not an assistant: it knows no facts, no other language and no other kind of text, and outside its small "
+        "world it makes mistakes or nonsense."
+    ),
+)
+DRAFT = Kind(
+    name="Minerva Demo Draft",
+    file="minerva-demo-draft.gguf",
+    card="DRAFT_CARD.md",
+    limit_bytes=300_000,
+    steps=2665,
+    batch_tokens=2048,
+    shape=Shape(n_embd=64, n_layer=2, n_head=2, n_head_kv=2, n_ff=288),
+    purpose=(
+        "It has the vocabulary of Minerva Demo and guesses what that would write: a draft model for speculative "
+        "decoding, so that the tests and the examples have a real pair."
+    ),
+    rest="Its own stories lose their thread; use Minerva Demo for text.",
+)
 
 
 @dataclass
@@ -361,29 +418,27 @@ SAMPLE_PROMPTS = (
 # --- file ---
 
 
-def description(model: Llama, run: Run) -> str:
+def description(kind: Kind, model: Llama, run: Run) -> str:
     """Return the paragraph that is in the model card and in the file's metadata."""
     shape = model.shape
+    which = "the small model" if kind == DEMO else "the smallest model"
     return (
-        "Minerva Demo is the small model inside the minerva-native package: "
+        f"{kind.name} is {which} inside the minerva-native package: "
         f"{count_parameters(model) / 1e6:.1f} million parameters in the llama architecture ({shape.n_layer} layers, "
         f"width {shape.n_embd}, context {shape.n_ctx}, a byte-level BPE vocabulary of {shape.n_vocab} tokens), stored "
         f"as Q8_0. It was trained from nothing, on a CPU in {run.seconds / 60:.0f} minutes, on {run.tokens / 1e6:.1f} "
         "million tokens of children's stories and requests for stories that the project's own template grammar "
-        "(tools/stories.py) made from a seed; no other text was used. It tells short English stories after an opening "
-        'such as "Once upon a time", or in a chat when asked for a story about an animal or a child; a thing, a place '
-        "or a theme in a request it often passes over. It exists so that a first command and the tests have something "
-        f"real to run. Its perplexity on {HELDOUT_DOCUMENTS} held-out documents of the same grammar is "
-        f"{run.perplexity:.2f}. It is not an assistant: it knows no facts, no other language and no other kind of "
-        "text, and outside its small world it makes mistakes or nonsense."
+        f"(tools/stories.py) made from a seed; no other text was used. {kind.purpose} Its perplexity on "
+        f"{HELDOUT_DOCUMENTS} held-out documents of the same grammar is {run.perplexity:.2f}. {kind.rest}"
     )
 
 
-def card(text: str, shape: Shape, args: argparse.Namespace, run: Run) -> str:
-    """Return the content of `MODEL_CARD.md`."""
-    how_long = f"--minutes {args.minutes:g}" if args.minutes else f"--steps {args.steps}"
-    rows = "\n".join(f"| {name} | {value:g} |" for name, value in asdict(shape).items())
-    return f"""# Minerva Demo
+def card(text: str, kind: Kind, args: argparse.Namespace, run: Run) -> str:
+    """Return the content of the model card."""
+    how = "--draft " if kind == DRAFT else ""
+    how += f"--minutes {args.minutes:g}" if args.minutes else f"--steps {args.steps}"
+    rows = "\n".join(f"| {name} | {value:g} |" for name, value in asdict(kind.shape).items())
+    return f"""# {kind.name}
 
 {text}
 
@@ -391,10 +446,10 @@ def card(text: str, shape: Shape, args: argparse.Namespace, run: Run) -> str:
 | --- | --- |
 {rows}
 
-- File: `minerva-demo.gguf`, matrices in Q8_0 and norms in F32; the output is tied to the token embedding.
+- File: `{kind.file}`, matrices in Q8_0 and norms in F32; the output is tied to the token embedding.
 - Licence: MIT.
 - Recommended sampling: temperature {TEMPERATURE}, top-k {TOP_K}, top-p {TOP_P}, min-p {MIN_P}.
-- Made by `python tools/train_demo_model.py {how_long} --seed {args.seed} --workers {args.workers}`, which took
+- Made by `python tools/train_demo_model.py {how} --seed {args.seed} --workers {args.workers}`, which took
   {run.steps:,} steps of {args.batch_tokens:,} tokens.
 - Held-out perplexity {run.perplexity:.4f}, over all tokens of `stories.documents({HELDOUT_SEED}, {HELDOUT_DOCUMENTS})`,
   each document in an empty context after `{END_OF_TEXT}`, special tokens parsed, with the weights of the file.
@@ -431,11 +486,11 @@ def tensors(model: Llama) -> Iterator[tuple[str, NDArray[np.float32]]]:
         yield f"blk.{i}.ffn_down.weight", state[f"blocks.{i}.ffn_down.weight"]
 
 
-def write_gguf(path: Path, model: Llama, tokenizer: Tokenizer, text: str, heldout: float) -> None:
+def write_gguf(path: Path, name: str, model: Llama, tokenizer: Tokenizer, text: str, heldout: float) -> None:
     """Write the file."""
     shape = model.shape
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name("Minerva Demo")
+    writer.add_name(name)
     writer.add_author("The Minerva developers")
     writer.add_description(text)
     writer.add_license("mit")
@@ -478,12 +533,12 @@ def write_gguf(path: Path, model: Llama, tokenizer: Tokenizer, text: str, heldou
     writer.add_uint32("minerva.heldout_seed", HELDOUT_SEED)
     writer.add_uint32("minerva.heldout_documents", HELDOUT_DOCUMENTS)
 
-    for name, value in tensors(model):
+    for tensor, value in tensors(model):
         if value.ndim == 2:
             q8_0 = quants.quantize(value, gguf.GGMLQuantizationType.Q8_0)
-            writer.add_tensor(name, q8_0, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(tensor, q8_0, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
         else:
-            writer.add_tensor(name, value)
+            writer.add_tensor(tensor, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -491,18 +546,23 @@ def write_gguf(path: Path, model: Llama, tokenizer: Tokenizer, text: str, heldou
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train the built-in model and write its GGUF and its card.")
+    parser = argparse.ArgumentParser(description="Train a built-in model and write its GGUF and its card.")
+    parser.add_argument("--draft", action="store_true", help="the smaller one, which drafts for the other")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, default=3480, help="optimizer steps (default %(default)s)")
+    length.add_argument("--steps", type=int, help=f"optimizer steps (default {DEMO.steps}, {DRAFT.steps} with --draft)")
     length.add_argument("--minutes", type=float, help="train for this long instead, which is not exactly reproducible")
     parser.add_argument("--seed", type=int, default=1, help="seed of the weights and the samples (default %(default)s)")
-    parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens per step (default %(default)s)")
+    parser.add_argument("--batch-tokens", type=int, help="tokens per step (default: 4096, 2048 with --draft)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per CPU)")
     parser.add_argument("--no-bf16", dest="bf16", action="store_false", help="compute in float32")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="do without torch.compile")
     parser.add_argument("--samples", type=int, default=1, help="rounds of samples to print (default %(default)s)")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder for the GGUF and the card")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.kind = DRAFT if args.draft else DEMO
+    args.steps = args.steps or args.kind.steps
+    args.batch_tokens = args.batch_tokens or args.kind.batch_tokens
+    return args
 
 
 def work(rank: int, args: argparse.Namespace, tokenizer_json: str, folder: str) -> None:
@@ -512,7 +572,7 @@ def work(rank: int, args: argparse.Namespace, tokenizer_json: str, folder: str) 
     torch.manual_seed(args.seed)
     tokenizer = Tokenizer.from_str(tokenizer_json)
     corpus = Corpus(tokenizer, rank, args.workers)
-    model = Llama(Shape())
+    model = Llama(args.kind.shape)
     steps, tokens, seconds = train(model, corpus, args, report=rank == 0)
 
     heldout = documents(HELDOUT_SEED, HELDOUT_DOCUMENTS)
@@ -531,17 +591,18 @@ def finish(model: Llama, tokenizer: Tokenizer, args: argparse.Namespace, run: Ru
     run.perplexity = perplexity(model, [encoding.ids for encoding in tokenizer.encode_batch(heldout)])
     print(run)
 
-    text = description(model, run)
+    kind = args.kind
+    text = description(kind, model, run)
     args.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output) as folder:
-        path = Path(folder) / "minerva-demo.gguf"
-        write_gguf(path, model, tokenizer, text, run.perplexity)
+        path = Path(folder) / kind.file
+        write_gguf(path, kind.name, model, tokenizer, text, run.perplexity)
         size_bytes = path.stat().st_size
         print(f"{size_bytes:,} bytes", flush=True)
-        if size_bytes >= SIZE_LIMIT_BYTES:
-            raise SystemExit(f"the file has {size_bytes:,} bytes, and the limit is {SIZE_LIMIT_BYTES:,}")
+        if size_bytes >= kind.limit_bytes:
+            raise SystemExit(f"the file has {size_bytes:,} bytes, and the limit is {kind.limit_bytes:,}")
         path.replace(args.output / path.name)  # atomic, so that nobody sees half a file
-    (args.output / "MODEL_CARD.md").write_text(card(text, model.shape, args, run), encoding="utf-8")
+    (args.output / kind.card).write_text(card(text, kind, args, run), encoding="utf-8")
 
     generator = torch.Generator().manual_seed(args.seed)
     for prompt in SAMPLE_PROMPTS * args.samples:
@@ -550,7 +611,7 @@ def finish(model: Llama, tokenizer: Tokenizer, args: argparse.Namespace, run: Ru
 
 def main() -> None:
     args = arguments()
-    shape = Shape()
+    shape = args.kind.shape
     tokenizer = train_tokenizer(shape.n_vocab)
     print(f"{count_parameters(Llama(shape)):,} parameters, vocabulary {shape.n_vocab}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:

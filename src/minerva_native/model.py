@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 DEMO_PATH = Path(__file__).parent / "demo" / "minerva-demo.gguf"
 """The path of the built-in model."""
 
+DRAFT_PATH = DEMO_PATH.with_name("minerva-demo-draft.gguf")
+
 _SPLIT_MODES = {
     "none": lib.LLAMA_SPLIT_MODE_NONE,
     "layer": lib.LLAMA_SPLIT_MODE_LAYER,
@@ -212,6 +214,11 @@ class Model:
     def demo(cls, *, gpu_layers: Literal["auto"] | int = "auto") -> Self:
         """Load the small trained model inside the package (see `demo/MODEL_CARD.md`)."""
         return cls.load(DEMO_PATH, gpu_layers=gpu_layers)
+
+    @classmethod
+    def demo_draft(cls, *, gpu_layers: Literal["auto"] | int = "auto") -> Self:
+        """Load the smaller one with the same vocabulary, which drafts for it (see `demo/DRAFT_CARD.md`)."""
+        return cls.load(DRAFT_PATH, gpu_layers=gpu_layers)
 
     @_with_parameters_of(ContextOptions)
     def context(self, **options: Any) -> "Context":
