@@ -143,11 +143,11 @@ def test_a_smaller_model_drafts_for_a_larger_one(
 
 
 def test_tokens_that_were_drafted_come_as_often_as_the_model_says(sequence: mn.Sequence, demo_draft: mn.Model) -> None:
-    # Three tokens are given, so that the fourth is drawn before a draft, and the fifth after its first token.
-    start, given = list(sequence), written(sequence, GREEDY, n=3)
+    # Four tokens are given, until there is a draft: the next is drawn before it, and the last after its first token.
+    start, given = list(sequence), written(sequence, GREEDY, n=4)
     params = mn.SamplingParams(temperature=1.5, top_k=8, top_p=1.0, min_p=0.0)
     drawn = collections.Counter[tuple[int, int]]()
-    n_draws = 600
+    n_draws, n_accepted = 600, 0
     with mn.DraftModel(demo_draft, **PAIR) as drafter:
         for seed in range(n_draws):
             rest, draw = iter(given), mn.Sampler(dataclasses.replace(params, seed=seed))
@@ -156,21 +156,23 @@ def test_tokens_that_were_drafted_come_as_often_as_the_model_says(sequence: mn.S
                 return next(rest, None) or draw(logits, tokens)
 
             speculation = mn.Speculation(drafter, max_loss=math.inf)
-            steps = list(mn.generate(sequence, choose, max_tokens=5, speculate=speculation))
+            steps = list(mn.generate(sequence, choose, max_tokens=len(given) + 2, speculate=speculation))
             assert speculation.drafted
-            drawn[steps[3].token, steps[-1].token] += 1
+            n_accepted += speculation.accepted > 0
+            drawn[steps[len(given)].token, steps[-1].token] += 1
             sequence.truncate(len(start))
     expected = dict[tuple[int, int], float]()
     sampler = mn.Sampler(params)
     sequence.extend(given)
-    for fourth, share in zip(*sampler.distribution(sequence.logits, sequence.tokens), strict=True):
-        if sequence.context.model.tokenizer.is_end(int(fourth)):
-            expected[int(fourth), int(fourth)] = float(share)
+    for first, share in zip(*sampler.distribution(sequence.logits, sequence.tokens), strict=True):
+        if sequence.context.model.tokenizer.is_end(int(first)):
+            expected[int(first), int(first)] = float(share)
             continue
-        sequence.append(int(fourth))
-        for fifth, next_share in zip(*sampler.distribution(sequence.logits, sequence.tokens), strict=True):
-            expected[int(fourth), int(fifth)] = float(share * next_share)
+        sequence.append(int(first))
+        for second, next_share in zip(*sampler.distribution(sequence.logits, sequence.tokens), strict=True):
+            expected[int(first), int(second)] = float(share * next_share)
         sequence.rewind(1)
+    assert n_accepted > n_draws / 4
     assert set(drawn) <= set(expected)
     often = {pair: n_draws * share for pair, share in expected.items() if n_draws * share >= 5}
     rare = n_draws - sum(often.values())
