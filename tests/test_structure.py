@@ -33,6 +33,7 @@ LAYERS = {
     "tokenizer": 2,
     "options": 2,
     "rpc": 3,
+    "fit": 3,
     "model": 4,
     "engine": 4,
     "sampling": 4,
@@ -74,6 +75,7 @@ LAZY = {("model", "context")}  # what is made from a model lies above it
 
 ONLY_TYPES = {  # upward, for annotations alone
     ("options", "model"),
+    ("fit", "model"),
     ("options", "sequence"),
     ("model", "context"),
     ("sequence", "context"),

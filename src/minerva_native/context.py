@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from ._arguments import file_path, flag, function, integer, many, what
 from ._binding import lib
+from .devices import Placement, placement
 from .engine import state
 from .engine.cache import KVCache
 from .engine.gate import CancelToken
@@ -107,6 +108,12 @@ class Context:
     def kv_type(self) -> tuple[str, str]:
         """The element types of keys and of values."""
         return self._options.kv_types
+
+    @property
+    def placement(self) -> list[Placement]:
+        """What of the model and of this context is on which device: the CPU first, then the others that have some."""
+        with self._cache.gate.enter(), self._cache.handle as context, self._model.raw() as model:
+            return placement(model, self._model.n_layer, context)
 
     @property
     def memory(self) -> Memory:

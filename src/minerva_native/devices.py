@@ -80,6 +80,8 @@ class Placement:
         layers: how many layers it has.
         has_output: whether it computes the logits.
         size_bytes: the size of its weights.
+        cache_bytes: the size of what it has of the context's memory, such as the KV cache of its layers.
+        buffer_bytes: the size of what it computes in.
     """
 
     device: str
@@ -87,6 +89,8 @@ class Placement:
     layers: int
     has_output: bool
     size_bytes: int
+    cache_bytes: int = 0
+    buffer_bytes: int = 0
 
 
 def initialise() -> None:
@@ -134,11 +138,13 @@ def gpus() -> list[Any]:
     return dedicated or [pointer for pointer, kind in kinds if kind == "igpu"]  # if there are no others
 
 
-def placement(model: Any, n_layer: int) -> list[Placement]:
-    """Return what of a loaded `llama_model *` is where; the CPU is first."""
+def placement(model: Any, n_layer: int, context: Any = ffi.NULL) -> list[Placement]:
+    """Return what of a loaded `llama_model *`, and of a `llama_context *` of it, is where; the CPU is first."""
     owners = [lib.minerva_layer_device(model, layer) for layer in range(n_layer + 1)]
-    found = []
-    for pointer in [ffi.NULL, *dict.fromkeys(owner for owner in owners if owner != ffi.NULL)]:
+    pointers, found = [ffi.NULL], []
+    while (pointer := lib.minerva_model_device(model, len(pointers) - 1)) != ffi.NULL:
+        pointers.append(pointer)
+    for pointer in pointers:
         name, description = ("CPU", "this machine's memory")
         if pointer != ffi.NULL:
             name, description = (
@@ -146,9 +152,39 @@ def placement(model: Any, n_layer: int) -> list[Placement]:
                 text(lib.ggml_backend_dev_description(pointer)),
             )
         layers = sum(owner == pointer for owner in owners[:-1])
-        size = lib.minerva_device_bytes(model, pointer)
-        found.append(Placement(name, description, layers, owners[-1] == pointer, size))
+        part = Placement(name, description, layers, owners[-1] == pointer, *memory_used(model, context, pointer))
+        if pointer == ffi.NULL or part.layers or part.has_output or part.size_bytes or part.cache_bytes:
+            found.append(part)
     return found
+
+
+def memory_used(model: Any, context: Any, device: Any) -> tuple[int, int, int]:
+    """Return the bytes that weights, cache and buffers take of a device, or would take if they are a dry run's."""
+    use = ffi.new("minerva_memory_use *")
+    if lib.minerva_memory_used(model, context, device, use):
+        why = thrown()
+        callbacks.raise_kept()
+        raise DeviceError(why)
+    return use.weights, use.context, use.compute
+
+
+def buffer_types(pointers: list[Any]) -> dict[str, Any]:
+    """Return where weights can be put, by the device's name, or the address of an RPC worker; "CPU" is always one."""
+    types = {}
+    for pointer in [*pointers, ffi.NULL]:
+        kind = lib.minerva_buffer_type(pointer)
+        if kind == ffi.NULL:
+            why = thrown()
+            callbacks.raise_kept()
+            raise DeviceError(why)
+        if pointer == ffi.NULL:
+            types["CPU"] = kind
+            continue
+        device = described(pointer)
+        types[device.name] = kind
+        if device.type == "rpc":
+            types.setdefault(device.description, kind)
+    return types
 
 
 def _by_name() -> dict[str, Any]:

@@ -46,7 +46,7 @@ _N_SEQ = 8  # places for requests, open chats and forks; with cells in common, a
 _MOST_ANSWERS = 128  # to one request
 
 _OF_CONTEXT = frozenset(field.name for field in dataclasses.fields(ContextOptions))
-_OF_LOADING = frozenset(inspect.signature(Model.load).parameters) - {"path"}
+_OF_LOADING = frozenset(inspect.signature(Model.load).parameters) - {"path", "context"}
 
 
 class Scores(NamedTuple):
@@ -199,7 +199,7 @@ class LLM:
                 raise TypeError(f"{', '.join(loading)}: the model is loaded already, so give that to Model.load")
             self.model = model
         else:
-            self.model = owned = Model.load(path("model", model), **loading)
+            self.model = owned = Model.load(path("model", model), context=context_options, **loading)
         drafter = None
         try:
             self.context = Context(self.model, context_options)

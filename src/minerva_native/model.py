@@ -3,20 +3,23 @@
 import inspect
 import math
 import os
+import re
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, NoReturn, ParamSpec, Self
 
 from . import rpc as workers
-from ._arguments import flag, function, integer, many, number
+from ._arguments import flag, function, integer, many, number, what
 from ._arguments import path as as_path
 from ._binding import BUILD_INFO, callbacks, ffi, is_lost, lib, text, thrown
 from ._handle import Handle
 from .check import check_loaded, check_model
-from .devices import Placement, gpus, placement, select
+from .devices import Placement, buffer_types, gpus, placement, select
 from .errors import Cancelled, DeviceError, ModelLoadError, StateError
+from .fit import check_layers, layers_that_fit
 from .gguf import GGUF, Metadata, Override, checked_overrides, open_parts
 from .options import ContextOptions
 from .tokenizer import Tokenizer
@@ -42,6 +45,9 @@ _LOAD_MODES = {  # by `mmap` and `mlock`
     (False, False): lib.LLAMA_LOAD_MODE_NONE,
     (False, True): lib.LLAMA_LOAD_MODE_MLOCK,
 }
+
+_EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"  # as llama.cpp's --cpu-moe has it
+_LONGEST_PATTERN = 1000  # compiling one takes stack
 
 _SAMPLES, _SAMPLE_BYTES = 256, 4096  # of the model's file, for its fingerprint
 
@@ -102,6 +108,10 @@ class Model:
         split_mode: str = "layer",
         main_gpu: int | None = None,
         tensor_split: Sequence[float] | None = None,
+        tensor_overrides: Mapping[str, str] | None = None,
+        cpu_moe: bool = False,
+        n_cpu_moe: int = 0,
+        context: ContextOptions | None = None,
         mmap: bool = True,
         mlock: bool = False,
         kv_overrides: Mapping[str, Override] | None = None,
@@ -113,8 +123,8 @@ class Model:
 
         Args:
             path: the file; of a split model the first one, or all of them in order if they are not named as usual.
-            gpu_layers: how many layers to put on a GPU; "auto" puts all of them there if there is one, -1 does without
-                a choice.
+            gpu_layers: how many layers to put on GPUs; the output counts as one, and -1 is all. "auto" is as many as
+                fit in their free memory with a context, less 1 GiB of each; none without a GPU. See `context`.
             devices: names from `minerva_native.devices()`; all by default, none for the CPU alone.
             rpc: the RPC workers that take layers too, as "host:port" (see `rpc_worker`). What they are sent is neither
                 encrypted nor authenticated.
@@ -123,6 +133,14 @@ class Model:
             split_mode: how several GPUs share the model: "none" (one has it), "layer", "row" or "tensor".
             main_gpu: the index of the GPU that has the whole model with split_mode="none".
             tensor_split: the share of each GPU, such as [3, 1]; by default as they have free memory.
+            tensor_overrides: where to put tensors that a regular expression (C++'s, anywhere in the name) matches, such
+                as {"ffn_down": "CPU"}: "CPU", the name of a device, or the address of an RPC worker. The first that
+                matches counts.
+            cpu_moe: keep the experts' weights of a mixture of experts in this machine's memory.
+            n_cpu_moe: the same for the first so many layers.
+            context: the options of the context that will be made, which `gpu_layers` is to leave room for. Without
+                them "auto" plans for `ContextOptions()`, and of a number only the weights are checked. With
+                split_mode="row" or "tensor" nothing is planned, and "auto" is all.
             mmap: map the file instead of reading it.
             mlock: keep the weights in RAM, never swapped out. The system may limit that (`ulimit -l`), which libllama
                 then warns of.
@@ -136,7 +154,9 @@ class Model:
 
         Raises:
             ModelLoadError: there is no model in that file.
-            DeviceError: a GPU was asked for that is not there, or an RPC worker cannot be reached.
+            DeviceError: a GPU was asked for that is not there, `gpu_layers` is more than fits, or an RPC worker cannot
+                be reached.
+            OptionError, ContextError: the model cannot have the context that `context` is about.
             Cancelled: `on_progress` returned False.
             TypeError, ValueError: an argument is of the wrong type or out of range.
         """
@@ -169,6 +189,10 @@ class Model:
                 raise DeviceError(f"main_gpu={main_gpu} is the index of a GPU, and there are {n_gpus} to choose from")
         shares = _tensor_split(tensor_split, n_gpus)
         parameters.tensor_split = shares
+        moved = _tensor_overrides(tensor_overrides, cpu_moe, n_cpu_moe, parts, chosen)
+        parameters.tensor_buft_overrides = moved[0]
+        if context is not None and not isinstance(context, ContextOptions):
+            raise TypeError(f"context must be ContextOptions, not {what(context)}")
         replaced = _overrides(overrides)
         parameters.kv_overrides = replaced
         stopped = False
@@ -182,32 +206,53 @@ class Model:
         watcher = ffi.new_handle(watch)
         offered = ffi.new("ggml_backend_dev_t[]", [*chosen, ffi.NULL])
         parameters.devices = ffi.NULL if devices is None and not endpoints else offered
-        parameters.n_gpu_layers = layers
         mmap = mmap and all(part.can_be_mapped for part in parts)
-        parameters.load_mode = _LOAD_MODES[mmap, mlock]
         parameters.vocab_only = vocab_only
         parameters.progress_callback = lib.minerva_progress
         parameters.progress_callback_user_data = watcher
-        with callbacks.captured_errors() as errors:
-            names = [ffi.new("char[]", os.fsencode(one)) for one in paths]
+        names = [ffi.new("char[]", os.fsencode(one)) for one in paths]
+        files = ffi.new("const char *[]", names)
+
+        def read(layers: int, is_dry: bool) -> tuple[Handle, Any]:
+            parameters.n_gpu_layers, parameters.no_alloc = layers, is_dry
+            parameters.load_mode = _LOAD_MODES[mmap, mlock] if not is_dry else lib.LLAMA_LOAD_MODE_NONE
             connections = ffi.new("minerva_connections **")
-            pointer = lib.minerva_model_load(ffi.new("const char *[]", names), len(names), parameters, connections)
-        needed = ffi.gc(connections[0], lib.minerva_connections_free) if connections[0] != ffi.NULL else ffi.NULL
-        handle = Handle("Model", pointer, lib.llama_model_free) if pointer != ffi.NULL else None
-        callbacks.raise_kept()
-        if stopped:
-            raise Cancelled("loading was stopped by on_progress")
-        if handle is None and is_lost():
-            raise DeviceError(f"{paths[0]} cannot be loaded: {thrown()}")
-        if handle is None:
-            why = thrown() or callbacks.reason(errors, "libllama gives no reason")
-            raise ModelLoadError(
-                f"{paths[0]} cannot be loaded ({why}): check that the file is complete and that llama.cpp "
-                f"{BUILD_INFO['llama_cpp']} knows its architecture"
-            )
-        if facts and not vocab_only:
-            with handle as model:
-                check_loaded(facts, lib.llama_model_rope_type(model))
+            with callbacks.captured_errors() as errors:
+                pointer = lib.minerva_model_load(files, len(names), parameters, connections)
+            needed = ffi.gc(connections[0], lib.minerva_connections_free) if connections[0] != ffi.NULL else ffi.NULL
+            handle = Handle("Model", pointer, lib.llama_model_free) if pointer != ffi.NULL else None
+            callbacks.raise_kept()
+            if stopped:
+                raise Cancelled("loading was stopped by on_progress")
+            if handle is None and is_lost():
+                raise DeviceError(f"{paths[0]} cannot be loaded: {thrown()}")
+            if handle is None:
+                why = thrown() or callbacks.reason(errors, "libllama gives no reason")
+                raise ModelLoadError(
+                    f"{paths[0]} cannot be loaded ({why}): check that the file is complete and that llama.cpp "
+                    f"{BUILD_INFO['llama_cpp']} knows its architecture"
+                )
+            if facts and not vocab_only:
+                with handle as model:
+                    check_loaded(facts, lib.llama_model_rope_type(model))
+            return handle, needed
+
+        @contextmanager
+        def dry_run(layers: int) -> Iterator[Model]:
+            handle, needed = read(layers, True)
+            try:
+                yield Model(parts, handle, layers, vocab_only, overrides, needed)
+            finally:
+                handle.close()
+
+        if layers and chosen and not vocab_only and split_mode in ("none", "layer"):
+            if gpu_layers != "auto":
+                check_layers(dry_run, chosen, context, layers)
+            elif (fitting := layers_that_fit(dry_run, chosen, context)) is not None:
+                layers = fitting
+            else:  # not even what a GPU needs to help with long prompts
+                layers, offered[0], parameters.devices = 0, ffi.NULL, offered
+        handle, needed = read(layers, False)
         return cls(parts, handle, layers, vocab_only, overrides, needed)
 
     @classmethod
@@ -415,6 +460,53 @@ def _tensor_split(shares: Sequence[float] | None, n_gpus: int) -> Any:
     if len(given) != n_gpus:
         raise DeviceError(f"tensor_split has {len(given)} shares, and there are {n_gpus} GPUs to split the model over")
     return ffi.new("float[]", [*given, *[0.0] * (lib.llama_max_devices() - len(given))])
+
+
+def _tensor_overrides(
+    given: Mapping[str, str] | None, cpu_moe: bool, n_cpu_moe: int, parts: Sequence[GGUF], gpus: list[Any]
+) -> tuple[Any, ...]:
+    """Return libllama's array of `tensor_overrides`, or NULL, and after it what has to live as long as it."""
+    if given is not None and not isinstance(given, Mapping):
+        raise TypeError(f"tensor_overrides must be a dict of patterns and devices, not {what(given)}")
+    cpu_moe, n_cpu_moe = flag("cpu_moe", cpu_moe), integer("n_cpu_moe", n_cpu_moe, 0, 2**31 - 1)
+    tensors = [tensor.name for part in parts for tensor in part.tensors] if given or cpu_moe or n_cpu_moe else []
+    patterns: dict[bytes, str] = {_pattern(pattern, tensors): device for pattern, device in (given or {}).items()}
+    layers = {int(found[1]) for name in tensors if (found := re.match(r"blk\.(\d{1,4})\.", name))}
+    for experts in [_EXPERTS] if cpu_moe else [rf"blk\.{n}{_EXPERTS}" for n in sorted(layers) if n < n_cpu_moe]:
+        patterns.setdefault(experts.encode(), "CPU")
+    if not patterns:
+        return (ffi.NULL,)
+    types = buffer_types(gpus)
+    for pattern, device in patterns.items():
+        if not isinstance(device, str):
+            raise TypeError(f"devices in tensor_overrides must be strings, not {what(device)}")
+        if device not in types:
+            raise DeviceError(
+                f"tensor_overrides puts {pattern.decode()!r} on {device!r}, and the model has {', '.join(types)}"
+            )
+    array = ffi.new("struct llama_model_tensor_buft_override[]", len(patterns) + 1)
+    names = [ffi.new("char[]", pattern) for pattern in patterns]
+    for entry, name, device in zip(array, names, patterns.values(), strict=False):
+        entry.pattern, entry.buft = name, types[device]
+    return array, names
+
+
+def _pattern(pattern: object, tensors: Sequence[str]) -> bytes:
+    if not isinstance(pattern, str):
+        raise TypeError(f"patterns in tensor_overrides must be strings, not {what(pattern)}")
+    if not 0 < len(pattern) <= _LONGEST_PATTERN or not pattern.isprintable():
+        raise ValueError(
+            f"a pattern in tensor_overrides has 1 to {_LONGEST_PATTERN} printable characters, not {pattern!r}"
+        )
+    is_found = False
+    for name in tensors:
+        code = lib.minerva_pattern_matches(pattern.encode(), name.encode())
+        if code == lib.MINERVA_THREW:
+            raise ValueError(f"{pattern!r} in tensor_overrides is no regular expression of C++'s: {thrown()}")
+        is_found |= code == 1
+    if not is_found:
+        raise ValueError(f"{pattern!r} in tensor_overrides matches no tensor of the model")
+    return pattern.encode()
 
 
 def _overrides(values: Mapping[str, Override]) -> Any:

@@ -5,10 +5,10 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ._arguments import flag, integer, number, what
-from ._binding import lib
+from ._binding import ffi, lib
 from .devices import available_cpus, devices, physical_memory_bytes
 from .errors import OptionError
 
@@ -21,7 +21,11 @@ _logger = logging.getLogger("minerva_native")
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 """The element types that keys and values can have."""
 
-FLASH_ATTENTION = ("auto", "on", "off")
+FLASH_ATTENTION = {
+    "auto": lib.LLAMA_FLASH_ATTN_TYPE_AUTO,
+    "on": lib.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+    "off": lib.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+}
 """The settings of `flash_attention`."""
 
 MOST_SEQUENCES: int = lib.llama_max_parallel_sequences()  # in one context
@@ -232,6 +236,29 @@ class ContextOptions:
         _check_heads(model, resolved)
         _check_memory(model, resolved)
         return resolved
+
+
+def context_parameters(options: ContextOptions) -> Any:
+    """Return libllama's `llama_context_params *` for options that are resolved."""
+    n_seq, n_threads = options.n_seq, options.n_threads or 1
+    parameters = ffi.new("struct llama_context_params *", lib.llama_context_default_params())
+    # A multiple of libllama's step, so that it grants exactly this many cells; `n_ctx` is kept to in Python.
+    n_cells = math.ceil(options.n_cells / CELLS_STEP) * CELLS_STEP
+    parameters.n_ctx = n_cells * (1 if options.kv_unified else n_seq)
+    parameters.n_batch = max(options.n_batch, n_seq)  # or libllama ends the process
+    parameters.n_ubatch = options.n_ubatch
+    parameters.n_seq_max, parameters.n_rs_seq = n_seq, options.n_rs_seq
+    parameters.n_threads, parameters.n_threads_batch = n_threads, options.n_threads_batch or n_threads
+    if options.rope_scaling_type is not None:
+        parameters.rope_scaling_type = ROPE_SCALING_TYPES[options.rope_scaling_type]
+    for name in ROPE_NUMBERS:  # libllama has numbers of its own for what is not given
+        if (value := getattr(options, name)) is not None:
+            setattr(parameters, name, value)
+    parameters.type_k, parameters.type_v = map(ggml_type, options.kv_types)
+    parameters.flash_attn_type = FLASH_ATTENTION[str(options.flash_attention)]
+    parameters.kv_unified, parameters.swa_full = options.kv_unified, options.swa_full
+    parameters.no_perf = True
+    return parameters
 
 
 def ggml_type(name: str) -> int:

@@ -42,12 +42,14 @@ class _Thread(threading.local):
 
     Attributes:
         errors: the list that `captured_errors` fills, if it is in use.
+        is_rehearsing: whether what is logged will be logged again.
         line: the log line so far, if it is incomplete.
         level: the level of that line.
         last_errors: the last error lines, each with its time by `time.perf_counter`.
     """
 
     errors: list[str] | None = None
+    is_rehearsing = False
     line = ""
     level = logging.DEBUG
     last_errors: tuple[tuple[float, str], ...] = ()
@@ -114,7 +116,17 @@ def _on_log(level: int, text: object) -> None:
         state.last_errors = (*state.last_errors[-_LAST_ERRORS:], (time.perf_counter(), line))
         if state.errors is not None:
             state.errors.append(line)
-    logger.log(state.level, "%s", line)
+    logger.log(logging.DEBUG if state.is_rehearsing else state.level, "%s", line)
+
+
+@contextmanager
+def rehearsal() -> Iterator[None]:
+    """Do not warn, on this thread, of what will be warned of when it is done in earnest."""
+    outer, _thread.is_rehearsing = _thread.is_rehearsing, True
+    try:
+        yield
+    finally:
+        _thread.is_rehearsing = outer
 
 
 @contextmanager

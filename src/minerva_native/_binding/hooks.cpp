@@ -1,11 +1,13 @@
 #include "failure.h"
 
+#include <llama-ext.h>
 #include <llama-model.h>
 
 #include <algorithm>
 #include <cstring>
 #include <deque>
 #include <numeric>
+#include <regex>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -116,11 +118,14 @@ struct llama_context * minerva_context_new(struct llama_model * model, const str
         if (has_small_stack()) {
             throw std::runtime_error("this thread's stack is too small: give it a megabyte (threading.stack_size)");
         }
-        const minerva::rpc::Taking taking(of_model);
+        const bool is_dry = model->hparams.no_alloc;  // there are no weights that a worker could have lost
+        const minerva::rpc::Taking taking(is_dry ? nullptr : of_model);
         llama_context * context = llama_init_from_model(model, *parameters);
         if (context != nullptr) {
             std::unique_ptr<llama_context, void (*)(llama_context *)> owned(context, llama_free);
-            taking.check();
+            if (!is_dry) {
+                taking.check();
+            }
             owned.release();
         }
         return context;
@@ -375,14 +380,57 @@ ggml_backend_dev_t minerva_layer_device(const struct llama_model * model, int32_
     });
 }
 
-int64_t minerva_device_bytes(const struct llama_model * model, ggml_backend_dev_t device) {
-    return guarded<int64_t>(MINERVA_THREW, [&] {
-        int64_t total = 0;
-        for (const auto & [type, size] : model->memory_breakdown()) {
-            ggml_backend_dev_t owner = ggml_backend_buft_get_device(type);
-            const bool is_cpu = owner == nullptr || ggml_backend_dev_type(owner) == GGML_BACKEND_DEVICE_TYPE_CPU;
-            total += (is_cpu ? nullptr : owner) == device ? int64_t(size) : 0;
-        }
-        return total;
+// The device whose memory a buffer is in, a null pointer for this machine's: some of that is for a GPU to read.
+static ggml_backend_dev_t owner_of(ggml_backend_buffer_type_t type) {
+    ggml_backend_dev_t owner = ggml_backend_buft_get_device(type);
+    const bool is_here = owner == nullptr || ggml_backend_buft_is_host(type) ||
+                         ggml_backend_dev_type(owner) == GGML_BACKEND_DEVICE_TYPE_CPU;
+    return is_here ? nullptr : owner;
+}
+
+ggml_backend_dev_t minerva_model_device(const struct llama_model * model, int32_t index) {
+    return guarded<ggml_backend_dev_t>(nullptr, [&] {
+        return index < llama_model_n_devices(model) ? llama_model_get_device(model, index) : nullptr;
     });
+}
+
+int32_t minerva_memory_used(const struct llama_model * model, const struct llama_context * context,
+                            ggml_backend_dev_t device, minerva_memory_use * use) {
+    return guarded<int32_t>(MINERVA_THREW, [&] {
+        llama_memory_breakdown all;
+        if (context != nullptr) {
+            all = llama_get_memory_breakdown(context);
+        } else {
+            for (const auto & [type, size] : model->memory_breakdown()) {
+                all[type].model = size;
+            }
+        }
+        *use = {};
+        for (const auto & [type, part] : all) {
+            if (owner_of(type) == device) {
+                use->weights += int64_t(part.model);
+                use->context += int64_t(part.context);
+                use->compute += int64_t(part.compute);
+            }
+        }
+        if (device == nullptr) {  // a mapped file has what is elsewhere, too
+            use->weights = 0;
+            for (const auto & [name, tensor] : model->tensors_by_name) {
+                const bool is_here = tensor->buffer != nullptr &&
+                                     owner_of(ggml_backend_buffer_get_type(tensor->buffer)) == nullptr;
+                use->weights += is_here ? int64_t(ggml_nbytes(tensor)) : 0;
+            }
+        }
+        return 0;
+    });
+}
+
+ggml_backend_buffer_type_t minerva_buffer_type(ggml_backend_dev_t device) {
+    return guarded<ggml_backend_buffer_type_t>(nullptr, [&] {
+        return device == nullptr ? ggml_backend_cpu_buffer_type() : ggml_backend_dev_buffer_type(device);
+    });
+}
+
+int32_t minerva_pattern_matches(const char * pattern, const char * name) {
+    return guarded<int32_t>(MINERVA_THREW, [&] { return std::regex_search(name, std::regex(pattern)) ? 1 : 0; });
 }

@@ -150,10 +150,28 @@ int64_t minerva_state_write(minerva_decoder * decoder, int32_t sequence_id, uint
 // How much memory a device has: 0 or MINERVA_THREW.
 int32_t minerva_device_memory(ggml_backend_dev_t device, size_t * free_bytes, size_t * total_bytes);
 
-// Where a model is: the device of a layer (the one after the last is the output), NULL for the CPU, and how many bytes
-// of weights a device has.
+// Where a model is: the device of a layer (the one after the last is the output), NULL for the CPU; and the devices that
+// it may use, NULL after the last.
 ggml_backend_dev_t minerva_layer_device(const struct llama_model * model, int32_t layer);
-int64_t minerva_device_bytes(const struct llama_model * model, ggml_backend_dev_t device);
+ggml_backend_dev_t minerva_model_device(const struct llama_model * model, int32_t index);
+
+// What a model, and a context of it or NULL, take of a device's memory, in bytes; NULL is this machine's. If the model
+// was loaded with `no_alloc`, it is what they would take.
+typedef struct {
+    int64_t weights;
+    int64_t context;
+    int64_t compute;
+} minerva_memory_use;
+
+int32_t minerva_memory_used(const struct llama_model * model, const struct llama_context * context,
+                            ggml_backend_dev_t device, minerva_memory_use * use);
+
+// Where a device's weights are, for `tensor_buft_overrides`; NULL is this machine.
+ggml_backend_buffer_type_t minerva_buffer_type(ggml_backend_dev_t device);
+
+// Whether libllama finds a pattern of `tensor_buft_overrides` in a tensor's name: 1, 0, or MINERVA_THREW for what is
+// no regular expression.
+int32_t minerva_pattern_matches(const char * pattern, const char * name);
 
 // ---- RPC ------------------------------------------------------------------------------------------------------------
 

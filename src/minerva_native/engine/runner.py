@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import math
 import time
 from array import array
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy.typing as npt
 from .._binding import callbacks, ffi, is_lost, lib, thrown
 from .._handle import Handle
 from ..errors import BrokenContextError, Cancelled, ContextError, DecodeError, DeviceError
-from ..options import CELLS_STEP, ROPE_NUMBERS, ROPE_SCALING_TYPES, ContextOptions, ggml_type
+from ..options import ContextOptions, context_parameters
 from .gate import CancelToken, check
 
 if TYPE_CHECKING:
@@ -23,12 +22,6 @@ if TYPE_CHECKING:
 Logits = npt.NDArray[np.float32]
 
 OK, NO_CELLS, ABORTED = 0, 1, 2  # what `llama_decode` returns; below 0 it failed
-
-_FLASH_ATTENTION = {
-    "auto": lib.LLAMA_FLASH_ATTN_TYPE_AUTO,
-    "on": lib.LLAMA_FLASH_ATTN_TYPE_ENABLED,
-    "off": lib.LLAMA_FLASH_ATTN_TYPE_DISABLED,
-}
 
 _POLL_US = 50_000  # how often a long computation looks for Ctrl-C,
 _POLL_CANCEL_US = 20_000  # and for a cancel token
@@ -102,23 +95,7 @@ class Runner:
         model, options, n_seq = self.model, self.options, self.options.n_seq
         n_threads = options.n_threads or 1
         n_threads_batch = options.n_threads_batch or n_threads
-        parameters = ffi.new("struct llama_context_params *", lib.llama_context_default_params())
-        # A multiple of libllama's step, so that it grants exactly this many cells; `n_ctx` is kept to in Python.
-        n_cells = math.ceil(options.n_cells / CELLS_STEP) * CELLS_STEP
-        parameters.n_ctx = n_cells * (1 if options.kv_unified else n_seq)
-        parameters.n_batch = max(options.n_batch, n_seq)  # or libllama ends the process
-        parameters.n_ubatch = options.n_ubatch
-        parameters.n_seq_max, parameters.n_rs_seq = n_seq, options.n_rs_seq
-        parameters.n_threads, parameters.n_threads_batch = n_threads, n_threads_batch
-        if options.rope_scaling_type is not None:
-            parameters.rope_scaling_type = ROPE_SCALING_TYPES[options.rope_scaling_type]
-        for name in ROPE_NUMBERS:  # libllama has numbers of its own for what is not given
-            if (value := getattr(options, name)) is not None:
-                setattr(parameters, name, value)
-        parameters.type_k, parameters.type_v = map(ggml_type, options.kv_types)
-        parameters.flash_attn_type = _FLASH_ATTENTION[str(options.flash_attention)]
-        parameters.kv_unified, parameters.swa_full = options.kv_unified, options.swa_full
-        parameters.no_perf = True
+        parameters = context_parameters(options)
         parameters.abort_callback = lib.minerva_abort
         parameters.abort_callback_data = self._abort
         with model.raw() as model_pointer, contextlib.ExitStack() as undo:
