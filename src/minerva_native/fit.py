@@ -1,5 +1,6 @@
 """How many layers fit: libllama's own dry allocation says what each number of them would take of every device."""
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -101,6 +102,8 @@ class _Plan:
 
 def _dry_context(model: "Model", options: ContextOptions) -> Any:
     """Return a `llama_context *` of a dry model, which cannot compute."""
+    if model.has_learned_positions:  # or it is warned of twice that there are no more
+        options = dataclasses.replace(options, n_ctx=min(options.n_ctx, max(2, model.n_ctx_train)))
     parameters = context_parameters(options.resolve(model))
     with model.raw() as pointer, callbacks.captured_errors() as errors:
         context = lib.minerva_context_new(pointer, parameters, model.connections)

@@ -189,8 +189,8 @@ class Model:
                 raise DeviceError(f"main_gpu={main_gpu} is the index of a GPU, and there are {n_gpus} to choose from")
         shares = _tensor_split(tensor_split, n_gpus)
         parameters.tensor_split = shares
-        moved = _tensor_overrides(tensor_overrides, cpu_moe, n_cpu_moe, parts, chosen)
-        parameters.tensor_buft_overrides = moved[0]
+        moved = _TensorOverrides(tensor_overrides, cpu_moe, n_cpu_moe, parts, chosen)
+        parameters.tensor_buft_overrides = moved.array
         if context is not None and not isinstance(context, ContextOptions):
             raise TypeError(f"context must be ContextOptions, not {what(context)}")
         replaced = _overrides(overrides)
@@ -245,11 +245,13 @@ class Model:
             finally:
                 handle.close()
 
-        if layers and chosen and not vocab_only and split_mode in ("none", "layer"):
+        if (layers or moved.use_devices) and not vocab_only and split_mode in ("none", "layer"):
             if gpu_layers != "auto":
                 check_layers(dry_run, chosen, context, layers)
             elif (fitting := layers_that_fit(dry_run, chosen, context)) is not None:
                 layers = fitting
+            elif moved.use_devices:
+                raise DeviceError("tensor_overrides puts more on devices than fits there beside a context")
             else:  # not even what a GPU needs to help with long prompts
                 layers, offered[0], parameters.devices = 0, ffi.NULL, offered
         handle, needed = read(layers, False)
@@ -462,36 +464,54 @@ def _tensor_split(shares: Sequence[float] | None, n_gpus: int) -> Any:
     return ffi.new("float[]", [*given, *[0.0] * (lib.llama_max_devices() - len(given))])
 
 
-def _tensor_overrides(
-    given: Mapping[str, str] | None, cpu_moe: bool, n_cpu_moe: int, parts: Sequence[GGUF], gpus: list[Any]
-) -> tuple[Any, ...]:
-    """Return libllama's array of `tensor_overrides`, or NULL, and after it what has to live as long as it."""
+class _TensorOverrides:
+    """libllama's array of `tensor_overrides`, or NULL, and what has to live as long as it.
+
+    Attributes:
+        array: the array.
+        use_devices: whether something is put on others than the CPU.
+    """
+
+    array: Any = ffi.NULL
+    use_devices = False
+
+    def __init__(
+        self, given: Mapping[str, str] | None, cpu_moe: bool, n_cpu_moe: int, parts: Sequence[GGUF], gpus: list[Any]
+    ):
+        patterns = _patterns(given, cpu_moe, n_cpu_moe, [tensor.name for part in parts for tensor in part.tensors])
+        if not patterns:
+            return
+        types = buffer_types(gpus)
+        for pattern, device in patterns.items():
+            if device not in types:
+                raise DeviceError(
+                    f"tensor_overrides puts {pattern!r} on {device!r}, and the model has {', '.join(types)}"
+                )
+        self.use_devices = {*patterns.values()} != {"CPU"}
+        self.array = ffi.new("struct llama_model_tensor_buft_override[]", len(patterns) + 1)
+        self._names = [ffi.new("char[]", pattern.encode()) for pattern in patterns]
+        for entry, name, device in zip(self.array, self._names, patterns.values(), strict=False):
+            entry.pattern, entry.buft = name, types[device]
+
+
+def _patterns(given: object, cpu_moe: bool, n_cpu_moe: int, tensors: Sequence[str]) -> dict[str, str]:
+    """Return the device for each pattern, those of experts last."""
     if given is not None and not isinstance(given, Mapping):
         raise TypeError(f"tensor_overrides must be a dict of patterns and devices, not {what(given)}")
     cpu_moe, n_cpu_moe = flag("cpu_moe", cpu_moe), integer("n_cpu_moe", n_cpu_moe, 0, 2**31 - 1)
-    tensors = [tensor.name for part in parts for tensor in part.tensors] if given or cpu_moe or n_cpu_moe else []
-    patterns: dict[bytes, str] = {_pattern(pattern, tensors): device for pattern, device in (given or {}).items()}
-    layers = {int(found[1]) for name in tensors if (found := re.match(r"blk\.(\d{1,4})\.", name))}
-    for experts in [_EXPERTS] if cpu_moe else [rf"blk\.{n}{_EXPERTS}" for n in sorted(layers) if n < n_cpu_moe]:
-        patterns.setdefault(experts.encode(), "CPU")
-    if not patterns:
-        return (ffi.NULL,)
-    types = buffer_types(gpus)
-    for pattern, device in patterns.items():
+    patterns: dict[str, str] = {}
+    for pattern, device in (given or {}).items():
+        _check_pattern(pattern, tensors)
         if not isinstance(device, str):
             raise TypeError(f"devices in tensor_overrides must be strings, not {what(device)}")
-        if device not in types:
-            raise DeviceError(
-                f"tensor_overrides puts {pattern.decode()!r} on {device!r}, and the model has {', '.join(types)}"
-            )
-    array = ffi.new("struct llama_model_tensor_buft_override[]", len(patterns) + 1)
-    names = [ffi.new("char[]", pattern) for pattern in patterns]
-    for entry, name, device in zip(array, names, patterns.values(), strict=False):
-        entry.pattern, entry.buft = name, types[device]
-    return array, names
+        patterns[pattern] = device
+    layers = {int(found[1]) for name in tensors if (found := re.match(r"blk\.(\d{1,4})\.", name))}
+    for experts in [_EXPERTS] if cpu_moe else [rf"blk\.{n}{_EXPERTS}" for n in sorted(layers) if n < n_cpu_moe]:
+        patterns.setdefault(experts, "CPU")
+    return patterns
 
 
-def _pattern(pattern: object, tensors: Sequence[str]) -> bytes:
+def _check_pattern(pattern: object, tensors: Sequence[str]) -> None:
     if not isinstance(pattern, str):
         raise TypeError(f"patterns in tensor_overrides must be strings, not {what(pattern)}")
     if not 0 < len(pattern) <= _LONGEST_PATTERN or not pattern.isprintable():
@@ -506,7 +526,6 @@ def _pattern(pattern: object, tensors: Sequence[str]) -> bytes:
         is_found |= code == 1
     if not is_found:
         raise ValueError(f"{pattern!r} in tensor_overrides matches no tensor of the model")
-    return pattern.encode()
 
 
 def _overrides(values: Mapping[str, Override]) -> Any:

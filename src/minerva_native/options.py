@@ -21,12 +21,14 @@ _logger = logging.getLogger("minerva_native")
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 """The element types that keys and values can have."""
 
-FLASH_ATTENTION = {
+FLASH_ATTENTION = ("auto", "on", "off")
+"""The settings of `flash_attention`."""
+
+_FLASH_ATTENTION_TYPES = {
     "auto": lib.LLAMA_FLASH_ATTN_TYPE_AUTO,
     "on": lib.LLAMA_FLASH_ATTN_TYPE_ENABLED,
     "off": lib.LLAMA_FLASH_ATTN_TYPE_DISABLED,
 }
-"""The settings of `flash_attention`."""
 
 MOST_SEQUENCES: int = lib.llama_max_parallel_sequences()  # in one context
 
@@ -255,7 +257,7 @@ def context_parameters(options: ContextOptions) -> Any:
         if (value := getattr(options, name)) is not None:
             setattr(parameters, name, value)
     parameters.type_k, parameters.type_v = map(ggml_type, options.kv_types)
-    parameters.flash_attn_type = FLASH_ATTENTION[str(options.flash_attention)]
+    parameters.flash_attn_type = _FLASH_ATTENTION_TYPES[str(options.flash_attention)]
     parameters.kv_unified, parameters.swa_full = options.kv_unified, options.swa_full
     parameters.no_perf = True
     return parameters

@@ -12,7 +12,7 @@ import minerva_native as mn
 from . import roofline
 from .compare import LlamaBench, Row, find
 from .machine import facts, model_facts
-from .measure import Parts, Repetition, Run, Test, clock_ns
+from .measure import Parts, Repetition, Run, Test, clock_ns, context_options
 from .report import FLASH_ATTENTION, compared, figures, steady, taken_apart
 
 __all__ = ["LlamaBench", "Source", "Test", "bench"]
@@ -38,10 +38,10 @@ class Source(NamedTuple):
     gpu_layers: Literal["auto"] | int = "auto"
     mmap: bool = True
 
-    def load(self) -> mn.Model:
-        """Load the model; raise what `Model.load` raises."""
+    def load(self, context: mn.ContextOptions) -> mn.Model:
+        """Load the model, with room for a context; raise what `Model.load` raises."""
         path = mn.DEMO_PATH if self.path is None else self.path
-        return mn.Model.load(path, gpu_layers=self.gpu_layers, mmap=self.mmap)
+        return mn.Model.load(path, gpu_layers=self.gpu_layers, context=context, mmap=self.mmap)
 
 
 def bench(
@@ -55,6 +55,7 @@ def bench(
     baseline: Sequence[Row] = (),
     llama_bench: LlamaBench | None = None,
     on_progress: Callable[[str, int, int], object] = lambda name, done, total: None,
+    on_context: Callable[[mn.Context], object] = lambda context: None,
 ) -> Iterator[dict[str, Any]]:
     """Run tests on a model, and yield a row of figures (see `report`) for each as soon as it is measured.
 
@@ -68,12 +69,14 @@ def bench(
         baseline: rows to compare with.
         llama_bench: upstream's llama-bench, to take turns with; both then load the model again for every repetition.
         on_progress: called with the test's name, how many repetitions are done (first 0), and how many there are.
+        on_context: called with the context of each test before the first repetition.
 
     Raises:
         MinervaError: llama-bench failed; also what loading a model and making a context raise.
     """
     machine = {**facts(), "clock_ns": clock_ns()}
-    with source.load() as model:
+    largest = max((context_options(test) for test in tests), key=lambda options: options.n_ctx)
+    with source.load(largest) as model:
         params = mn.SamplingParams.from_model(model, **(sampling or {}))
         how = {"sampling": asdict(params), "warm_up": warm_up}
         about = _About(model_facts(model) | how, roofline.weights_touched(model), model.gpu_layers)
@@ -81,6 +84,7 @@ def bench(
             for test in tests:
                 on_progress(test.name, 0, repetitions)
                 with Run(model, test, params) as run:
+                    on_context(run.context)
                     limit, samples = about.limit(test), []
                     if warm_up:
                         run.warm_up()
@@ -98,7 +102,7 @@ def bench(
         samples, theirs = [], []
         for number in range(repetitions):
             theirs.append(llama_bench.repeat(*upstream, test, source.mmap, warm_up))
-            with source.load() as model, Run(model, test, params) as run:
+            with source.load(largest) as model, Run(model, test, params) as run:
                 limit = about.limit(test)
                 if warm_up:
                     run.warm_up()

@@ -109,6 +109,21 @@ class Parts(NamedTuple):
         return self.decode + self.logits + self.sampler + self.text + self.loop
 
 
+def context_options(test: Test) -> mn.ContextOptions:
+    """Return the options of a test's context."""
+    return mn.ContextOptions(
+        n_ctx=max(2, test.n_depth + test.n_prompt + test.n_gen),  # as llama-bench: it is part of the test
+        n_batch=test.n_batch,
+        n_ubatch=test.n_ubatch,
+        n_threads=test.n_threads,
+        kv_type=(test.type_k, test.type_v),
+        flash_attention=test.flash_attention,  # type: ignore[arg-type]  # it is checked there
+        swa_full=False,
+        prefix_cache=False,
+        checkpoint_bytes=0,  # copying states would be timed
+    )
+
+
 class Run:
     """A test with its own context. A context manager.
 
@@ -120,18 +135,7 @@ class Run:
 
     def __init__(self, model: mn.Model, test: Test, params: mn.SamplingParams):
         self.test = test
-        # As many cells as llama-bench asks for: their number is part of the test.
-        self.context = model.context(
-            n_ctx=max(2, test.n_depth + test.n_prompt + test.n_gen),
-            n_batch=test.n_batch,
-            n_ubatch=test.n_ubatch,
-            n_threads=test.n_threads,
-            kv_type=(test.type_k, test.type_v),
-            flash_attention=test.flash_attention,  # type: ignore[arg-type]  # the context checks it
-            swa_full=False,
-            prefix_cache=False,
-            checkpoint_bytes=0,  # copying states would be timed
-        )
+        self.context = mn.Context(model, context_options(test))
         self.params = params
         self._sampler = mn.Sampler(params)
         self._folder = tempfile.TemporaryDirectory(prefix="minerva-bench-")

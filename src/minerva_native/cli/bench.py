@@ -10,9 +10,9 @@ from contextlib import suppress
 from itertools import product
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from minerva_native import FLASH_ATTENTION, KV_TYPES, MinervaError, available_cpus
+from minerva_native import FLASH_ATTENTION, KV_TYPES, Context, MinervaError, available_cpus
 
-from .messages import printable, warn, warnings_after
+from .messages import placed, printable, say, warn, warnings_after
 from .options import SAMPLING_FLAGS, add_sampling, file_name, gpu_layers, sampling
 from .progress import measuring
 
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several("-ctv", "--cache-type-v", type=kinds, metavar="TYPE", dest="type_v", help="type of the cached values (f16)")
     flash = one_of(FLASH_ATTENTION, {"1": "on", "0": "off", "-1": "auto"})
     several("-fa", "--flash-attn", type=flash, metavar="on|off|auto", dest="flash", help="flash attention (auto)")
-    layers = "layers to put on a GPU; -1 for all, auto for all if there is a GPU (auto)"
+    layers = "layers to put on GPUs; -1 for all, auto for as many as fit, if there is a GPU (auto)"
     several("-ngl", "--gpu-layers", "--n-gpu-layers", type=gpu_layer_list, dest="gpu_layers", help=layers)
     mmap = one_of(("0", "1"), {"none": "0", "mmap": "1"})
     how = "map the file into memory, or read it (mmap)"
@@ -137,6 +137,14 @@ def measure(
     is_quiet = options.quiet or (is_table and not sys.stderr.isatty() and is_same_file(sys.stdout, sys.stderr))
     writer, rows = make_writer(options, sources, tests, sys.stdout), list["Row"]()
 
+    placements = set[str]()
+
+    def show_placement(context: Context) -> None:
+        if not options.quiet and (where := placed(context)) and where not in placements:
+            placements.add(where)
+            progress.pause()
+            say("placement", where)
+
     def finish() -> None:
         writer.end()
         if options.plot and any(row["token_ns"] for row in rows):
@@ -145,7 +153,9 @@ def measure(
     try:
         with measuring(len(sources) * len(tests), is_quiet) as progress:
             for source in sources:
-                for row in benchmark.bench(source, tests, on_progress=progress.update, **settings):
+                for row in benchmark.bench(
+                    source, tests, on_progress=progress.update, on_context=show_placement, **settings
+                ):
                     progress.pause()
                     writer.row(shown(row) if is_table or options.output == "csv" else row)
                     rows.append(row)

@@ -16,11 +16,13 @@ import minerva_native as mn
 from .answers import Answer, InAFile, Log, OnATerminal
 from .editing import History, line_editor, without_echo
 from .generate import DEFAULT_N_CTX, FLAGS, end_biases, limit
-from .messages import as_json, say
+from .messages import as_json, placed, say
 from .options import (
+    LLM_N_SEQ,
     add_constraint,
     add_json,
     add_model,
+    add_overrides,
     add_sampling,
     constraint,
     file_name,
@@ -69,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-ctv", "--cache-type-v", default="f16", metavar="TYPE", help="type of the cached values (f16)")
     add("-fa", "--flash-attn", default="auto", choices=("on", "off", "auto"), help="flash attention (auto)")
     add("--swa-full", action="store_true", help="keep all tokens in sliding-window layers, not just the window")
+    add_overrides(parser)
     add_sampling(parser)
     add_constraint(parser)
     add("--stop", action="append", type=utf8, default=[], metavar="TEXT", help="stop before this text; can be repeated")
@@ -83,7 +86,14 @@ def run(options: argparse.Namespace) -> int:
     is_interactive = sys.stdin.isatty() and sys.stdout.isatty() and not options.json
     if options.prompt == "":
         raise ValueError("the first message (-p) is empty")
-    with load_model(options) as model, open_llm(options, model) as llm:
+    planned = mn.ContextOptions(
+        n_ctx=DEFAULT_N_CTX if options.ctx_size is None else options.ctx_size,
+        n_seq=LLM_N_SEQ,
+        **of_chat_context(options),
+    )
+    with load_model(options, context=planned) as model, open_llm(options, model) as llm:
+        if not options.quiet and (where := placed(llm.context)):
+            say("placement", where)
         chat = llm.chat(system=options.system_prompt)
         chat.template.render([*chat.messages, {"role": "user", "content": ""}])  # it may refuse a system prompt
         session = Session(llm, chat, settings(options, llm), options.timings, options.quiet)
@@ -104,12 +114,19 @@ def open_llm(options: argparse.Namespace, model: mn.Model) -> mn.LLM:
         template=choose_template(options, model),
         on_full=options.on_full,
         n_ctx=n_ctx or model.n_ctx_train,
-        n_batch=options.batch_size,
-        n_threads=options.threads,
-        kv_type=(options.cache_type_k, options.cache_type_v),
-        flash_attention=options.flash_attn,
-        swa_full=options.swa_full,
+        **of_chat_context(options),
     )
+
+
+def of_chat_context(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of the context, but for its size."""
+    return {
+        "n_batch": options.batch_size,
+        "n_threads": options.threads,
+        "kv_type": (options.cache_type_k, options.cache_type_v),
+        "flash_attention": options.flash_attn,
+        "swa_full": options.swa_full,
+    }
 
 
 def choose_template(options: argparse.Namespace, model: mn.Model) -> mn.ChatTemplate:

@@ -9,7 +9,7 @@ from typing import Any
 
 import minerva_native as mn
 
-from .messages import as_json, printable, say, write
+from .messages import as_json, placed, printable, say, write
 from .options import (
     CONTEXT_FLAGS,
     LOADING_FLAGS,
@@ -100,23 +100,26 @@ def run(options: argparse.Namespace) -> int:
     clock = Clock()
     stop = [unescaped(text, "--stop") for text in options.stop] if options.escape else options.stop
     shape = constraint(options)
-    with load_model(options) as model:
+    how: dict[str, Any] = {
+        "n_batch": options.batch_size,
+        "n_ubatch": options.ubatch_size,
+        "n_threads": options.threads,
+        "kv_type": (options.cache_type_k, options.cache_type_v),
+        "flash_attention": options.flash_attn,
+        "swa_full": options.swa_full or options.context_shift,
+        "on_full": "shift" if options.context_shift else "error",
+        "n_keep": options.keep,
+        **of_context(options),
+    }
+    planned = mn.ContextOptions(n_ctx=DEFAULT_N_CTX if options.ctx_size is None else options.ctx_size, **how)
+    with load_model(options, context=planned) as model:
         given = sampling(options) | ({"logit_bias": end_biases(model)} if options.ignore_eos else {})
         sampler = mn.Sampler(mn.SamplingParams.from_model(model, **given))
         n_ctx = min(DEFAULT_N_CTX, model.n_ctx_train) if options.ctx_size is None else options.ctx_size
-        with model.context(
-            n_ctx=n_ctx or model.n_ctx_train,
-            n_batch=options.batch_size,
-            n_ubatch=options.ubatch_size,
-            n_threads=options.threads,
-            kv_type=(options.cache_type_k, options.cache_type_v),
-            flash_attention=options.flash_attn,
-            swa_full=options.swa_full or options.context_shift,
-            on_full="shift" if options.context_shift else "error",
-            n_keep=options.keep,
-            **of_context(options),
-        ) as context:
+        with model.context(n_ctx=n_ctx or model.n_ctx_train, **how) as context:
             clock.loaded()
+            if not options.quiet and (where := placed(context)):
+                say("placement", where)
             prompt, shown = choose_prompt(options, model)
             ids = model.tokenizer.encode(prompt, parse_special=options.parse_special)
             if model.has_encoder:

@@ -8,6 +8,8 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import minerva_native as mn
+
 from .._json import as_json as as_json
 
 _LOGGER = logging.getLogger("minerva_native")
@@ -66,6 +68,20 @@ def count(number: int) -> str:
 def _scaled(number: int, units: tuple[tuple[float, str], ...]) -> str:
     scale, unit = next((pair for pair in units if number >= pair[0]), units[-1])
     return f"{number / scale:.1f}{unit}" if scale > 1 else f"{number:,}{unit}"
+
+
+def placed(context: mn.Context) -> str | None:
+    """Return where a model, its cache and its buffers are, or None if all are in this machine's memory."""
+    parts = context.placement
+    if len(parts) == 1:
+        return None
+    texts = []
+    for part in parts:
+        output = " and the output" if part.has_output else ""
+        where = part.device if part.device == "CPU" else f"{part.device} ({part.description})"
+        sizes = f"{size(part.size_bytes)} weights, {size(part.cache_bytes)} cache, {size(part.buffer_bytes)} buffers"
+        texts.append(f"{part.layers} layers{output} on {where}: {sizes}")
+    return "; ".join(texts)
 
 
 def say(kind: str, sentence: object) -> None:

@@ -18,9 +18,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """Add `-m` and `-ngl`."""
     model = "a GGUF file; the built-in model by default"
     parser.add_argument("-m", "--model", type=file_name, metavar="FILE", help=model)
-    layers = "layers to put on a GPU; -1 for all, auto for all if there is a GPU (default)"
-    parser.add_argument("-ngl", "--gpu-layers", type=gpu_layers, default="auto", metavar="N", help=layers)
+    parser.add_argument("-ngl", "--gpu-layers", type=gpu_layers, default="auto", metavar="N", help=LAYERS)
     add_rpc(parser)
+
+
+LLM_N_SEQ = 8
+"""How many sequences an `LLM` has for one request at a time."""
+
+LAYERS = "layers to put on GPUs; -1 for all, auto for as many as fit, if there is a GPU (default)"
 
 
 def add_rpc(parser: argparse.ArgumentParser) -> None:
@@ -34,8 +39,13 @@ def endpoints(text: str) -> list[str]:
     return [endpoint for endpoint in text.split(",") if endpoint]
 
 
-def load_model(options: argparse.Namespace, vocab_only: bool = False) -> Model:
-    """Load what `-m` names, with a progress bar on a terminal if that takes a while."""
+def load_model(
+    options: argparse.Namespace, vocab_only: bool = False, context: mn.ContextOptions | None = None
+) -> Model:
+    """Load what `-m` names, with a progress bar on a terminal if that takes a while.
+
+    `context`: what `-ngl` is to leave room for.
+    """
     given = {name: value for name in LOADING_FLAGS if (value := getattr(options, name, None)) is not None}
     if options.model is None and not given:
         return Model.demo(gpu_layers=options.gpu_layers)
@@ -45,7 +55,12 @@ def load_model(options: argparse.Namespace, vocab_only: bool = False) -> Model:
     with loading(options.quiet) as on_progress:
         try:
             return Model.load(
-                path, gpu_layers=options.gpu_layers, vocab_only=vocab_only, on_progress=on_progress, **given
+                path,
+                gpu_layers=options.gpu_layers,
+                vocab_only=vocab_only,
+                context=context,
+                on_progress=on_progress,
+                **given,
             )
         except TypeError as error:  # an override of another type than the file's key
             raise ValueError(str(error)) from None
@@ -58,6 +73,9 @@ LOADING_FLAGS = {
     "split_mode": "-sm",
     "main_gpu": "-mg",
     "tensor_split": "-ts",
+    "tensor_overrides": "-ot",
+    "cpu_moe": "--cpu-moe",
+    "n_cpu_moe": "--n-cpu-moe",
 }
 
 
@@ -78,6 +96,25 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     add("-mg", "--main-gpu", type=int, metavar="INDEX", help="the GPU that has all of it with -sm none (0)")
     shares = "how much of the model each GPU gets, in proportion, such as 3,1"
     add("-ts", "--tensor-split", type=tensor_split, metavar="N0,N1,...", help=shares)
+    add_overrides(parser)
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Add `-ot`, `--cpu-moe` and `--n-cpu-moe`."""
+    add = parser.add_argument
+    where = "put the tensors whose names a regular expression matches on a device, or on CPU; can be repeated"
+    add(
+        "-ot",
+        "--override-tensor",
+        dest="tensor_overrides",
+        type=tensor_override,
+        action=Updating,
+        metavar="PATTERN=DEVICE",
+        help=where,
+    )
+    experts = "keep the experts of a mixture of experts in this machine's memory"
+    add("-cmoe", "--cpu-moe", action="store_true", default=None, help=experts)
+    add("-ncmoe", "--n-cpu-moe", type=int, metavar="N", help="the same for the first N layers")
 
 
 class Updating(argparse.Action):
@@ -114,6 +151,14 @@ def kv_overrides(text: str) -> dict[str, int | float | bool | str]:
                 f"{item!r} is not KEY=TYPE:VALUE with a value of type int, float, bool (true or false) or str"
             ) from None
     return overrides
+
+
+def tensor_override(text: str) -> dict[str, str]:
+    """Parse `-ot`."""
+    pattern, equals, device = utf8(text).rpartition("=")
+    if not (pattern and equals and device):
+        raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=DEVICE, such as ffn_down=CPU")
+    return {pattern: device}
 
 
 def tensor_split(text: str) -> list[float]:

@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 import minerva_native as mn
 
 from .generate import FLAGS as GENERATE_FLAGS
-from .messages import as_json, say
+from .messages import as_json, placed, say
 from .options import (
+    LAYERS,
+    LLM_N_SEQ,
     LOADING_FLAGS,
     add_context,
     add_json,
@@ -42,6 +44,7 @@ FLAGS = {**GENERATE_FLAGS, "n_parallel": "-np", "cache_dir": "--cache-dir", "spe
 
 _DEFAULT_N_CTX = 8192
 _DEFAULT_N_PARALLEL = 4
+_MOST_SEQUENCES = 256  # libllama's limit
 _SPLIT = re.compile(r"-(\d{5})-of-\d{5}$")
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 _BYTES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -56,8 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = "a GGUF file, or a folder of them; can be repeated. Several are loaded when they are asked for"
     add("-m", "--model", action="append", type=file_name, metavar="FILE", help=f"{model} (the built-in model)")
     add("-a", "--alias", metavar="NAME", help="what to call the one model (the name of its file)")
-    layers = "layers to put on a GPU; -1 for all, auto for all if there is a GPU (default)"
-    add("-ngl", "--gpu-layers", type=gpu_layers, default="auto", metavar="N", help=layers)
+    add("-ngl", "--gpu-layers", type=gpu_layers, default="auto", metavar="N", help=LAYERS)
     add_rpc(parser)
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen; others than this machine need a key")
     add("--port", type=int, default=8080, metavar="N", help="the port; 0 for a free one (8080)")
@@ -192,9 +194,25 @@ def _loaded(options: argparse.Namespace, source: Source) -> mn.LLM:
     from .progress import loading
 
     given = {name: value for name in LOADING_FLAGS if (value := getattr(options, name, None)) is not None}
+    how: dict[str, Any] = {
+        "n_batch": options.batch_size,
+        "n_ubatch": options.ubatch_size,
+        "n_threads": options.threads,
+        "kv_type": (options.cache_type_k, options.cache_type_v),
+        "flash_attention": options.flash_attn,
+        "swa_full": options.swa_full,
+        **of_context(options),
+    }
+    planned = mn.ContextOptions(
+        n_ctx=_DEFAULT_N_CTX if options.ctx_size is None else options.ctx_size,
+        n_seq=min(max(options.parallel, 1) - 1 + LLM_N_SEQ, _MOST_SEQUENCES),
+        **how,
+    )
     template = options.chat_template_file and Path(options.chat_template_file).read_text(encoding="utf-8")
     with loading(options.quiet) as on_progress:
-        model = mn.Model.load(source.path, gpu_layers=options.gpu_layers, on_progress=on_progress, **given)
+        model = mn.Model.load(
+            source.path, gpu_layers=options.gpu_layers, context=planned, on_progress=on_progress, **given
+        )
     try:
         n_ctx = min(_DEFAULT_N_CTX, model.n_ctx_train) if options.ctx_size is None else options.ctx_size
         return mn.LLM(
@@ -204,13 +222,7 @@ def _loaded(options: argparse.Namespace, source: Source) -> mn.LLM:
             cache_dir=options.cache_dir,
             speculate=options.speculate,
             n_ctx=n_ctx or model.n_ctx_train,
-            n_batch=options.batch_size,
-            n_ubatch=options.ubatch_size,
-            n_threads=options.threads,
-            kv_type=(options.cache_type_k, options.cache_type_v),
-            flash_attention=options.flash_attn,
-            swa_full=options.swa_full,
-            **of_context(options),
+            **how,
         )
     except BaseException:
         model.close()
@@ -219,11 +231,7 @@ def _loaded(options: argparse.Namespace, source: Source) -> mn.LLM:
 
 def _placed(llm: mn.LLM | None) -> str | None:
     """Say where a model is computed; None for one that is not loaded."""
-    if llm is None:
-        return None
-    layers, count = llm.model.gpu_layers, llm.model.n_layer + 1
-    others = ", ".join(f"{part.device} ({part.description})" for part in llm.model.placement if part.device != "CPU")
-    return f"{layers} of {count} layers on {others}" if others else "on the CPU"
+    return None if llm is None else placed(llm.context) or "on the CPU"
 
 
 class _Log:

@@ -1,0 +1,354 @@
+"""Where models and contexts are, how many layers fit there, and tensors that are put elsewhere: on RPC workers."""
+
+import dataclasses
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import minerva_native as mn
+from minerva_native import fit
+from minerva_native.cli import main
+from test_rpc import Worker, tale
+from tiny_models import TinyModel
+
+pytestmark = pytest.mark.skipif("RPC" not in mn.build_info()["backends"], reason="this build has no RPC")
+
+SMALL = mn.ContextOptions(n_ctx=512, n_batch=64, n_threads=1)
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[list[str]]:
+    """Two workers that nothing is done to."""
+    workers = [Worker(), Worker()]
+    yield [worker.endpoint for worker in workers]
+    for worker in workers:
+        worker.kill()
+
+
+@pytest.fixture
+def has_free(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A function that gives every device so much free memory, in the eyes of the plan."""
+
+    def limit(free: int, margin: int = 0, total: int = 1 << 40) -> None:
+        def described(pointer: Any) -> mn.Device:
+            return dataclasses.replace(original(pointer), memory_free_bytes=free, memory_total_bytes=total)
+
+        monkeypatch.setattr(fit, "described", described)
+        monkeypatch.setattr(fit, "MARGIN_BYTES", margin)
+
+    original = fit.described
+    return limit
+
+
+@pytest.fixture
+def dry_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of layers that were tried."""
+    tried: list[int] = []
+    original = fit.layers_that_fit, fit.check_layers
+
+    def counting(function: Callable[..., Any], dry_run: Callable[[int], Any], *arguments: Any) -> Any:
+        def counted(layers: int) -> Any:
+            tried.append(layers)
+            return dry_run(layers)
+
+        return function(counted, *arguments)
+
+    from minerva_native import model
+
+    for function in original:
+        monkeypatch.setattr(model, function.__name__, partial(counting, function))
+    return tried
+
+
+def taken(context: mn.Context, device: int = 1) -> int:
+    part = context.placement[device]
+    return part.size_bytes + part.cache_bytes + part.buffer_bytes
+
+
+# What is where
+
+
+def test_a_context_on_the_cpu_has_everything_here(demo: mn.Model) -> None:
+    with demo.context(n_ctx=512, n_threads=1) as context:
+        (cpu,) = context.placement
+        assert (cpu.device, cpu.layers, cpu.has_output, cpu.size_bytes) == ("CPU", 4, True, demo.size_bytes)
+        assert cpu.cache_bytes == 512 * 2048  # 4 layers, keys and values of 128 numbers in f16
+        assert cpu.buffer_bytes > 0
+
+
+def test_the_kv_cache_is_where_its_layers_are(two: list[str]) -> None:
+    with mn.Model.load(mn.DEMO_PATH, rpc=two, tensor_split=[1, 4]) as model, model.context(n_ctx=512) as context:
+        cpu, first, second = context.placement
+        assert [part.layers for part in (cpu, first, second)] == [0, 1, 3]
+        assert [part.cache_bytes for part in (cpu, first, second)] == [0, 512 * 512, 512 * 1536]
+        assert min(first.buffer_bytes, second.buffer_bytes) > 0
+        assert [part.size_bytes for part in context.placement] == [part.size_bytes for part in model.placement]
+        assert sum(part.size_bytes for part in model.placement) >= model.size_bytes  # the output matrix is there twice
+
+
+def test_what_stays_here_is_counted_tensor_by_tensor(two: list[str]) -> None:
+    with mn.Model.load(mn.DEMO_PATH, rpc=two[:1], gpu_layers=3) as model:  # the file is mapped as a whole
+        cpu, worker = model.placement
+        assert (cpu.layers, worker.layers) == (2, 2)
+        assert model.size_bytes <= cpu.size_bytes + worker.size_bytes < model.size_bytes + 200_000
+
+
+# As many layers as fit
+
+
+def test_a_dry_run_says_what_will_be_taken(two: list[str], has_free: Callable[..., None]) -> None:
+    with (
+        mn.Model.load(mn.DEMO_PATH, rpc=two[:1], gpu_layers=3) as model,
+        mn.Context(model, SMALL) as context,
+    ):
+        needed = taken(context)
+    load = partial(mn.Model.load, mn.DEMO_PATH, rpc=two[:1], context=SMALL)
+    has_free(needed)
+    for layers in ("auto", 3):
+        with load(gpu_layers=layers) as model:
+            assert model.gpu_layers == 3
+    has_free(needed - 1)
+    with load() as model:
+        assert model.gpu_layers == 2
+    has_free(needed + 1000, margin=1000)
+    with load() as model:
+        assert model.gpu_layers == 3
+    has_free(needed + 999, margin=1000)
+    with load() as model:
+        assert model.gpu_layers == 2
+
+
+def test_all_layers_are_tried_first(two: list[str], dry_runs: list[int], has_free: Callable[..., None]) -> None:
+    with mn.Model.load(mn.DEMO_PATH, rpc=two) as model:
+        assert model.gpu_layers == 5
+        assert dry_runs == [-1]
+    has_free(0)
+    with mn.Model.load(mn.DEMO_PATH, rpc=two) as model:
+        assert dry_runs == [-1, -1, 2, 0, 1]
+        assert model.gpu_layers == 0
+        assert [part.device for part in model.placement] == ["CPU"]
+        assert len(tale(model, 4)) == 4
+
+
+def test_without_a_device_nothing_is_tried(dry_runs: list[int]) -> None:
+    mn.Model.load(mn.DEMO_PATH, devices=[]).close()
+    mn.Model.load(mn.DEMO_PATH, gpu_layers=0).close()
+    assert dry_runs == []
+
+
+def test_a_larger_context_leaves_room_for_fewer_layers(two: list[str], has_free: Callable[..., None]) -> None:
+    has_free(3_000_000)
+    fitting = []
+    for n_ctx in (256, 1024, 4096, 16384):
+        options = dataclasses.replace(SMALL, n_ctx=n_ctx)
+        with mn.Model.load(mn.DEMO_PATH, rpc=two[:1], context=options) as model, mn.Context(model, options) as context:
+            assert len(context.placement) == 1 or taken(context) <= 3_000_000
+            fitting.append(model.gpu_layers)
+    assert fitting == sorted(fitting, reverse=True)
+    assert fitting[0] == 5
+    assert fitting[-1] < 2
+
+
+def test_llm_plans_model_and_context_together(two: list[str], has_free: Callable[..., None]) -> None:
+    has_free(3_000_000)
+    layers = []
+    for n_ctx in (256, 8192):
+        with mn.LLM(mn.DEMO_PATH, rpc=two[:1], n_ctx=n_ctx, n_batch=64) as llm:
+            layers.append(llm.model.gpu_layers)
+            assert llm.complete("Once", max_tokens=2).text
+    assert layers[0] > layers[1]
+
+
+def test_more_layers_than_fit_are_refused_with_what_would(two: list[str], has_free: Callable[..., None]) -> None:
+    load = partial(mn.Model.load, mn.DEMO_PATH, rpc=two[:1], context=SMALL)
+    has_free(2_000_000)
+    for layers in (-1, 5, 4, 99):
+        with pytest.raises(mn.DeviceError) as caught:
+            load(gpu_layers=layers)
+        found = re.fullmatch(
+            rf"gpu_layers={layers} does not fit: with a context of n_ctx=512, RPC\d+ \({two[0]}\) would need [\d,]+ "
+            r"bytes, and has 2,000,000 free; ask for at most gpu_layers=(\d)",
+            str(caught.value),
+        )
+        assert found
+        with load(gpu_layers=int(found[1])) as model, mn.Context(model, SMALL) as context:
+            assert taken(context) <= 2_000_000
+    with pytest.raises(mn.DeviceError, match="for the weights alone"):
+        has_free(500_000)
+        mn.Model.load(mn.DEMO_PATH, rpc=two[:1], gpu_layers=5)
+
+
+def test_a_device_that_does_not_say_what_it_has_is_used_if_asked_for(
+    two: list[str], has_free: Callable[..., None]
+) -> None:
+    has_free(0, margin=1, total=0)
+    for layers, expected in (("auto", 0), (2, 2)):
+        with mn.Model.load(mn.DEMO_PATH, rpc=two[:1], gpu_layers=layers) as model:
+            assert model.gpu_layers == expected
+
+
+def test_an_impossible_context_is_refused_before_weights_are_loaded(two: list[str]) -> None:
+    options = mn.ContextOptions(kv_type=("f16", "q8_0"), flash_attention=False)
+    with pytest.raises(mn.OptionError, match="flash attention"):
+        mn.Model.load(mn.DEMO_PATH, rpc=two, context=options)
+
+
+def test_a_plan_warns_of_nothing(two: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    options = dataclasses.replace(SMALL, n_ctx=4096)  # more than the model was trained on
+    with mn.Model.load(mn.DEMO_PATH, rpc=two, context=options) as model:
+        assert [record.message for record in caplog.records if record.levelname == "WARNING"] == []
+        mn.Context(model, options).close()
+
+
+# Tensors elsewhere
+
+
+@pytest.fixture
+def experts(tmp_path: Path) -> Path:
+    """A mixture of experts of 3 layers."""
+    return TinyModel("qwen3moe").write(tmp_path / "experts.gguf")
+
+
+def expert_bytes(path: Path, layers: int) -> int:
+    gguf = mn.GGUF(path)
+    names = tuple(f"blk.{layer}." for layer in range(layers))
+    total = sum(one.size_bytes for one in gguf.tensors if "_exps" in one.name and one.name.startswith(names))
+    gguf.close()
+    return total
+
+
+def test_experts_stay_on_the_cpu(experts: Path, two: list[str]) -> None:
+    load = partial(mn.Model.load, experts, rpc=two[:1])
+    with load() as model:
+        cpu, worker = model.placement
+        logits = probe(model)
+    for n, options in ((3, {"cpu_moe": True}), (1, {"n_cpu_moe": 1}), (2, {"n_cpu_moe": 2}), (3, {"n_cpu_moe": 999})):
+        with load(**options) as model:
+            moved, rest = model.placement
+            assert moved.size_bytes - cpu.size_bytes == expert_bytes(experts, n) > 0
+            assert worker.size_bytes - rest.size_bytes == expert_bytes(experts, n)
+            assert rest.layers == 3
+            assert probe(model) == pytest.approx(logits, abs=0.05)
+
+
+def probe(model: mn.Model) -> list[float]:
+    with model.context(n_ctx=64, n_threads=1) as context, context.sequence() as sequence:
+        sequence.extend([5, 6, 7])
+        return [float(logit) for logit in sequence.logits[:50]]
+
+
+def test_tensors_go_where_a_pattern_says(two: list[str]) -> None:
+    with mn.Model.load(mn.DEMO_PATH, rpc=two, gpu_layers=0) as model:
+        told = tale(model, 8)
+    overrides = {r"blk\.0\.": two[1], r"blk\.[01]\.ffn": two[0], "attn_norm": "CPU"}
+    with mn.Model.load(mn.DEMO_PATH, rpc=two, gpu_layers=0, tensor_overrides=overrides) as model:
+        cpu, first, second = model.placement
+        assert (cpu.layers, first.layers, second.layers) == (4, 0, 0)
+        gguf = mn.GGUF(mn.DEMO_PATH)
+        sizes = {tensor.name: tensor.size_bytes for tensor in gguf.tensors}
+        gguf.close()
+        assert second.size_bytes == sum(size for name, size in sizes.items() if name.startswith("blk.0."))
+        assert first.size_bytes == sum(size for name, size in sizes.items() if name.startswith("blk.1.ffn"))
+        assert tale(model, 8) == told
+
+
+def test_a_device_has_its_name_too(two: list[str]) -> None:
+    name = mn.devices_at(two[:1])[0].name
+    with mn.Model.load(mn.DEMO_PATH, rpc=two[:1], gpu_layers=0, tensor_overrides={"output_norm": name}) as model:
+        assert model.placement[1].device == name
+
+
+def test_what_is_put_elsewhere_makes_room(two: list[str], has_free: Callable[..., None]) -> None:
+    load = partial(mn.Model.load, mn.DEMO_PATH, rpc=two[:1], context=SMALL)
+    has_free(2_000_000)
+    with load() as model, load(tensor_overrides={"ffn": "CPU"}) as other:
+        assert model.gpu_layers < other.gpu_layers
+
+
+def test_what_is_put_on_devices_has_to_fit(two: list[str], has_free: Callable[..., None]) -> None:
+    has_free(50_000)
+    for layers, words in (("auto", "more on devices than fits"), (0, "gpu_layers=0 does not fit")):
+        with pytest.raises(mn.DeviceError, match=words):
+            mn.Model.load(mn.DEMO_PATH, rpc=two, gpu_layers=layers, tensor_overrides={"ffn": two[0]})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "words"),
+    [
+        ({"[": "CPU"}, ValueError, "no regular expression"),
+        ({"ffn(": "CPU"}, ValueError, "no regular expression"),
+        ({"nothing": "CPU"}, ValueError, "matches no tensor"),
+        ({"": "CPU"}, ValueError, "1 to 1000 printable"),
+        ({"(" * 100_000: "CPU"}, ValueError, "1 to 1000 printable"),
+        ({"ffn\0": "CPU"}, ValueError, "printable"),
+        ({"ffn": "CUDA7"}, mn.DeviceError, "'CUDA7', and the model has CPU"),
+        ({"ffn": 3}, TypeError, "not a int"),
+        ({3: "CPU"}, TypeError, "not a int"),
+        ("ffn=CPU", TypeError, "a dict"),
+    ],
+)
+def test_what_is_no_override(overrides: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        mn.Model.load(mn.DEMO_PATH, devices=[], tensor_overrides=overrides)
+
+
+# The commands
+
+
+def test_commands_say_where_layers_are(
+    two: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["-n", "2", "--temp", "0", "-c", "256", "-p", "Once"]
+    assert main(["generate", *options]) == 0
+    assert "placement" not in capsys.readouterr().err
+    assert main(["generate", *options, "--rpc", two[0], "-ngl", "3"]) == 0
+    line = capsys.readouterr().err.splitlines()[0]
+    assert re.fullmatch(
+        r"minerva: placement: 2 layers on CPU: [\d.]+ kB weights, 262.1 kB cache, .* buffers; 2 layers and the output "
+        rf"on RPC\d+ \({two[0]}\): [\d.]+ kB weights, 262.1 kB cache, .* buffers",
+        line,
+    )
+    assert main(["generate", *options, "--rpc", two[0], "-q"]) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    assert main(["chat", *options, "--rpc", two[0], "-ot", "ffn_(up|down)=CPU"]) == 0
+    assert re.search(r"placement: 0 layers on CPU: 591.9 kB weights", capsys.readouterr().err)
+
+
+def test_bench_says_where_layers_are(
+    two: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(mn.Model, "load", partial(mn.Model.load, rpc=two[:1]))
+    assert main(["bench", "-p", "8", "-n", "0", "-r", "1", "-t", "1", "--no-parts", "-o", "jsonl"]) == 0
+    captured = capsys.readouterr()
+    assert f"4 layers and the output on RPC0 ({two[0]})" in re.sub(r"RPC\d+", "RPC0", captured.err)
+    assert json.loads(captured.out)["n_gpu_layers"] == 5
+
+
+def test_a_command_names_its_own_option(two: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for option, words in (
+        ("-ot=nothing=CPU", "'nothing' in -ot matches no tensor"),
+        ("-ot=ffn=CUDA7", "-ot puts 'ffn' on 'CUDA7'"),
+        ("--n-cpu-moe=-1", "--n-cpu-moe must be from 0"),
+    ):
+        assert main(["generate", "-p", "x", option]) == 1
+        assert words in capsys.readouterr().err
+    assert main(["generate", "-p", "x", "-n", "1", "--cpu-moe", "-q"]) == 0  # there are none
+
+
+def test_a_command_leaves_room_for_its_context(
+    two: list[str], has_free: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    has_free(3_000_000)
+    options = ["generate", "-p", "x", "-n", "1", "--rpc", two[0], "-b", "64"]
+    assert main([*options, "-c", "256"]) == 0
+    assert "0 layers on CPU" in capsys.readouterr().err
+    assert main([*options, "-c", "8192", "-ngl", "5"]) == 1
+    assert "-ngl 5 does not fit: with a context of -c 8192" in capsys.readouterr().err
