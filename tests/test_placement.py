@@ -4,6 +4,9 @@ import dataclasses
 import io
 import json
 import re
+import select
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,6 +18,7 @@ import pytest
 import minerva_native as mn
 from minerva_native import fit
 from minerva_native.cli import main
+from minerva_native.devices import described as described_by_itself
 from test_rpc import Worker, tale
 from tiny_models import TinyModel
 
@@ -38,12 +42,11 @@ def has_free(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def limit(free: int, margin: int = 0, total: int = 1 << 40) -> None:
         def described(pointer: Any) -> mn.Device:
-            return dataclasses.replace(original(pointer), memory_free_bytes=free, memory_total_bytes=total)
+            return dataclasses.replace(described_by_itself(pointer), memory_free_bytes=free, memory_total_bytes=total)
 
         monkeypatch.setattr(fit, "described", described)
         monkeypatch.setattr(fit, "MARGIN_BYTES", margin)
 
-    original = fit.described
     return limit
 
 
@@ -111,8 +114,8 @@ def test_a_dry_run_says_what_will_be_taken(two: list[str], has_free: Callable[..
         needed = taken(context)
     load = partial(mn.Model.load, mn.DEMO_PATH, rpc=two[:1], context=SMALL)
     has_free(needed)
-    for layers in ("auto", 3):
-        with load(gpu_layers=layers) as model:
+    for options in ({}, {"gpu_layers": 3}):
+        with load(**options) as model:
             assert model.gpu_layers == 3
     has_free(needed - 1)
     with load() as model:
@@ -189,9 +192,9 @@ def test_a_device_that_does_not_say_what_it_has_is_used_if_asked_for(
     two: list[str], has_free: Callable[..., None]
 ) -> None:
     has_free(0, margin=1, total=0)
-    for layers, expected in (("auto", 0), (2, 2)):
-        with mn.Model.load(mn.DEMO_PATH, rpc=two[:1], gpu_layers=layers) as model:
-            assert model.gpu_layers == expected
+    load = partial(mn.Model.load, mn.DEMO_PATH, rpc=two[:1])
+    with load() as model, load(gpu_layers=2) as other:
+        assert (model.gpu_layers, other.gpu_layers) == (0, 2)
 
 
 def test_an_impossible_context_is_refused_before_weights_are_loaded(two: list[str]) -> None:
@@ -274,9 +277,11 @@ def test_what_is_put_elsewhere_makes_room(two: list[str], has_free: Callable[...
 
 def test_what_is_put_on_devices_has_to_fit(two: list[str], has_free: Callable[..., None]) -> None:
     has_free(50_000)
-    for layers, words in (("auto", "more on devices than fits"), (0, "gpu_layers=0 does not fit")):
-        with pytest.raises(mn.DeviceError, match=words):
-            mn.Model.load(mn.DEMO_PATH, rpc=two, gpu_layers=layers, tensor_overrides={"ffn": two[0]})
+    load = partial(mn.Model.load, mn.DEMO_PATH, rpc=two, tensor_overrides={"ffn": two[0]})
+    with pytest.raises(mn.DeviceError, match="more on devices than fits"):
+        load()
+    with pytest.raises(mn.DeviceError, match="gpu_layers=0 does not fit"):
+        load(gpu_layers=0)
 
 
 @pytest.mark.parametrize(
@@ -330,6 +335,21 @@ def test_bench_says_where_layers_are(
     captured = capsys.readouterr()
     assert f"4 layers and the output on RPC0 ({two[0]})" in re.sub(r"RPC\d+", "RPC0", captured.err)
     assert json.loads(captured.out)["n_gpu_layers"] == 5
+
+
+def test_a_server_says_where_layers_are(two: list[str]) -> None:
+    pytest.importorskip("starlette")
+    command = [sys.executable, "-m", "minerva_native", "serve", "--port", "0", "--json", "--rpc", two[0], "-ngl", "2"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert server.stdout is not None
+        assert select.select([server.stdout], [], [], 60)[0], "the server does not start"
+        placement = json.loads(server.stdout.readline())["placement"]
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(30)
+        server.stdout.close()
+    assert re.fullmatch(rf"3 layers on CPU: .* cache, .*; 1 layer and the output on RPC\d+ \({two[0]}\): .*", placement)
 
 
 def test_a_command_names_its_own_option(two: list[str], capsys: pytest.CaptureFixture[str]) -> None:

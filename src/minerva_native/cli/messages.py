@@ -80,7 +80,8 @@ def placed(context: mn.Context) -> str | None:
         output = " and the output" if part.has_output else ""
         where = part.device if part.device == "CPU" else f"{part.device} ({part.description})"
         sizes = f"{size(part.size_bytes)} weights, {size(part.cache_bytes)} cache, {size(part.buffer_bytes)} buffers"
-        texts.append(f"{part.layers} layers{output} on {where}: {sizes}")
+        layers = f"{part.layers} layer{'s' * (part.layers != 1)}"
+        texts.append(f"{layers}{output} on {where}: {sizes}")
     return "; ".join(texts)
 
 
