@@ -114,7 +114,8 @@ def test_a_dry_run_says_what_will_be_taken(two: list[str], has_free: Callable[..
         needed = taken(context)
     load = partial(mn.Model.load, mn.DEMO_PATH, rpc=two[:1], context=SMALL)
     has_free(needed)
-    for options in ({}, {"gpu_layers": 3}):
+    given: list[dict[str, Any]] = [{}, {"gpu_layers": 3}]
+    for options in given:
         with load(**options) as model:
             assert model.gpu_layers == 3
     has_free(needed - 1)
@@ -341,8 +342,8 @@ def test_a_server_says_where_layers_are(two: list[str]) -> None:
     pytest.importorskip("starlette")
     command = [sys.executable, "-m", "minerva_native", "serve", "--port", "0", "--json", "--rpc", two[0], "-ngl", "2"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert server.stdout is not None
     try:
-        assert server.stdout is not None
         assert select.select([server.stdout], [], [], 60)[0], "the server does not start"
         placement = json.loads(server.stdout.readline())["placement"]
     finally:
