@@ -192,7 +192,7 @@ def test_more_layers_than_fit_are_refused_with_what_would(two: list[str], has_fr
 def test_a_device_that_does_not_say_what_it_has_is_used_if_asked_for(
     two: list[str], has_free: Callable[..., None]
 ) -> None:
-    has_free(0, margin=1, total=0)
+    has_free(0, total=0)
     load = partial(mn.Model.load, mn.DEMO_PATH, rpc=two[:1])
     with load() as model, load(gpu_layers=2) as other:
         assert (model.gpu_layers, other.gpu_layers) == (0, 2)
@@ -204,11 +204,22 @@ def test_an_impossible_context_is_refused_before_weights_are_loaded(two: list[st
         mn.Model.load(mn.DEMO_PATH, rpc=two, context=options)
 
 
-def test_a_plan_warns_of_nothing(two: list[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_plan_warns_of_nothing(two: list[str], caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    mn.Model.load(TinyModel("gpt2").write(tmp_path / "gpt2.gguf"), rpc=two).close()  # it has 512 positions
     options = dataclasses.replace(SMALL, n_ctx=4096)  # more than the model was trained on
     with mn.Model.load(mn.DEMO_PATH, rpc=two, context=options) as model:
         assert [record.message for record in caplog.records if record.levelname == "WARNING"] == []
         mn.Context(model, options).close()
+
+
+def test_without_options_a_model_that_cannot_have_the_usual_context_is_planned_without_one(
+    two: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        fit, "ContextOptions", partial(mn.ContextOptions, kv_type=("f16", "q8_0"), flash_attention=False)
+    )
+    with mn.Model.load(mn.DEMO_PATH, rpc=two) as model:
+        assert model.gpu_layers == 5
 
 
 # Tensors elsewhere

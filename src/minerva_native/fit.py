@@ -25,13 +25,13 @@ def layers_that_fit(dry_run: DryRun, devices: list[Any], context: ContextOptions
 
     Without options it is the context that `Model.context` makes of none, or no context if the model can have no such.
     """
-    plan = _Plan(dry_run, devices, context or ContextOptions(), MARGIN_BYTES, is_needed=context is not None)
+    plan = _Plan(dry_run, devices, context or ContextOptions(), is_automatic=True, is_needed=context is not None)
     return -1 if plan.lack(-1) is None else plan.most(plan.n_layer + 1)
 
 
 def check_layers(dry_run: DryRun, devices: list[Any], context: ContextOptions | None, layers: int) -> None:
     """Raise `DeviceError`, which says how many fit, if the weights, and a context if there are options, do not."""
-    plan = _Plan(dry_run, devices, context, 0)
+    plan = _Plan(dry_run, devices, context, is_automatic=False)
     lack = plan.lack(layers)
     if lack is None:
         return
@@ -49,15 +49,23 @@ def check_layers(dry_run: DryRun, devices: list[Any], context: ContextOptions | 
 class _Plan:
     """What numbers of layers take, and whether that is there.
 
+    Nobody has asked for the devices of an automatic one: a margin is left, and those that do not say what they have are
+    not used.
+
     Attributes:
-        n_layer: how many the model has, known after the first dry run.
+        n_layer: how many layers the model has, known after the first dry run.
     """
 
     def __init__(
-        self, dry_run: DryRun, devices: list[Any], options: ContextOptions | None, margin: int, is_needed: bool = True
+        self,
+        dry_run: DryRun,
+        devices: list[Any],
+        options: ContextOptions | None,
+        is_automatic: bool,
+        is_needed: bool = True,  # the context: else it is left out if the model cannot have it
     ):
-        self._dry_run, self._pointers, self._options, self._margin = dry_run, devices, options, margin
-        self._is_needed = is_needed
+        self._dry_run, self._pointers, self._options = dry_run, devices, options
+        self._is_automatic, self._is_needed = is_automatic, is_needed
         self._devices: list[Device] = []
         self.n_layer = 0
 
@@ -68,10 +76,10 @@ class _Plan:
             needs = self._needs(model)
         # Read late, because a driver takes memory when a device is first used.
         self._devices = self._devices or [described(pointer) for pointer in self._pointers]
+        margin = MARGIN_BYTES if self._is_automatic else 0
         for device, needed in zip(self._devices, needs, strict=True):
-            # One that does not say what it has is used only if it is asked for.
-            is_unknown = device.memory_total_bytes == 0 and self._margin == 0
-            if needed and not is_unknown and needed + self._margin > device.memory_free_bytes:
+            is_known = device.memory_total_bytes > 0 or self._is_automatic
+            if needed and is_known and needed + margin > device.memory_free_bytes:
                 return device, needed
         return None
 
@@ -107,7 +115,12 @@ def _dry_context(model: "Model", options: ContextOptions) -> Any:
     parameters = context_parameters(options.resolve(model))
     with model.raw() as pointer, callbacks.captured_errors() as errors:
         context = lib.minerva_context_new(pointer, parameters, model.connections)
-    callbacks.raise_kept()
+    try:
+        callbacks.raise_kept()
+    except BaseException:
+        if context != ffi.NULL:
+            lib.llama_free(context)
+        raise
     if context == ffi.NULL:
         why = thrown() or callbacks.reason(errors, "libllama gives no reason")
         if is_lost():
