@@ -160,6 +160,19 @@ def test_a_larger_context_leaves_room_for_fewer_layers(two: list[str], has_free:
     assert fitting[-1] < 2
 
 
+def test_each_device_has_to_have_room(two: list[str], has_free: Callable[..., None]) -> None:
+    load = partial(mn.Model.load, mn.DEMO_PATH, rpc=two, tensor_split=[1, 3], context=SMALL)
+    with load(gpu_layers=-1) as model, mn.Context(model, SMALL) as context:
+        needs = [taken(context, device) for device in (1, 2)]
+    assert needs[0] < needs[1]
+    has_free(needs[1] - 1)
+    with load() as model, mn.Context(model, SMALL) as context:
+        assert 0 < model.gpu_layers < 5
+        assert max(taken(context, device) for device in range(1, len(context.placement))) < needs[1]
+    with pytest.raises(mn.DeviceError, match=rf"\({two[1]}\) would need [\d,]+ bytes"):
+        load(gpu_layers=-1)
+
+
 def test_llm_plans_model_and_context_together(two: list[str], has_free: Callable[..., None]) -> None:
     has_free(3_000_000)
     layers = []
