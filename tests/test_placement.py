@@ -129,6 +129,18 @@ def test_a_dry_run_says_what_will_be_taken(two: list[str], has_free: Callable[..
         assert model.gpu_layers == 2
 
 
+@pytest.mark.parametrize("layers", range(1, 6))
+def test_a_dry_run_is_right_to_the_byte(two: list[str], has_free: Callable[..., None], layers: int) -> None:
+    load = partial(mn.Model.load, mn.DEMO_PATH, rpc=two[:1], gpu_layers=layers, context=SMALL)
+    with load() as model, mn.Context(model, SMALL) as context:
+        needed = taken(context)
+    has_free(0)
+    with pytest.raises(
+        mn.DeviceError, match=f"would need {needed:,} bytes, and has 0 free; ask for at most gpu_layers=0"
+    ):
+        load()
+
+
 def test_all_layers_are_tried_first(two: list[str], dry_runs: list[int], has_free: Callable[..., None]) -> None:
     with mn.Model.load(mn.DEMO_PATH, rpc=two) as model:
         assert model.gpu_layers == 5
