@@ -928,6 +928,7 @@ REFUSED: dict[str, Any] = {
     "reasoning_message": "x",
     "keep_partial": True,
     "chat_template_kwargs": {"enable_thinking": False},
+    "continue_final_message": True,
     "sampling": mn.SamplingParams(),
 }
 OF_SAMPLING = {field.name: getattr(mn.SamplingParams(), field.name) for field in dataclasses.fields(mn.SamplingParams)}

@@ -43,9 +43,12 @@ _OF_THE_API = frozenset(
     }
 )
 
-_OF_CHATS = ("response_format", "tool_choice", "parallel_tool_calls", "chat_template_kwargs")
+_OF_CHATS = (
+    *("response_format", "tool_choice", "parallel_tool_calls", "chat_template_kwargs"),
+    "continue_final_message",
+)
 
-EXTENSIONS = (SAMPLING - _OF_THE_API - {"order"}) | {"chat_template_kwargs"}
+EXTENSIONS = (SAMPLING - _OF_THE_API - {"order"}) | {"chat_template_kwargs", "continue_final_message"}
 """Options that some servers take under the same name, and the others ignore without a word."""
 
 _LEAST_BIAS = -100.0  # which bans a token in OpenAI's API; JSON has no infinity

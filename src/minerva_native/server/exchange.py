@@ -10,7 +10,7 @@ import msgspec
 
 from .bodies import B, read
 from .errors import HTTPError, of_engine
-from .guard import Access, Gone, Receive, Scope, Send, read_body
+from .guard import Access, Gone, Receive, Scope, Send, last, read_body
 from .replies import event
 
 T = TypeVar("T")
@@ -100,7 +100,7 @@ class Exchange:
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
             except asyncio.CancelledError:  # the client has gone, or the server ends
                 ended = HTTPError(503, "the server ends", code="unavailable")
-                await send({"type": "http.response.body", "body": event(ended.body)})
+                await last(send({"type": "http.response.body", "body": event(ended.body)}))
                 raise
             except Exception as error:
                 failed = of_engine(error)

@@ -1,6 +1,7 @@
 """Who may ask, and what a request may be like: the middleware around all endpoints."""
 
 import asyncio
+import contextlib
 import hmac
 import ipaddress
 import json
@@ -26,6 +27,8 @@ OPEN = frozenset({"/", "/page.js", "/page.css", "/favicon.svg", "/health", "/v1/
 """Paths that say nothing about models or people, and need no token."""
 
 _HOST = re.compile(r"([a-zA-Z0-9._-]+|\[[0-9a-fA-F:.]+\])(?::[0-9]{1,5})?")
+
+_LAST_SECONDS = 0.5
 
 _ONCE = frozenset({b"host", b"origin", b"authorization"})
 
@@ -106,7 +109,7 @@ class Guard:
         except asyncio.CancelledError:  # the server ends
             if access.status == 0:
                 ended = HTTPError(503, "the server ends", code="unavailable")
-                await _reply(answer, ended.status, json.dumps(ended.body).encode(), _JSON)
+                await last(_reply(answer, ended.status, json.dumps(ended.body).encode(), _JSON))
         except Exception as error:
             _logger.error("a request failed: %s", type(error).__name__)
             _logger.debug("of this:", exc_info=True)
@@ -204,6 +207,13 @@ async def _reply(send: Send, status: int, body: bytes, headers: list[tuple[bytes
     length = [(b"content-length", str(len(body)).encode())] if status != 204 else []
     await send({"type": "http.response.start", "status": status, "headers": [*headers, *length]})
     await send({"type": "http.response.body", "body": body})
+
+
+async def last(work: Awaitable[None]) -> None:
+    """Send the last words of a request that is cancelled, unless the client does not read them at once."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_LAST_SECONDS):
+            await work
 
 
 async def read_body(receive: Receive) -> bytes:
