@@ -1045,6 +1045,9 @@ def test_an_address_is_a_server_and_anything_else_a_model() -> None:
     assert (engine.base_url, engine.model) == ("HTTP://localhost:9/v1", "x")
     with pytest.raises(mn.ModelLoadError):
         mn.connect("no/such/model.gguf")
+    for address in "localhost:8080", "127.0.0.1:8080/v1":
+        with pytest.raises(ValueError, match="begin it with http"):
+            mn.connect(address, api_key="key")
 
 
 def test_a_backend_of_ones_own_writes_one_generator() -> None:

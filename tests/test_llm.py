@@ -84,6 +84,8 @@ def test_it_owns_what_it_opens() -> None:
     assert llm.closed
     assert llm.model.closed
     assert llm.context.closed
+    with pytest.raises(mn.ClosedError, match="this LLM is closed"):
+        llm.complete(STORY)
 
 
 def test_a_model_that_was_given_stays_open(demo: mn.Model) -> None:

@@ -71,6 +71,15 @@ def two() -> Iterator[list[str]]:
         worker.kill()
 
 
+def test_an_address_that_is_taken_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match="in use") as refused:
+            mn.rpc_worker(port=port)
+    assert refused.value.filename == f"127.0.0.1 port {port}"
+    assert refused.value.strerror == "Address already in use"
+
+
 def load(*endpoints: str, timeout: float = 60, **options: int) -> mn.Model:
     return mn.Model.load(mn.DEMO_PATH, rpc=endpoints, rpc_timeout=timeout, gpu_layers=options.get("gpu_layers", -1))
 

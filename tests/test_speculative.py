@@ -238,6 +238,8 @@ def test_what_cannot_speculate_says_so(demo: mn.Model, load_tiny: Any) -> None:
         mn.LLM(demo, n_ctx=64, speculate="mtp")
     with pytest.raises(ValueError, match='must be "lookup"'):
         mn.LLM(demo, n_ctx=64, speculate="look")
+    with pytest.raises(TypeError, match=r"not a Model; for a model, DraftModel\(model\)"):
+        mn.Speculation(demo)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="must be"):
         mn.LLM(demo, n_ctx=64, speculate=7)
 

@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import random
+import re
 import ssl
 import time
 from collections.abc import AsyncGenerator, Awaitable, Collection, Mapping
@@ -55,6 +56,8 @@ _USAGE_SECONDS = 2.0  # how long to wait for the end of a stream after the end o
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 8.0  # seconds before the first retry, which double from one to the next
 
 _LONGEST_RETRY_AFTER = 60.0  # seconds; a server that wants more gets no retry
+
+_HOST_AND_PORT = re.compile(r"[\w.-]+:\d+(/.*)?")
 
 _MOST_BYTES = 1 << 16  # of an answer that is no stream
 
@@ -454,8 +457,10 @@ def connect(target: str | os.PathLike[str] | LLM | Model, **options: Any) -> Nat
         target: an address that begins with "http://" or "https://", or what `NativeBackend` takes, as a path.
         options: of `OpenAIBackend`, or of `LLM`.
 
-    Raises what those do.
+    Raises what those do, and `ValueError` for an address without its "http://".
     """
     if isinstance(target, str) and target.lower().startswith(("http://", "https://")):
         return OpenAIBackend(target, **options)
+    if isinstance(target, str) and _HOST_AND_PORT.fullmatch(target) and not os.path.exists(target):
+        raise ValueError(f"{target!r} is no file: if it is a server's address, begin it with http:// or https://")
     return NativeBackend(target, **options)

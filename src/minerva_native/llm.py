@@ -23,7 +23,7 @@ from .context import Context, cache_of
 from .conversation import Chat, OpenChats, WhenFull, read_chat
 from .draft import Draft, RequestOptions, write_together
 from .engine.gate import CancelToken
-from .errors import ContextFullError, EmptySequenceError, MinervaError, SequencesInUseError, TemplateError
+from .errors import ClosedError, ContextFullError, EmptySequenceError, MinervaError, SequencesInUseError, TemplateError
 from .model import Model
 from .observer import Observer, Operation, RequestRecord
 from .options import MOST_SEQUENCES, ContextOptions
@@ -227,6 +227,8 @@ class LLM:
 
     def options(self, caller: str, options: Mapping[str, Any]) -> RequestOptions:
         """Return the options of a call, checked; `caller` is its name, for messages."""
+        if self.closed:  # a model that was closed with it would speak of its file
+            raise ClosedError("this LLM is closed")
         parsed = RequestOptions.of(self.model, caller, options)
         if parsed.reasoning_budget is not None and parsed.thinking_tags is None:
             raise ValueError("reasoning_budget needs thinking_tags=, as no chat template names them here")

@@ -109,7 +109,12 @@ def rpc_worker(
     chosen = _offered(None if devices is None else list(many("devices", devices)))
     if not lib.minerva_has_rpc():
         raise DeviceError("this build has no RPC (GGML_RPC=OFF): build it without that option")
-    with socket.create_server((host, port), backlog=4) as listener:
+    try:
+        listener = socket.create_server((host, port), backlog=4)
+    except OSError as error:
+        why = str(error.strerror).partition(" (while ")[0]  # without the address as a tuple
+        raise OSError(error.errno, why, f"{host} port {port}") from None
+    with listener:
         address = "{}:{}".format(*listener.getsockname()[:2])
         if on_listening:
             on_listening(address, [described(pointer) for pointer in chosen])

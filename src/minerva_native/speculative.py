@@ -190,7 +190,8 @@ class Speculation:
             drafter = Lookup()
         self._drafter: Drafter = drafter if hasattr(drafter, "draft") else Guess(drafter)
         if not hasattr(drafter, "draft") and not callable(drafter):
-            raise TypeError(f'speculate must be "lookup", a model or a function, not {what(drafter)}')
+            hint = "; for a model, DraftModel(model)" if isinstance(drafter, Model) else ""
+            raise TypeError(f'speculate must be "lookup", a drafter or a function, not {what(drafter)}{hint}')
         self.max_loss = number("max_loss", max_loss)
         self.drafted = self.accepted = 0
         self._ahead: Lookahead | None = None

@@ -827,4 +827,38 @@ def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
         assert process.returncode == 1
         assert said[0] == ""
         assert len(said[1].splitlines()) == 1
-        assert "in use" in said[1]
+        assert re.search(r"127\.0\.0\.1 port \d+: the port is in use", said[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--port", 65536), "--port must be from 0 to 65535, not 65536"),
+        (("--unix-socket", "{folder}/none/socket"), "{folder}/none/socket: No such file"),
+        (("--unix-socket", f"{{folder}}/{'x' * 120}"), "xxx: AF_UNIX path too long"),
+        (("--host", "nowhere.invalid", "--api-key-file", "{folder}/keys"), "nowhere.invalid: "),
+        (("--cors-origin", "localhost:3000"), "is no origin, such as http://localhost:3000"),
+        (("--cors-origin", "http://localhost:3000/"), "is no origin"),
+        (("--allowed-host", "box.example:80"), "is no name of a host"),
+    ],
+)
+def test_what_cannot_be_listened_on_is_named(options: tuple[object, ...], said: str, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("one\n")
+    process = serving(*(str(option).format(folder=tmp_path) for option in options))
+    shown = process.communicate(timeout=SECONDS)
+    assert process.returncode in (1, 2)
+    assert shown[0] == ""
+    assert said.format(folder=tmp_path) in shown[1].splitlines()[-1]
+
+
+def test_the_log_tells_what_is_refused_from_what_is_no_endpoint() -> None:
+    with served("--port", 0) as (process, facts):
+        for headers in ({}, {"Authorization": f"Bearer {facts['token']}"}):
+            connection = http.client.HTTPConnection("127.0.0.1", int(facts["url"].rsplit(":", 1)[1]), timeout=SECONDS)
+            connection.request("GET", "/nothing", headers=headers)
+            connection.getresponse().read()
+            connection.close()
+        process.terminate()
+        lines = process.communicate(timeout=SECONDS)[1]
+        assert "GET (refused) 401" in lines
+        assert "GET (no endpoint) 404" in lines

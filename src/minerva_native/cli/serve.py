@@ -40,7 +40,13 @@ if TYPE_CHECKING:
     from minerva_native.server.guard import Access
     from minerva_native.server.settings import Settings, Source
 
-FLAGS = {**GENERATE_FLAGS, "n_parallel": "-np", "cache_dir": "--cache-dir", "speculate": "--speculate"}
+FLAGS = {
+    **GENERATE_FLAGS,
+    "n_parallel": "-np",
+    "cache_dir": "--cache-dir",
+    "speculate": "--speculate",
+    "port": "--port",
+}
 
 _DEFAULT_N_CTX = 8192
 _DEFAULT_N_PARALLEL = 4
@@ -66,9 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--unix-socket", type=Path, metavar="PATH", help="listen on a socket that only you can open, and need no token")
     add("--api-key-file", type=file_name, metavar="FILE", help="tokens that let clients in, one a line (one is made)")
     origin = "the origin of a page whose scripts may use the server, such as http://localhost:3000; can be repeated"
-    add("--cors-origin", action="append", default=[], metavar="ORIGIN", help=origin)
+    add("--cors-origin", type=origin_of_pages, action="append", default=[], metavar="ORIGIN", help=origin)
     name = "a name by which others reach this machine; can be repeated"
-    add("--allowed-host", action="append", default=[], metavar="NAME", help=name)
+    add("--allowed-host", type=host_name, action="append", default=[], metavar="NAME", help=name)
     add("-np", "--parallel", type=int, default=_DEFAULT_N_PARALLEL, metavar="N", help="requests at once (4)")
     context = f"context in tokens, for all requests at once (the model's, up to {_DEFAULT_N_CTX})"
     add("-c", "--ctx-size", type=int, metavar="N", help=f"{context}; 0 for the model's own")
@@ -293,7 +299,7 @@ class _Log:
         """Show a request that is answered."""
         if self._is_quiet:
             return
-        route = access.route or "(no endpoint)"
+        route = access.route or ("(no endpoint)" if access.status == 404 else "(refused)")
         if self._is_json:
             facts = {"method": access.method, "route": route, "status": access.status, "seconds": access.seconds}
             self.line("request", "", **facts, **access.facts)
@@ -329,6 +335,20 @@ def seconds(text: str) -> float:
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no time, such as 10m")
     return float(found[1]) * _SECONDS[found[2] or "s"]
+
+
+def origin_of_pages(text: str) -> str:
+    """Refuse what no browser sends as an origin."""
+    if text != "null" and re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s]+", text) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no origin, such as http://localhost:3000, without a path")
+    return text
+
+
+def host_name(text: str) -> str:
+    """Refuse an address of a page, or a port, which no name in a Host header equals."""
+    if not text or re.search(r"[:/\s]", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a host, such as box.example, without a port")
+    return text
 
 
 def n_bytes(text: str) -> int:

@@ -143,7 +143,9 @@ class Guard:
         try:
             ipaddress.ip_address(name)
         except ValueError:
-            raise HTTPError(403, "the Host header names another machine", code="wrong_host") from None
+            raise HTTPError(
+                403, "the Host header names another machine: --allowed-host admits a name", code="wrong_host"
+            ) from None
 
     def _checked_origin(self, headers: dict[bytes, bytes], scheme: str) -> bytes | None:
         """Return the origin of another page that is allowed; raise if it is not."""
@@ -152,7 +154,11 @@ class Guard:
             return None
         if origin.decode("latin-1") in self._settings.cors_origins:
             return origin
-        raise HTTPError(403, "pages of other origins may not use this server", code="wrong_origin")
+        raise HTTPError(
+            403,
+            "pages of other origins may not use this server, unless --cors-origin admits theirs",
+            code="wrong_origin",
+        )
 
     def _check_key(self, path: str, headers: dict[bytes, bytes]) -> None:
         if not self._keys or path in OPEN:

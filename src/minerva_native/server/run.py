@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import ipaddress
 import logging
 import os
@@ -37,16 +38,27 @@ def tcp_socket(host: str, port: int) -> socket.socket:
     """Return a socket that listens.
 
     Raises:
-        OSError: the port is taken, or the host is none of this machine's.
+        OSError: the port is taken, or the host is none of this machine's; it names them.
+        ValueError: the port is no port.
     """
-    (family, _, _, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    if not 0 <= port <= 0xFFFF:  # getaddrinfo takes it modulo 65536
+        raise ValueError(f"port must be from 0 to 65535, not {port}")
+    kind, flags = socket.SOCK_STREAM, socket.AI_PASSIVE
+    try:
+        (family, _, _, _, address), *_ = socket.getaddrinfo(host, port, type=kind, flags=flags)
+    except socket.gaierror as error:
+        raise OSError(error.errno, error.strerror, host) from None
     listening = socket.socket(family, socket.SOCK_STREAM)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
         listening.listen(_BACKLOG)
-    except BaseException:
+    except BaseException as error:
         listening.close()
+        if isinstance(error, OSError):
+            is_taken = error.errno == errno.EADDRINUSE
+            why = "the port is in use; take another, or 0 for a free one" if is_taken else error.strerror
+            raise OSError(error.errno, why, f"{host} port {port}") from None
         raise
     return listening
 
@@ -73,8 +85,10 @@ def unix_socket(path: Path) -> Iterator[socket.socket]:
     before = os.umask(0o177)
     try:
         listening.bind(str(path))
-    except BaseException:
+    except BaseException as error:
         listening.close()
+        if isinstance(error, OSError):
+            raise OSError(error.errno or errno.EINVAL, error.strerror or str(error), str(path)) from None
         raise
     finally:
         os.umask(before)
