@@ -536,6 +536,7 @@ def test_the_best_of_several_is_returned(client: openai.OpenAI, llm: mn.LLM) -> 
         ({"max_completion_tokens": "many"}, "max_completion_tokens"),
         ({"messages": []}, "messages"),
         ({"messages": "Hello"}, "messages"),
+        ({"messages": [*HELLO, {"role": "assistant", "content": ""}]}, "continue_final_message"),
         ({"messages": [{"content": "Hello"}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
         ({"logit_bias": {"99999": 1}}, "logit_bias"),
@@ -556,6 +557,13 @@ def test_a_wrong_field_is_named(client: openai.OpenAI, change: dict[str, Any], p
         assert caught.value.param == param
         assert caught.value.type == "invalid_request_error"
         assert param in caught.value.message
+
+
+def test_what_cannot_be_counted_is_said(client: openai.OpenAI) -> None:
+    body = {"model": MODEL, "messages": [*HELLO, {"role": "assistant", "content": ""}]}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.post("/chat/completions/input_tokens", body=body, cast_to=object)
+    assert caught.value.param == "continue_final_message"
 
 
 def test_what_is_not_supported_is_said(client: openai.OpenAI) -> None:

@@ -212,6 +212,7 @@ def test_tokens_of_an_input_are_counted(client: openai.OpenAI) -> None:
         ({"background": True}, "background"),
         ({"input": []}, "input"),
         ({"input": [{"content": "Hello"}]}, "input"),
+        ({"input": [{"type": "reasoning", "content": []}]}, "input"),
         ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input"),
         ({"input": [{"type": "function_call", "call_id": "a"}]}, "input"),
         ({"tools": [{"type": "web_search"}]}, "tools"),

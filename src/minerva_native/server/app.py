@@ -2,8 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from importlib.resources import files
 from typing import Any, Protocol
@@ -228,8 +228,9 @@ class Api:
             given = await _keywords(llm, body, lambda: of_chat(body, sampling, llm), is_chat=True)
             n = body.n or 1
             if not body.stream:
-                work = llm.achat_completion(messages, body.tools, n, **given)
-                await self._whole(exchange, name, [await exchange.wait(_asked(work))])
+                with _told():
+                    completion = await exchange.wait(llm.achat_completion(messages, body.tools, n, **given))
+                await self._whole(exchange, name, [completion])
                 return
 
             def begin(index: int) -> Chunks:
@@ -249,8 +250,10 @@ class Api:
             prompts = await self._encoded(exchange, llm, texts)
             given = await _keywords(llm, body, lambda: of_completion(body, sampling, llm.model))
             if not body.stream:
-                works = [_asked(llm.acomplete(prompt, n, body.best_of, **given)) for prompt in prompts]
-                await self._whole(exchange, name, await exchange.wait(_all(works)))
+                with _told():
+                    works = [llm.acomplete(prompt, n, body.best_of, **given) for prompt in prompts]
+                    completions = await exchange.wait(_all(works))
+                await self._whole(exchange, name, completions)
                 return
             if body.best_of is not None and body.best_of > n:
                 raise HTTPError(400, "best_of: it cannot be streamed", "best_of")
@@ -271,7 +274,8 @@ class Api:
             settings = settings_of(body, llm.options("request", given).sampling, given)
             writers = [NativeWriter(body, name, at, llm.tokenizer, settings) for at in range(len(prompts))]
             if not body.stream:
-                completions = await exchange.wait(_all([_asked(llm.acomplete(prompt, **given)) for prompt in prompts]))
+                with _told():
+                    completions = await exchange.wait(_all([llm.acomplete(prompt, **given) for prompt in prompts]))
                 _note(exchange.access, replies.added([replies.usage_of([one.usage]) for one in completions]))
                 self._note_texts(exchange.access, completions)
                 pairs = zip(writers, prompts, completions, strict=True)
@@ -289,11 +293,7 @@ class Api:
                 _note(exchange.access, replies.added(usages))
                 yield replies.DONE
 
-            try:
-                await exchange.stream(events())
-            finally:
-                for stream in streams:
-                    await stream.aclose()
+            await _streamed(exchange, events(), streams)
 
     async def _read(self, exchange: Exchange, kind: type[B]) -> tuple[B, dict[str, Any]]:
         """Return a body, and what it asks of the sampler, over the server's own defaults."""
@@ -370,11 +370,7 @@ class Api:
                 yield answers[0].end(usage, replies.timings_of(usages[0], last[0].timings or mn.Timings()))
             yield replies.DONE
 
-        try:
-            await exchange.stream(events())
-        finally:
-            for stream in streams:
-                await stream.aclose()
+        await _streamed(exchange, events(), streams)
 
     async def responses(self, exchange: Exchange) -> None:
         """Answer the items of a conversation, in the shape of OpenAI's newer API."""
@@ -389,25 +385,23 @@ class Api:
             _checked_size(llm, messages)
             given = await _keywords(llm, chat, lambda: of_chat(chat, sampling, llm), is_chat=True)
             if not body.stream:
-                completion = await exchange.wait(_asked(llm.achat_completion(messages, chat.tools, **given)))
+                with _told():
+                    completion = await exchange.wait(llm.achat_completion(messages, chat.tools, **given))
                 _note(exchange.access, replies.usage_of([completion.usage]))
                 self._note_texts(exchange.access, [completion])
                 await exchange.json(response_of(body, name, completion, sampling))
                 return
-            stream = _begun(lambda _: llm.achat_completion_stream(messages, chat.tools, **given), 1)[0]
+            streams = _begun(lambda _: llm.achat_completion_stream(messages, chat.tools, **given), 1)
             writer = ResponseEvents(body, name, llm.tokenizer, bool(given.get("logprobs")), sampling)
 
             async def events() -> AsyncIterator[bytes]:
-                async for chunk in stream:
+                async for _, chunk in _merged(streams):
                     if piece := writer.of(chunk):
                         yield piece
                     if chunk.usage is not None:
                         _note(exchange.access, replies.usage_of([chunk.usage]))
 
-            try:
-                await exchange.stream(events())
-            finally:
-                await stream.aclose()
+            await _streamed(exchange, events(), streams)
 
     async def count_chat(self, exchange: Exchange) -> None:
         """Count the tokens of messages."""
@@ -429,7 +423,8 @@ class Api:
             variables = {**given.get("chat_template_kwargs", {}), "continue_final_message": continues(body)}
             said = template.with_arguments(messages)
             encode = partial(template.encode, llm.tokenizer, said, tools, **variables)
-            count = len(await exchange.wait(self._long_texts.run(size, encode)))
+            with _told():
+                count = len(await exchange.wait(self._long_texts.run(size, encode)))
         await exchange.json({"object": "response.input_tokens", "input_tokens": count})
 
     async def embeddings(self, exchange: Exchange) -> None:
@@ -497,10 +492,8 @@ class Api:
                 begins = body.add_generation_prompt is not False
                 return template.render(said, body.tools, begins, continues(body), **kwargs)
 
-            try:
+            with _told():
                 text = await exchange.wait(self._long_texts.run(size, render))
-            except (TypeError, ValueError) as error:
-                raise of_arguments(error, FIELDS) from None
             await exchange.json({"prompt": text})
 
 
@@ -559,18 +552,18 @@ def _template(llm: mn.LLM) -> mn.ChatTemplate:
     return llm.template
 
 
-async def _asked(work: Any) -> mn.Completion:
-    """Return a completion; what is wrong with the request is told to the client."""
+@contextmanager
+def _told() -> Iterator[None]:
+    """Tell the client what is wrong with its request."""
     try:
-        completion: mn.Completion = await work
+        yield
     except (TypeError, ValueError) as error:
         if isinstance(error, mn.MinervaError):
             raise
         raise of_arguments(error, FIELDS) from None
-    return completion
 
 
-async def _all(works: Sequence[Any]) -> list[mn.Completion]:
+async def _all(works: Sequence[Coroutine[Any, Any, mn.Completion]]) -> list[mn.Completion]:
     """Return what several requests return; the first error stops the others."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
@@ -591,8 +584,9 @@ def _begun(begin: Callable[[int], Chunks], count: int) -> list[Chunks]:
 async def _merged(streams: Sequence[Chunks]) -> AsyncIterator[tuple[int, mn.Chunk]]:
     """Yield what several streams do, with their indices, as it comes."""
     if len(streams) == 1:
-        async for chunk in streams[0]:
-            yield 0, chunk
+        with _told():
+            async for chunk in streams[0]:
+                yield 0, chunk
         return
     arrived: asyncio.Queue[tuple[int, mn.Chunk | None]] = asyncio.Queue()  # None: it has ended
 
@@ -612,10 +606,20 @@ async def _merged(streams: Sequence[Chunks]) -> AsyncIterator[tuple[int, mn.Chun
                 yield index, piece
                 continue
             waiting -= 1
-            await tasks[index]  # which raises what has ended it
+            with _told():
+                await tasks[index]  # which raises what has ended it
     finally:
         for task in tasks:
             task.cancel()
+
+
+async def _streamed(exchange: Exchange, events: AsyncIterator[bytes], streams: Sequence[Chunks]) -> None:
+    """Send the events that are made of streams, and stop these if the client goes."""
+    try:
+        await exchange.stream(events)
+    finally:
+        for stream in streams:
+            await stream.aclose()
 
 
 def _seeded(given: dict[str, Any], index: int) -> dict[str, Any]:

@@ -87,6 +87,8 @@ def _messages(items: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             reasoning = {"reasoning_content": "".join(text for text in texts if isinstance(text, str))}
         else:
             raise wrong("input", f"item {number} is of the type {str(kind)[:40]!r}, which is not supported")
+    if not messages:
+        raise wrong("input", "it has no message")
     return messages
 
 
