@@ -1028,6 +1028,15 @@ def test_the_native_backend_takes_every_option(llm: mn.LLM) -> None:
     assert mn.NativeBackend(llm).stream(request).complete().text in ("a", "b")
 
 
+def test_an_echo_of_a_model_has_the_log_probabilities_of_the_prompt(llm: mn.LLM) -> None:
+    options: dict[str, Any] = {"max_tokens": 3, "temperature": 0, "echo": True, "logprobs": True}
+    whole = llm.complete("Once upon", **options)
+    read = mn.NativeBackend(llm).stream(mn.BackendRequest(prompt="Once upon", **options)).complete()
+    assert whole.logprobs is not None
+    assert read.logprobs is not None
+    assert [one.token for one in read.logprobs] == [one.token for one in whole.logprobs]
+
+
 def test_a_backend_closes_what_it_has_made(llm: mn.LLM) -> None:
     with mn.connect(mn.DEMO_PATH, n_ctx=64, n_threads=1) as own:
         assert isinstance(own, mn.NativeBackend)

@@ -266,7 +266,7 @@ class _Whole:
         chunks, checked = self._chunks, stream.request.checked
         last = chunks[-1] if chunks else Chunk(finish_reason="cancelled")
         tokens = [chunk.token for chunk in chunks if chunk.token is not None]
-        entries = [chunk.token_logprob for chunk in chunks if chunk.token_logprob is not None]
+        entries = [one for chunk in chunks for one in (*chunk.echoed, chunk.token_logprob) if one is not None]
         return Completion(
             text="".join(chunk.text for chunk in chunks),
             reasoning="".join(chunk.reasoning for chunk in chunks),
