@@ -439,6 +439,23 @@ def test_closing_ends_what_runs_and_refuses_what_waits(demo: mn.Model) -> None:
         llm.complete(STORY)
 
 
+def test_a_thread_that_cannot_be_started_is_an_error_of_that_request(
+    demo: mn.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with mn.LLM(demo, n_ctx=256, n_threads=1) as llm:
+        metrics = mn.Metrics()
+        metrics.watch(llm)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", fail)
+            with pytest.raises(RuntimeError, match="new thread"):
+                llm.complete("Once", max_tokens=1)
+        assert 'outcome="error"' in metrics.prometheus()
+        assert llm.complete("Once", max_tokens=1, timeout=30).tokens
+
+
 def test_a_callback_that_would_wait_for_itself_is_refused(llm: mn.LLM) -> None:
     class Asking:
         def is_set(self) -> bool:

@@ -217,7 +217,7 @@ class RequestQueue:
             request.record.begin(self.observers, request.submitted)
         try:
             self._add(request)
-        except ClosedError as error:
+        except BaseException as error:
             request.end(error)
             raise
 
@@ -225,12 +225,16 @@ class RequestQueue:
         with self._changed:
             if self.closed:
                 raise ClosedError("this LLM is closed")
-            self._waiting.append(request)
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._server.serve, args=(self,), name="minerva_native LLM", daemon=True
                 )
-                self._thread.start()
+                try:
+                    self._thread.start()
+                except RuntimeError:  # the system allows no more
+                    self._thread = None
+                    raise
+            self._waiting.append(request)
             self._changed.notify()
 
     def withdraw(self, request: Request) -> None:
