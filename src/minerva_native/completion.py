@@ -31,6 +31,13 @@ class TokenLogprob(NamedTuple):
         """The piece as text, with a replacement character for what is not a whole one."""
         return self.piece.decode(errors="replace")
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as OpenAI's API has it in the answers of chats."""
+        return {**self._named(), "top_logprobs": [other._named() for other in self.top]}
+
+    def _named(self) -> dict[str, Any]:
+        return {"token": self.text, "logprob": self.logprob, "bytes": list(self.piece)}
+
 
 @dataclass(frozen=True)
 class Usage:
@@ -208,9 +215,7 @@ class Completion:
         content: dict[str, Any] = {"message": self.message} if self.is_chat else {"text": self.text}
         logprobs: dict[str, Any] | None = None
         if self.logprobs is not None and self.is_chat:
-            logprobs = {
-                "content": [{**_entry(one), "top_logprobs": list(map(_entry, one.top))} for one in self.logprobs]
-            }
+            logprobs = {"content": [one.to_dict() for one in self.logprobs]}
         elif self.logprobs is not None:
             logprobs = {
                 "tokens": [one.text for one in self.logprobs],
@@ -241,7 +246,3 @@ def _offsets(text: str, pieces: Iterable[bytes]) -> list[int]:
         if data.startswith(piece, at):
             at, offset = at + len(piece), offset + sum(byte & 0xC0 != 0x80 for byte in piece)  # begin a character
     return offsets
-
-
-def _entry(one: TokenLogprob) -> dict[str, Any]:
-    return {"token": one.text, "logprob": one.logprob, "bytes": list(one.piece)}

@@ -236,7 +236,7 @@ class Api:
             def begin(index: int) -> Chunks:
                 return llm.achat_completion_stream(messages, body.tools, **_seeded(given, index))
 
-            await self._pieces(exchange, body, name, llm, begin, 1, given, is_chat=True)
+            await self._pieces(exchange, body, name, llm, begin, 1, is_chat=True)
 
     async def completions(self, exchange: Exchange) -> None:
         """Continue texts."""
@@ -261,7 +261,7 @@ class Api:
             def begin(index: int) -> Chunks:
                 return llm.astream(prompts[index // n], **_seeded(given, index % n))
 
-            await self._pieces(exchange, body, name, llm, begin, len(prompts), given, is_chat=False)
+            await self._pieces(exchange, body, name, llm, begin, len(prompts), is_chat=False)
 
     async def native(self, exchange: Exchange) -> None:
         """Continue texts, in llama-server's shape."""
@@ -339,18 +339,14 @@ class Api:
         llm: mn.LLM,
         begin: Callable[[int], Chunks],
         n_prompts: int,
-        given: dict[str, Any],
         is_chat: bool,
     ) -> None:
         """Stream the answers to all prompts side by side; `begin` makes the stream of one."""
         n = body.n or 1
         count = n * n_prompts
         identity = replies.new_id("chatcmpl" if is_chat else "cmpl")
-        has_logprobs = bool(given.get("logprobs"))
         has_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        answers = [
-            replies.Pieces(identity, name, index, llm.tokenizer, is_chat, has_logprobs) for index in range(count)
-        ]
+        answers = [replies.Pieces(identity, name, index, llm.tokenizer, is_chat) for index in range(count)]
         streams = _begun(begin, count)
 
         async def events() -> AsyncIterator[bytes]:
@@ -392,7 +388,7 @@ class Api:
                 await exchange.json(response_of(body, name, completion, sampling))
                 return
             streams = _begun(lambda _: llm.achat_completion_stream(messages, chat.tools, **given), 1)
-            writer = ResponseEvents(body, name, llm.tokenizer, bool(given.get("logprobs")), sampling)
+            writer = ResponseEvents(body, name, sampling)
 
             async def events() -> AsyncIterator[bytes]:
                 async for _, chunk in _merged(streams):

@@ -95,10 +95,7 @@ class NativeWriter:
         if self._body.return_tokens:
             reply["tokens"] = completion.tokens
         if self._body.n_probs:
-            entries = completion.logprobs or ()
-            reply["completion_probabilities"] = [
-                {**_entry(one), "top_logprobs": [_entry(other) for other in one.top]} for one in entries
-            ]
+            reply["completion_probabilities"] = list(map(_probability, completion.logprobs or ()))
         return reply
 
     def of(self, chunk: mn.Chunk) -> bytes:
@@ -106,10 +103,8 @@ class NativeWriter:
         if chunk.token is not None:
             self._tokens.append(chunk.token)
             self._n_tokens += 1
-            if self._body.n_probs:
-                one = self._named(chunk.token, chunk.logprob)
-                top = tuple(self._named(token, value) for token, value in chunk.top_logprobs)
-                self._probabilities.append({**_entry(one), "top_logprobs": [_entry(other) for other in top]})
+            if chunk.token_logprob is not None:
+                self._probabilities.append(_probability(chunk.token_logprob))
         events = b""
         if chunk.text or self._probabilities:
             piece: dict[str, Any] = {
@@ -147,8 +142,9 @@ class NativeWriter:
             "timings": timings_of(usage, timings),
         }
 
-    def _named(self, token: int, logprob: float | None) -> mn.TokenLogprob:
-        return mn.TokenLogprob(token, self._tokenizer.piece(token, special=True), logprob)
+
+def _probability(one: mn.TokenLogprob) -> dict[str, Any]:
+    return {**_entry(one), "top_logprobs": list(map(_entry, one.top))}
 
 
 def _entry(one: mn.TokenLogprob) -> dict[str, Any]:

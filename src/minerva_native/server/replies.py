@@ -110,13 +110,10 @@ class Pieces:
         index: of the answer.
         tokenizer: of the model.
         is_chat: whether it answers messages.
-        has_logprobs: whether log-probabilities were asked for.
     """
 
-    def __init__(
-        self, identity: str, model: str, index: int, tokenizer: mn.Tokenizer, is_chat: bool, has_logprobs: bool
-    ):
-        self._tokenizer, self._is_chat, self._has_logprobs, self._index = tokenizer, is_chat, has_logprobs, index
+    def __init__(self, identity: str, model: str, index: int, tokenizer: mn.Tokenizer, is_chat: bool):
+        self._tokenizer, self._is_chat, self._index = tokenizer, is_chat, index
         self._head = {
             "id": identity,
             "object": "chat.completion.chunk" if is_chat else "text_completion",
@@ -139,10 +136,9 @@ class Pieces:
     def of(self, chunk: mn.Chunk) -> bytes:
         """Return the events of a chunk; none if it adds nothing."""
         self._called = self._called or bool(chunk.tool_calls)
-        is_more = chunk.finish_reason is not None or self._has_logprobs or chunk.reasoning or chunk.tool_call_deltas
-        if not is_more:
+        logprobs = self._logprobs(chunk)
+        if not (chunk.finish_reason is not None or logprobs or chunk.reasoning or chunk.tool_call_deltas):
             return self._before + _encode(chunk.text) + self._after if chunk.text else b""
-        logprobs = self._logprobs(chunk) if self._has_logprobs else None
         events = self._content(chunk, logprobs)
         if chunk.finish_reason is not None:
             ended = "tool_calls" if self._called else "stop"
@@ -173,23 +169,18 @@ class Pieces:
             prompt = mn.Completion(text=chunk.text, logprobs=list(chunk.echoed))
             logprobs: dict[str, Any] = prompt.to_dict()["choices"][0]["logprobs"]
             return logprobs
-        if chunk.token is None:
+        one = chunk.token_logprob
+        if one is None:
             return None
-        entry = self._entry(chunk.token, chunk.logprob)
-        top = [self._entry(token, value) for token, value in chunk.top_logprobs]
         if self._is_chat:
-            return {"content": [{**entry, "top_logprobs": top}]}
-        offset, self._offset = self._offset, self._offset + _n_characters(self._tokenizer.piece(chunk.token))
+            return {"content": [one.to_dict()]}
+        offset, self._offset = self._offset, self._offset + _n_characters(self._tokenizer.piece(one.token))
         return {
-            "tokens": [entry["token"]],
-            "token_logprobs": [entry["logprob"]],
-            "top_logprobs": [{other["token"]: other["logprob"] for other in top} or None],
+            "tokens": [one.text],
+            "token_logprobs": [one.logprob],
+            "top_logprobs": [{other.text: other.logprob for other in one.top} or None],
             "text_offset": [offset],
         }
-
-    def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
-        piece = self._tokenizer.piece(token, special=True)
-        return {"token": piece.decode(errors="replace"), "logprob": logprob, "bytes": list(piece)}
 
     def end(self, usage: dict[str, Any], timings: dict[str, float]) -> bytes:
         """Return the event with the usage, which has no choices."""

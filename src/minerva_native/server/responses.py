@@ -137,14 +137,6 @@ def _part(text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
 
-def _entries(logprobs: list[mn.TokenLogprob] | None) -> list[dict[str, Any]]:
-    return [{**_entry(one), "top_logprobs": [_entry(other) for other in one.top]} for one in logprobs or ()]
-
-
-def _entry(one: mn.TokenLogprob) -> dict[str, Any]:
-    return {"token": one.text, "logprob": one.logprob, "bytes": list(one.piece)}
-
-
 def _usage(usage: mn.Usage | None) -> dict[str, Any] | None:
     if usage is None:
         return None
@@ -205,7 +197,7 @@ def response_of(
     if completion.reasoning:
         output.append(items.reasoning(completion.reasoning, "completed"))
     if completion.text or not completion.tool_calls:
-        output.append(items.message(completion.text, status, _entries(completion.logprobs)))
+        output.append(items.message(completion.text, status, [one.to_dict() for one in completion.logprobs or ()]))
     output += [items.call(call.id, call.name, call.text, "completed") for call in completion.tool_calls]
     usage = completion.usage
     return _response(body, new_id("resp", "_"), completion.created, model, output, status, usage, sampling)
@@ -214,16 +206,8 @@ def response_of(
 class ResponseEvents:
     """Chunks of an answer as the events of the responses API."""
 
-    def __init__(
-        self,
-        body: ResponseBody,
-        model: str,
-        tokenizer: mn.Tokenizer,
-        has_logprobs: bool,
-        sampling: Mapping[str, Any],
-    ):
-        self._body, self._model, self._tokenizer, self._has_logprobs = body, model, tokenizer, has_logprobs
-        self._sampling = sampling
+    def __init__(self, body: ResponseBody, model: str, sampling: Mapping[str, Any]):
+        self._body, self._model, self._sampling = body, model, sampling
         self._identity, self._created = new_id("resp", "_"), time.time()
         self._items = Items()
         self._number = 0  # of the event
@@ -247,7 +231,7 @@ class ResponseEvents:
         if chunk.text:
             events += self._turn_to("message")
             self._text += chunk.text
-            entries = self._entries(chunk)
+            entries = [] if chunk.token_logprob is None else [chunk.token_logprob.to_dict()]
             self._logprobs += entries
             text = {"content_index": 0, "delta": chunk.text, "logprobs": entries}
             events.append(self._delta("response.output_text.delta", **text))
@@ -312,16 +296,6 @@ class ResponseEvents:
         if self._open == "reasoning":
             return self._items.reasoning(text or "", shown)
         return self._items.call(self._call["id"], self._call["name"], text or "", shown)
-
-    def _entries(self, chunk: mn.Chunk) -> list[dict[str, Any]]:
-        if not self._has_logprobs or chunk.token is None:
-            return []
-        top = [self._entry(token, value) for token, value in chunk.top_logprobs]
-        return [{**self._entry(chunk.token, chunk.logprob), "top_logprobs": top}]
-
-    def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
-        piece = self._tokenizer.piece(token, special=True)
-        return {"token": piece.decode(errors="replace"), "logprob": logprob, "bytes": list(piece)}
 
     def _response(self, status: str, usage: mn.Usage | None) -> dict[str, Any]:
         output = list(self._output)
