@@ -150,6 +150,17 @@ def test_log_probabilities_are_those_of_a_chat(client: openai.OpenAI) -> None:
     assert [one.token for event in events for one in event.logprobs] == [one.token for one in wanted]
 
 
+def test_pieces_of_characters_have_their_log_probabilities(client: openai.OpenAI) -> None:
+    shape: Any = {"format": {"type": "json_schema", "name": "word", "schema": {"enum": ["日本"]}}}
+    options: dict[str, Any] = {**GREEDY, "input": "Hello", "text": shape, "top_logprobs": 1}
+    shown: Any = client.responses.create(**options).output[0]
+    wanted = [one.bytes for one in shown.content[0].logprobs]
+    assert b"".join(map(bytes, wanted)).decode() == '"日本"'
+    events: list[Any] = list(client.responses.create(stream=True, **options))
+    for kind in ("response.output_text.delta", "response.output_text.done"):
+        assert [one.bytes for event in events if event.type == kind for one in event.logprobs] == wanted
+
+
 def test_a_tool_is_called_and_its_result_taken(thinker: openai.OpenAI) -> None:
     options: dict[str, Any] = {"model": MODEL, "tools": [TOOL], "max_output_tokens": 60, **NO_THOUGHT}
     options |= {"parallel_tool_calls": False, "temperature": 0}

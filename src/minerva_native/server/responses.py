@@ -216,6 +216,7 @@ class ResponseEvents:
         self._text, self._call_index = "", -1
         self._call: dict[str, str] = {}
         self._logprobs: list[dict[str, Any]] = []
+        self._waiting: list[dict[str, Any]] = []  # log-probabilities of tokens whose text has not come yet
 
     def of(self, chunk: mn.Chunk) -> bytes:
         """Return the events of a chunk."""
@@ -224,15 +225,18 @@ class ResponseEvents:
             response = self._response("in_progress", None)
             events += [self._event("response.created", response=response)]
             events += [self._event("response.in_progress", response=response)]
+        if chunk.token_logprob is not None:
+            self._waiting.append(chunk.token_logprob.to_dict())
         if chunk.reasoning:
             events += self._turn_to("reasoning")
             self._text += chunk.reasoning
             events.append(self._delta("response.reasoning_text.delta", content_index=0, delta=chunk.reasoning))
         if chunk.text:
+            entries = self._waiting[-1:] if self._open == "reasoning" else self._waiting  # not those of the reasoning
             events += self._turn_to("message")
             self._text += chunk.text
-            entries = [] if chunk.token_logprob is None else [chunk.token_logprob.to_dict()]
             self._logprobs += entries
+            self._waiting = []
             text = {"content_index": 0, "delta": chunk.text, "logprobs": entries}
             events.append(self._delta("response.output_text.delta", **text))
         for piece in chunk.tool_call_deltas:
