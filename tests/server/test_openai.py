@@ -19,6 +19,7 @@ from minerva_native.server import run as running
 from minerva_native.server.app import create_app
 from minerva_native.server.bodies import ChatBody, of_chat
 from minerva_native.server.connection import connection_class
+from minerva_native.server.guard import Access
 from minerva_native.server.models import Models
 from minerva_native.server.settings import Settings, Source
 from serving import Served
@@ -169,7 +170,9 @@ def test_requests_of_an_event_loop_are_served_side_by_side(served: Served) -> No
 
 
 @contextmanager
-def served_here() -> Iterator[tuple[Served, mn.LLM]]:
+def served_here(
+    on_access: Callable[[Access], None] = lambda access: None, **options: Any
+) -> Iterator[tuple[Served, mn.LLM]]:
     """Serve a model from a thread of this process, so that a test sees the engine."""
 
     def load(source: Source) -> mn.LLM:
@@ -179,10 +182,10 @@ def served_here() -> Iterator[tuple[Served, mn.LLM]]:
     models = Models([Source(name=MODEL, path=mn.DEMO_PATH, size_bytes=1)], load, metrics, 1)
     llm = mn.LLM(mn.DEMO_PATH, n_ctx=16384, n_threads=1, gpu_layers=0)
     models.adopt(MODEL, llm)
-    settings = Settings(keys=["key"])
+    settings = Settings(keys=["key"], **options)
     listening = running.tcp_socket("127.0.0.1", 0)
     config = uvicorn.Config(
-        create_app(models, metrics, settings, lambda access: None),
+        create_app(models, metrics, settings, on_access),
         http=connection_class(settings),
         log_config=None,
         lifespan="on",
@@ -218,6 +221,18 @@ def test_closing_a_stream_ends_the_request_and_frees_its_place(is_chat: bool) ->
         client.completions.create(model=MODEL, prompt="Twice", max_tokens=1)
         assert len(llm.queue) == 0
         assert llm.context.stats.tokens_evaluated < 8000
+
+
+@pytest.mark.parametrize("log_content", [False, True])
+def test_texts_are_logged_if_that_is_asked_for_of_streams_as_well(log_content: bool) -> None:
+    seen: list[Access] = []
+    with served_here(seen.append, log_content=log_content) as (served, _):
+        options: dict[str, Any] = {"model": MODEL, "prompt": ["Once", "The end"], "temperature": 0, "max_tokens": 4}
+        client = served.client()
+        texts = [choice.text for choice in client.completions.create(**options).choices]
+        for _ in client.completions.create(stream=True, **options):
+            pass
+    assert [access.facts.get("text") for access in seen] == [texts if log_content else None] * 2
 
 
 def test_a_call_that_is_given_up_frees_its_place() -> None:

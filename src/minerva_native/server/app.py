@@ -286,7 +286,7 @@ class Api:
 
             async def events() -> AsyncIterator[bytes]:
                 usages = []
-                async for index, chunk in _merged(streams):
+                async for index, chunk in self._chunks(exchange.access, streams):
                     if piece := writers[index].of(chunk):
                         yield piece
                     usages += [] if chunk.usage is None else [replies.usage_of([chunk.usage])]
@@ -331,6 +331,11 @@ class Api:
         if self._settings.log_content:
             access.facts["text"] = [choice.text for one in completions for choice in one.choices]
 
+    def _chunks(self, access: Access, streams: Sequence[Chunks]) -> AsyncIterator[tuple[int, mn.Chunk]]:
+        """Return what several streams yield, with their indices."""
+        chunks = _merged(streams)
+        return _noted(access, chunks, len(streams)) if self._settings.log_content else chunks
+
     async def _pieces(
         self,
         exchange: Exchange,
@@ -352,7 +357,7 @@ class Api:
         async def events() -> AsyncIterator[bytes]:
             last: dict[int, mn.Chunk] = {}
             begun: set[int] = set()
-            async for index, chunk in _merged(streams):
+            async for index, chunk in self._chunks(exchange.access, streams):
                 piece = b"" if index in begun else answers[index].begin()
                 begun.add(index)
                 if chunk.finish_reason is not None:
@@ -391,7 +396,7 @@ class Api:
             writer = ResponseEvents(body, name, sampling)
 
             async def events() -> AsyncIterator[bytes]:
-                async for _, chunk in _merged(streams):
+                async for _, chunk in self._chunks(exchange.access, streams):
                     if piece := writer.of(chunk):
                         yield piece
                     if chunk.usage is not None:
@@ -607,6 +612,16 @@ async def _merged(streams: Sequence[Chunks]) -> AsyncIterator[tuple[int, mn.Chun
     finally:
         for task in tasks:
             task.cancel()
+
+
+async def _noted(
+    access: Access, chunks: AsyncIterator[tuple[int, mn.Chunk]], count: int
+) -> AsyncIterator[tuple[int, mn.Chunk]]:
+    """Yield chunks, and note the texts that they make, also if the client goes before their end."""
+    texts = access.facts["text"] = [""] * count
+    async for index, chunk in chunks:
+        texts[index] += chunk.text
+        yield index, chunk
 
 
 async def _streamed(exchange: Exchange, events: AsyncIterator[bytes], streams: Sequence[Chunks]) -> None:

@@ -24,7 +24,7 @@ class Settings:
         keep_alive_seconds: how long a connection stays open without a request.
         grace_seconds: how long requests may go on once the server is told to end.
         sampling: parameters of the sampler for requests that do not give their own, over the model's.
-        log_content: log what clients say and get.
+        log_content: log the texts of answers.
     """
 
     keys: Sequence[str] = ()
