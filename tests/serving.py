@@ -24,7 +24,7 @@ class Served:
 
     Attributes:
         url: where.
-        token: lets clients in.
+        token: lets clients in; empty if it is not shown.
         pid: of its process.
         models: their names.
     """
@@ -69,7 +69,7 @@ def serve(*options: str) -> Iterator[Served]:
                 log.seek(0)
                 raise AssertionError(f"the server did not start: {log.read()}")
             facts = json.loads(line)
-            yield Served(facts["url"], facts["token"], facts["pid"], facts["models"])
+            yield Served(facts["url"], facts["token"] or "", facts["pid"], facts["models"])
         finally:
             process.terminate()
             try:

@@ -927,7 +927,6 @@ REFUSED: dict[str, Any] = {
     "reasoning_budget": 5,
     "reasoning_message": "x",
     "keep_partial": True,
-    "continue_final_message": True,
     "chat_template_kwargs": {"enable_thinking": False},
     "continue_final_message": True,
     "sampling": mn.SamplingParams(),

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -10,7 +11,8 @@ import pytest
 
 import minerva_native as mn
 from minerva_native.server import openapi
-from serving import Served
+from serving import Served, serve
+from tiny_models import TinyModel
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +172,29 @@ def test_a_message_of_the_assistant_at_the_end_is_continued(http: httpx.Client) 
     ):
         reply = http.post("/v1/chat/completions", json={"messages": messages, **options, **change})
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+
+
+def test_keys_of_a_file_let_in_and_are_not_shown(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("# of the family\nfirst\n\nsecond\n")
+    with serve("--api-key-file", str(keys)) as served, served.http() as client:
+        assert served.token == ""
+        for key, status in (("first", 200), ("second", 200), ("# of the family", 401), ("third", 401)):
+            assert client.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == status
+
+
+@pytest.mark.parametrize("token", ["99999", "00000000001", "9" * 200])
+def test_a_bias_of_a_token_that_there_is_not_is_refused(http: httpx.Client, token: str) -> None:
+    reply = http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1, "logit_bias": {token: 1}})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == "logit_bias"
+
+
+def test_a_model_without_a_template_says_how_to_give_one(tmp_path: Path) -> None:
+    bare = TinyModel().write(tmp_path / "bare.gguf")
+    with serve("-m", str(bare)) as served, served.http() as client:
+        messages = [{"role": "user", "content": "a"}]
+        headers = {"authorization": f"Bearer {served.token}"}
+        reply = client.post("/v1/chat/completions", json={"messages": messages}, headers=headers)
+        assert reply.status_code == 400
+        assert "--chat-template-file" in reply.json()["error"]["message"]

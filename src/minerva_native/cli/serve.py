@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import importlib.util
 import json
 import logging
@@ -132,7 +133,7 @@ def run(options: argparse.Namespace) -> int:
         app = create_app(models, metrics, settings, log.access)
 
         def ready() -> None:
-            token = settings.keys[0] if settings.keys else None
+            token = settings.keys[0] if settings.keys and options.api_key_file is None else None
             placed = _placed(models.places[sources[0].name].llm)
             log.ready(options, url, token, [source.name for source in sources], placed)
 
@@ -149,7 +150,7 @@ def _settings(options: argparse.Namespace, is_loopback: bool) -> Settings:
     keys = []
     if options.api_key_file is not None:
         lines = Path(options.api_key_file).read_text(encoding="utf-8").splitlines()
-        keys = [line.strip() for line in lines if line.strip()]
+        keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
         if not keys:
             raise ValueError(f"{options.api_key_file} has no key")
     elif options.unix_socket is None and not is_loopback:
@@ -185,7 +186,7 @@ def _sources(options: argparse.Namespace, kind: type[Source]) -> Iterator[Source
         names.add(unique)
         parts = [file]
         if _SPLIT.search(file.stem):
-            parts = list(file.parent.glob(f"{_SPLIT.sub('', file.stem)}-*-of-*.gguf"))
+            parts = list(file.parent.glob(f"{glob.escape(_SPLIT.sub('', file.stem))}-*-of-*.gguf"))
         yield kind(name=unique, path=file, size_bytes=sum(part.stat().st_size for part in parts))
 
 
@@ -275,7 +276,7 @@ class _Log:
         self, options: argparse.Namespace, url: str, token: str | None, models: list[str], placed: str | None
     ) -> None:
         """Say where the server listens, and what lets clients in."""
-        page = None if url.startswith("unix:") else f"{url}/#token={token}"
+        page = None if url.startswith("unix:") else url if token is None else f"{url}/#token={token}"
         if options.json:
             facts = {
                 "url": url,
@@ -290,9 +291,9 @@ class _Log:
                 return
         where = f", {placed}" if placed else ""
         self.line("serving", f"{url} has {', '.join(models)}{where}, {options.parallel} requests at once")
-        if token is not None and options.api_key_file is None and not options.json:
+        if token is not None and not options.json:
             self.line("token", token)
-        if page is not None and options.api_key_file is None and not options.json:
+        if page is not None and not options.json:
             self.line("page", page)
 
     def access(self, access: Access) -> None:

@@ -22,6 +22,8 @@ B = TypeVar("B", bound=Struct)
 
 MOST_PROMPTS = 128  # of one request
 
+_DIGITS = 10  # of a token's id
+
 _MAX_DEPTH = 64  # of JSON
 _MOST_TOOL_BYTES = 1 << 18  # of which a grammar is made
 _MOST_CONTAINERS = 1 << 19  # which take a third of a second
@@ -452,7 +454,7 @@ def _biases(given: Any, model: mn.Model) -> dict[int, Any]:
         if isinstance(key, int):
             tokens = [key]
         elif key.isascii() and key.isdigit() and isinstance(given, dict):
-            tokens = [int(key[:10])]
+            tokens = [int(key) if len(key) <= _DIGITS else model.tokenizer.n_vocab]  # which is none
         else:
             tokens = model.tokenizer.encode(key, add_special=False)
         biases |= dict.fromkeys(tokens, value)

@@ -86,7 +86,8 @@ def of_engine(error: Exception, prompt: str | None = None) -> HTTPError:
     if isinstance(error, mn.ContextFullError):
         return HTTPError(400, str(error), prompt, "context_length_exceeded")
     if isinstance(error, mn.EmptySequenceError | mn.TemplateError):
-        return HTTPError(400, str(error), prompt)
+        sentence = str(error).replace("give one with template=", "start the server with --chat-template-file")
+        return HTTPError(400, sentence, prompt)
     if isinstance(error, _OF_REQUESTS):
         return HTTPError(400, str(error))
     if isinstance(error, mn.Cancelled):
