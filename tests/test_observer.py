@@ -125,9 +125,25 @@ def test_every_request_is_seen_to_come_and_to_end_once(llm: mn.LLM, watching: Wa
         assert (record.error is None) == (record.outcome not in ("error", "cancelled") or bool(record.answers))
 
 
+class Holding:
+    """A cancel token that holds its request up, on the thread that serves it, between `begin` and `end`."""
+
+    def __init__(self) -> None:
+        self._may_go_on = threading.Event()
+        self._may_go_on.set()
+        self.begin, self.end = self._may_go_on.clear, self._may_go_on.set
+
+    def is_set(self) -> bool:
+        if threading.current_thread() is not threading.main_thread():
+            assert self._may_go_on.wait(60)
+        return False
+
+
 def test_requests_that_leave_the_queue_are_seen_to_end(llm: mn.LLM, watching: Watching) -> None:
-    running = llm.stream(STORY, logit_bias={llm.tokenizer.eos or 0: -100.0})
+    holding = Holding()
+    running = llm.stream(STORY, logit_bias={llm.tokenizer.eos or 0: -100.0}, cancel=holding)
     next(running)
+    holding.begin()
     stop = threading.Event()
     closed = llm.stream("closed while it waits")
     with llm.stream("its time is up", timeout=0.02) as late, pytest.raises(mn.Cancelled, match="timeout"):
@@ -156,6 +172,7 @@ def test_requests_that_leave_the_queue_are_seen_to_end(llm: mn.LLM, watching: Wa
     ]
     assert {(record.outcome, record.started, record.usage) for record in left} == {("cancelled", None, Usage())}
     running.close()
+    holding.end()
     assert watching.wait(6)[-1].answers[0].finish_reason == "cancelled"
 
 

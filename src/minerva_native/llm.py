@@ -227,7 +227,7 @@ class LLM:
 
     def options(self, caller: str, options: Mapping[str, Any]) -> RequestOptions:
         """Return the options of a call, checked; `caller` is its name, for messages."""
-        if self.closed:  # a model that was closed with it would speak of its file
+        if self.model.closed:  # which would speak of its file
             raise ClosedError("this LLM is closed")
         parsed = RequestOptions.of(self.model, caller, options)
         if parsed.reasoning_budget is not None and parsed.thinking_tags is None:
