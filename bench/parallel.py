@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, NamedTuple
 
 import minerva_native as mn
@@ -70,6 +70,16 @@ def ours(
     return asyncio.run(main())
 
 
+def together(one: Callable[[str], Coroutine[Any, Any, list[float]]], prompts: Sequence[str], number: int) -> Turn:
+    """Ask for all prompts at once; texts are numbered, so that none is cached."""
+
+    async def main() -> Turn:
+        start = time.perf_counter()
+        return of_times(start, await asyncio.gather(*(one(f"{number}. {prompt}") for prompt in prompts)))
+
+    return asyncio.run(main())
+
+
 def theirs(address: str, prompts: list[str], n: int, number: int) -> Turn:
     """Have each prompt continued by `n` tokens by llama-server."""
 
@@ -88,11 +98,7 @@ def theirs(address: str, prompts: list[str], n: int, number: int) -> Turn:
         writer.close()
         return times
 
-    async def main() -> Turn:
-        start = time.perf_counter()
-        return of_times(start, await asyncio.gather(*(one(f"{number}. {prompt}") for prompt in prompts)))
-
-    return asyncio.run(main())
+    return together(one, prompts, number)
 
 
 def spread(values: list[float]) -> str:

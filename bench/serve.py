@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import minerva_native as mn
-from parallel import PROMPTS, Turn, in_turns, of_times, ours, report
+from parallel import PROMPTS, Turn, in_turns, ours, report, together
 from upstream import llama_server
 
 
@@ -56,11 +56,7 @@ def streamed(address: str, token: str, prompts: Sequence[str], n: int, number: i
         writer.close()
         return times
 
-    async def main() -> Turn:
-        start = time.perf_counter()
-        return of_times(start, await asyncio.gather(*(one(f"{number}. {prompt}") for prompt in prompts)))
-
-    return asyncio.run(main())
+    return together(one, prompts, number)
 
 
 def ends(model: str) -> dict[str, bool]:
