@@ -1,7 +1,7 @@
-// Included before ggml's CPU code in C++, by the compiler's -include.
+// Included before ggml's matrix multiplication with AMX, by the compiler's -include.
 //
-// To GCC before 11.5, 12.4 and 13.3 `_tile_loadconfig` reads 8 bytes of its 64 (GCC bug 114098), so what ggml has written to
-// the others is optimised away, and a CPU with AMX faults. Nor does it know that `_tile_loadd` reads memory.
+// To GCC before 11.5, 12.4 and 13.3 `_tile_loadconfig` reads 8 bytes of its 64 (GCC bug 114098), so what ggml has
+// written to the others is optimised away, and a CPU with AMX faults. Nor does it know that `_tile_loadd` reads memory.
 #ifndef MINERVA_GGML_AMX_H
 #define MINERVA_GGML_AMX_H
 
