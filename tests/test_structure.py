@@ -27,6 +27,7 @@ LAYERS = {
     "_handle": 1,
     "_stack": 1,
     "errors": 0,
+    "compute": 1,
     "devices": 2,
     "gguf": 2,
     "check": 3,
@@ -207,7 +208,7 @@ UNGUARDED = re.compile(
     r"|llama_vocab_\w+|llama_model_(n_\w+|has_\w+|is_\w+|size|desc|ftype|get_vocab|meta_val_str|rope_type|free"
     r"|decoder_start_token|default_params)|llama_(get_memory|get_logits_ith|n_ctx_seq|context_default_params)"
     r"|llama_memory_(can_shift|seq_cp|seq_pos_min|seq_pos_max)|gguf_(get_\w+|find_\w+|type_name|free)"
-    r"|ggml_(type_\w+|blck_size|is_quantized|get_type_traits_cpu)"
+    r"|ggml_(type_\w+|blck_size|is_quantized|backend_(reg_(count|get|name|dev_count)|dev_by_type))"
 )
 
 

@@ -19,8 +19,9 @@ import minerva_command
 if minerva_command.is_run_as_a_module(__name__):
     minerva_command.leave_on_ctrl_c()  # the imports below take most of the time before `__main__` runs
 
+from .compute import ComputeBackend
 from .context import Context, Memory, Stats
-from .devices import Device, Placement, available_cpus, build_info, cpu_quota, devices
+from .devices import Device, Placement, available_cpus, build_info, compute_backends, cpu_quota, devices
 from .errors import (
     BackendError,
     BrokenContextError,
@@ -89,6 +90,7 @@ __all__ = [
     "ChunkStream",
     "ClosedError",
     "Completion",
+    "ComputeBackend",
     "Constraint",
     "ConstraintError",
     "Context",
@@ -139,6 +141,7 @@ __all__ = [
     "__version__",
     "available_cpus",
     "build_info",
+    "compute_backends",
     "connect",
     "cpu_quota",
     "devices",

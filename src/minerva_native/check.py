@@ -15,7 +15,8 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from ._binding import ffi, lib, text
+from ._binding import lib, text
+from .devices import initialise
 from .errors import ModelLoadError
 from .gguf import GGUF, TensorInfo, Value
 
@@ -275,8 +276,9 @@ def _check_tensor(facts: Facts, tensor: Tensor) -> None:
 @functools.cache
 def _computable() -> frozenset[str]:
     """Return the names of the types that ggml has a dot product for."""
+    initialise()
     kinds = range(lib.GGML_TYPE_COUNT)
-    has_dot = [kind for kind in kinds if lib.ggml_get_type_traits_cpu(kind).vec_dot != ffi.NULL]
+    has_dot = [kind for kind in kinds if lib.minerva_has_dot(kind)]
     return frozenset(text(lib.ggml_type_name(kind)) for kind in has_dot)
 
 

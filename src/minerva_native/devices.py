@@ -4,6 +4,7 @@ import math
 import os
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ._arguments import file_path, integer, what
-from ._binding import BUILD_INFO, callbacks, ffi, lib, text, thrown
+from ._binding import BUILD_INFO, FOLDER, callbacks, ffi, lib, text, thrown
+from .compute import ComputeBackend, load
 from .errors import DeviceError
 
 TYPES = {
@@ -94,18 +96,26 @@ class Placement:
 
 
 def initialise() -> None:
-    """Start libllama's backends, once per process. Thread-safe."""
-    global _is_initialised
-    if not _is_initialised:
-        with _initialise_lock:
-            if not _is_initialised:
-                lib.llama_backend_init()
-                lib.ggml_backend_dev_count()  # finds the backends
-                _is_initialised = True
+    """Load and start libllama's backends, once per process, and warn of those that cannot be used. Thread-safe."""
+    global _is_initialised, _backends
+    if _is_initialised:
+        return
+    with _initialise_lock:
+        if _is_initialised:
+            return
+        backends = load(FOLDER)
+        lib.llama_backend_init()
+        _backends = backends
+        _is_initialised = True
+    for backend in backends:
+        if backend.why_not:
+            verb = "has a problem" if backend.is_loaded else "is not used"
+            warnings.warn(f"the {backend.name} backend {verb}: {backend.why_not}", RuntimeWarning, stacklevel=3)
 
 
 # A fork waits for it: what is made once, and is half made, never gets ready in a child.
 _is_initialised = False
+_backends: list[ComputeBackend] = []
 _initialise_lock = threading.RLock()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
@@ -120,13 +130,20 @@ def devices() -> list[Device]:
     return [described(pointer) for pointer in on_this_machine()]
 
 
-def build_info() -> dict[str, Any]:
-    """Return what was built: llama.cpp (pinned commit or custom folder), compiler, options, backends, CPU features."""
+def compute_backends() -> list[ComputeBackend]:
+    """Return every backend that this build has, with why it was not loaded if it was not."""
     initialise()
-    registered = [lib.ggml_backend_reg_get(index) for index in range(lib.ggml_backend_reg_count())]
+    return list(_backends)
+
+
+def build_info() -> dict[str, Any]:
+    """Return what was built: llama.cpp (pinned commit or custom folder), compiler, options, backends, CPU features.
+
+    "backends" has the names of those that were loaded; `compute_backends` has the others, too.
+    """
     return {
         **BUILD_INFO,
-        "backends": [text(lib.ggml_backend_reg_name(backend)) for backend in registered],
+        "backends": [backend.name for backend in compute_backends() if backend.is_loaded],
         "cpu_features": text(lib.llama_print_system_info()).strip(" |"),
     }
 

@@ -16,6 +16,13 @@ void * llama_model_load_from_file(void) { __builtin_trap(); return 0; }
 int llama_decode(void) { __builtin_trap(); return 0; }
 void * ggml_init(void) { __builtin_trap(); return 0; }
 void ggml_backend_load_all(void) { __builtin_trap(); }
+void * ggml_get_type_traits(void) { __builtin_trap(); return 0; }
+void * ggml_backend_cpu_buffer_type(void) { __builtin_trap(); return 0; }
+void * ggml_backend_init(void) { __builtin_trap(); return 0; }
+void * ggml_backend_cpu_reg(void) { __builtin_trap(); return 0; }
+void * ggml_threadpool_new(void) { __builtin_trap(); return 0; }
+long ggml_nelements(void) { __builtin_trap(); return 0; }
+void ggml_vec_dot_f32(void) { __builtin_trap(); }
 int foreign_calls_its_own(void) { return llama_max_devices(); }
 """
 
@@ -53,15 +60,25 @@ def test_a_foreign_libllama_can_be_loaded_before_or_after(foreign: Path, script:
     subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=120)
 
 
-def test_the_module_exports_only_its_init_function() -> None:
+def test_the_module_exports_only_its_init_function_and_a_backend_its_own() -> None:
     import ctypes
 
-    from minerva_native._binding import _llama
+    from minerva_native._binding import FOLDER, _llama
 
     module = ctypes.CDLL(_llama.__file__)
     assert module.PyInit__llama
-    for name in ("llama_decode", "ggml_init", "gguf_init_from_file", "minerva_abort"):
-        assert not hasattr(module, name)
+    backends = [ctypes.CDLL(str(file)) for file in FOLDER.glob("libggml-*.so")]
+    assert all(backend.minerva_backend_init for backend in backends)
+    for library in (module, *backends):
+        for name in (
+            "llama_decode",
+            "ggml_init",
+            "gguf_init_from_file",
+            "ggml_backend_init",
+            "ggml_abort",
+            "minerva_log",
+        ):
+            assert not hasattr(library, name)
 
 
 def test_the_package_works_from_any_folder(tmp_path: Path) -> None:

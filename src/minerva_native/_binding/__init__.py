@@ -1,18 +1,23 @@
 """The raw layer: `lib` holds libllama's C functions and constants, `ffi` makes and reads C data (see cffi)."""
 
+from pathlib import Path
 from typing import Any
 
 from minerva_native.errors import BuildError
 
 try:
     from ._build_info import BUILD_INFO
+    from ._llama import __file__ as module
     from ._llama import ffi, lib
 except ImportError as error:
     raise BuildError(f"the compiled binding cannot be loaded ({error}): install the package again") from error
 
 from . import callbacks
 
-__all__ = ["BUILD_INFO", "callbacks", "ffi", "is_lost", "lib", "text", "thrown"]
+FOLDER = Path(module).parent
+"""Where the compiled module is, and what was built with it."""
+
+__all__ = ["BUILD_INFO", "FOLDER", "callbacks", "ffi", "is_lost", "lib", "text", "thrown"]
 
 
 def text(pointer: Any) -> str:

@@ -2,8 +2,6 @@
 
 #include "ggml_workers.h"
 
-#include <ggml-cpu.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -49,7 +47,8 @@ void note(minerva_cause cause, const char * text) {
     std::snprintf(thrown_text, sizeof thrown_text, "%s", text);
 }
 
-// ggml calls this instead of ending the process. If it returns, ggml ends it.
+}  // namespace
+
 void on_abort(const char * message) {
     if (is_worker) {
         throw Assertion(message);
@@ -62,6 +61,8 @@ void on_abort(const char * message) {
     this_call->fail();
     throw Assertion(message);
 }
+
+namespace {
 
 void after_fork() {
     ++generation;
@@ -94,7 +95,7 @@ Team::Team(int n_threads, Team * smaller) : size_(n_threads), generation_(genera
     Team * outer = this_team;
     this_team = this;
     try {
-        pool_ = ggml_threadpool_new(&parameters);
+        pool_ = cpu().threadpool_new(&parameters);
     } catch (...) {  // the pool's own memory is lost, some hundred bytes a thread
         this_team = outer;
         begin(true);
@@ -120,7 +121,7 @@ void Team::stop() {
     failed_ = true;  // releases those that wait for others
     if (ggml_threadpool * pool = is_inherited() ? nullptr : pool_) {
         pool_ = nullptr;
-        ggml_threadpool_free(pool);  // joins them
+        cpu().threadpool_free(pool);  // joins them
     }
 }
 

@@ -4,6 +4,8 @@
 
 #include "hooks.h"
 
+#include <ggml-cpu.h>
+
 #include <atomic>
 #include <condition_variable>
 #include <exception>
@@ -27,6 +29,17 @@ struct Assertion : std::runtime_error {
 struct Lost : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
+
+// ggml calls this instead of ending the process. If it returns, ggml ends it.
+void on_abort(const char * message);
+
+// What is called of the CPU's backend, which need not be in this module. Throws if there is none.
+struct Cpu {
+    decltype(&ggml_threadpool_new) threadpool_new;
+    decltype(&ggml_threadpool_free) threadpool_free;
+    decltype(&ggml_backend_cpu_set_threadpool) set_threadpool;
+};
+const Cpu & cpu();
 
 // The worker threads of a context. They fail together: if one throws, all of them end, and so does the computation.
 class Team {

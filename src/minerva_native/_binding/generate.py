@@ -29,6 +29,9 @@ GGML_FUNCTIONS = re.compile(
 # Declared in the pinned headers but not defined in the source: the module could not be loaded if it were bound.
 UNDEFINED = {"ggml_threadpool_get_n_threads"}
 
+# Its functions are not bound: they are the CPU backend's, which may be a file of its own (see loading.cpp).
+OF_A_BACKEND = "ggml-cpu.h"
+
 # The standard types that upstream's headers use; cffi knows them all.
 PRELUDE_NAMES = (
     *(f"{sign}int{bits}_t" for sign in ("", "u") for bits in (8, 16, 32, 64)),
@@ -109,6 +112,12 @@ def preprocess(compiler: str, include_dirs: list[Path], *options: str) -> str:
     return "\n".join(kept)
 
 
+def functions_of(include_dirs: list[Path], header: str) -> set[str]:
+    """Return the names of the functions that a header declares."""
+    text = next(path / header for path in include_dirs if (path / header).is_file()).read_text()
+    return set(re.findall(r"^\s*GGML\w*_API\b[^;()]*?\b(\w+)\s*\(", text, re.M))
+
+
 def statements(text: str) -> Iterator[str]:
     """Split C text into its top-level declarations and function definitions."""
     depth, start = 0, 0
@@ -120,8 +129,8 @@ def statements(text: str) -> Iterator[str]:
             start = match.end()
 
 
-def read_api(text: str, macros: str) -> Api:
-    """Parse the declarations, except deprecated and static ones and functions that are not bound."""
+def read_api(text: str, macros: str, unbound: set[str]) -> Api:
+    """Parse the declarations, except deprecated and static ones and functions that are not bound, such as `unbound`."""
     attribute = re.compile(r'__attribute__\s*\(\((?:[^()"]|"(?:\\.|[^"\\])*"|\([^()]*\))*\)\)')
     kept = [
         re.sub(r"\b(__extension__|_Noreturn|__?restrict|restrict)\b", "", attribute.sub("", statement))
@@ -138,7 +147,7 @@ def read_api(text: str, macros: str) -> Api:
         if isinstance(node, c_ast.Decl) and isinstance(node.type, c_ast.FuncDecl):
             if node.name in in_python:
                 callbacks.append(node)
-            elif is_wanted(node.name):
+            elif is_wanted(node.name) and node.name not in unbound:
                 functions.append(node)
         else:
             declaration = TypeWriter().visit(node) + ";"
@@ -299,7 +308,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--module", type=Path, required=True, help="the C file to write")
     parser.add_argument("--stub", type=Path, required=True, help="the type stub to write")
     options = parser.parse_args(None if arguments is None else list(arguments))
-    api = read_api(preprocess(options.cc, options.include), preprocess(options.cc, options.include, "-dD"))
+    declarations, macros = preprocess(options.cc, options.include), preprocess(options.cc, options.include, "-dD")
+    api = read_api(declarations, macros, functions_of(options.include, OF_A_BACKEND))
     write_module(options.module, api)
     write_if_changed(options.stub, write_stub(api))
 

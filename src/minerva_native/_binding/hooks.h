@@ -173,6 +173,18 @@ ggml_backend_buffer_type_t minerva_buffer_type(ggml_backend_dev_t device);
 // no regular expression.
 int32_t minerva_pattern_matches(const char * pattern, const char * name);
 
+// ---- Backends that are files ----------------------------------------------------------------------------------------
+// Built with GGML_BACKEND_DL=ON. Opening a file runs its code.
+
+// How well the backend in a file suits this CPU; 0 if it would not run.
+int32_t minerva_backend_score(const char * path);
+
+// Load the backend in a file, for good: its devices are libllama's from then on.
+ggml_backend_reg_t minerva_backend_load(const char * path);
+
+// Whether the CPU's backend has a dot product for a type: without one, ggml calls a null pointer.
+bool minerva_has_dot(enum ggml_type type);
+
 // ---- RPC ------------------------------------------------------------------------------------------------------------
 
 bool minerva_has_rpc(void);

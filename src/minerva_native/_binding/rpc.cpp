@@ -729,8 +729,8 @@ thread_local std::map<ggml_backend_device *, ggml_backend_dev_t> originals;
 ggml_backend_t make_serving_backend(ggml_backend_dev_t device, const char * parameters) {
     ggml_backend_dev_t original = originals.at(device);
     ggml_backend_t backend = original->iface.init_backend(original, parameters);
-    if (backend != nullptr && ggml_backend_is_cpu(backend)) {
-        ggml_backend_cpu_set_threadpool(backend, serving->pool());
+    if (backend != nullptr && ggml_backend_dev_type(original) == GGML_BACKEND_DEVICE_TYPE_CPU) {
+        minerva::cpu().set_threadpool(backend, serving->pool());
     }
     return backend;
 }

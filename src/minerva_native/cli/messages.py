@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -148,7 +149,9 @@ def shown_log(is_verbose: bool, is_quiet: bool) -> Iterator[Log]:
     if is_verbose:
         _LOGGER.setLevel(logging.DEBUG)
     try:
-        yield log
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: _LOGGER.warning("%s", message)
+            yield log
     finally:
         _LOGGER.removeHandler(log)
         _LOGGER.setLevel(before)

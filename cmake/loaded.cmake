@@ -1,0 +1,57 @@
+# GGML_BACKEND_DL=ON: backends are files beside the module, loaded when it starts (see compute.py), and not part of it.
+# A machine without a GPU's libraries then computes on its CPU, and of several CPU backends the best is taken.
+#
+# Upstream would make llama, ggml and ggml-base shared libraries for that, whose symbols clash with those of another
+# llama.cpp in the process. Here they stay in the module, static and hidden, and each backend has a hidden copy of what
+# it uses of ggml-base. What may exist only once is handed over when a backend is loaded: see backend.h.
+
+if(MINERVA_BUILD_TOOLS)
+  message(FATAL_ERROR "GGML_BACKEND_DL=ON and MINERVA_BUILD_TOOLS=ON exclude each other: upstream's tools cannot load "
+    "backends that were made for the binding.")
+endif()
+
+# Upstream looks at BUILD_SHARED_LIBS before its first library, and insists; every library is static all the same.
+# RPC has no library of its own to miss, and its transport is in the module.
+set(BUILD_SHARED_LIBS ON)
+macro(add_library name)
+  set(minerva_arguments ${ARGN})
+  if("${name}" MATCHES "^(ggml|llama)")
+    set(BUILD_SHARED_LIBS OFF)  # in the folder of the call
+  endif()
+  if("${name}" STREQUAL "ggml-rpc")
+    list(REMOVE_ITEM minerva_arguments MODULE)
+  endif()
+  _add_library(${name} ${minerva_arguments})
+endmacro()
+
+# Make what upstream has as modules into this package's backends, and name them in `minerva_backends`.
+macro(minerva_finish_backends)
+  if(GGML_RPC)
+    target_compile_definitions(ggml PUBLIC GGML_USE_RPC)
+    target_link_libraries(ggml PUBLIC ggml-rpc)
+  endif()
+  set(minerva_backends "")
+  foreach(backend IN LISTS GGML_AVAILABLE_BACKENDS)  # in the cache: some may be an earlier configuration's
+    if(TARGET ${backend} AND NOT backend STREQUAL "ggml-rpc")
+      list(APPEND minerva_backends ${backend})
+      target_sources(${backend} PRIVATE "${binding_dir}/backend.cpp")
+      target_include_directories(${backend} PRIVATE "${binding_dir}" "${llama_dir}/ggml/src")
+      # libllama compares its address.
+      target_compile_definitions(${backend} PRIVATE ggml_backend_cpu_buffer_type=minerva_cpu_buffer_type)
+      set(exported minerva_backend_source minerva_backend_init)
+      if(backend MATCHES "^ggml-cpu")
+        target_compile_definitions(${backend} PRIVATE MINERVA_CPU)
+        list(APPEND exported minerva_backend_has_dot)
+      endif()
+      if(TARGET ${backend}-feats)
+        list(APPEND exported ggml_backend_score)
+      endif()
+      minerva_export(${backend} ${exported})
+      if(backend STREQUAL "ggml-cuda")
+        # Those of Python packages for CUDA 13, then for CUDA 12.
+        set_target_properties(${backend} PROPERTIES INSTALL_RPATH
+          "$ORIGIN/../../nvidia/cu13/lib;$ORIGIN/../../nvidia/cuda_runtime/lib;$ORIGIN/../../nvidia/cublas/lib")
+      endif()
+    endif()
+  endforeach()
+endmacro()
