@@ -9,12 +9,12 @@
 
 #include <immintrin.h>
 
-#define _tile_loadconfig(config) __asm__ volatile("ldtilecfg\t%X0" ::"m"(*(const char(*)[64])(config)))
+#define _tile_loadconfig(config) __asm__ volatile("ldtilecfg %0" ::"m"(*(const char(*)[64])(config)))
 
 #undef _tile_loadd
-#define _tile_loadd(tile, base, stride)        \
-    do {                                       \
-        __asm__ volatile("" ::: "memory");     \
+#define _tile_loadd(tile, base, stride)           \
+    do {                                          \
+        __asm__ volatile("" ::: "memory");        \
         _tile_loadd_internal(tile, base, stride); \
     } while (0)
 
