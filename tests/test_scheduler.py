@@ -160,6 +160,31 @@ def test_one_batch_a_token(eight: mn.LLM, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(batches) <= 29 + 8
 
 
+def test_what_is_drawn_together_is_what_each_would_draw(demo: mn.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests: list[dict[str, Any]] = [
+        {"prompt": f"{STORY} {name}", "max_tokens": 30, "seed": at, "temperature": 0.0 if at > 4 else 1.5}
+        for at, name in enumerate(["boy", "girl", "dog", "cat", "bird", "fish", "bear", "frog"])
+    ]
+    n_drawn, draw = 0, mn.Sampler.draw
+
+    def counted(sampler: mn.Sampler, survivors: Any) -> int:
+        nonlocal n_drawn
+        n_drawn += 1
+        return draw(sampler, survivors)
+
+    monkeypatch.setattr(mn.Sampler, "draw", counted)
+    found = []
+    for _ in range(2):
+        with mn.LLM(demo, n_ctx=2048, n_parallel=8, **EXACT) as llm:
+            bias = no_end(llm)
+            with Hold(llm):
+                streams = [llm.stream(**request, logit_bias=bias) for request in requests]
+            found.append([[chunk.token for chunk in stream] for stream in streams])
+        monkeypatch.setattr("minerva_native.scheduler.look_ahead", lambda drawing: None)
+    assert found[0] == found[1]
+    assert 8 * 25 <= n_drawn < 8 * 30
+
+
 def test_a_prompt_in_common_is_evaluated_once(eight: mn.LLM) -> None:
     prompt = eight.tokenizer.encode(STORY + " boy" * 300)
     options: dict[str, Any] = {"max_tokens": 1, "temperature": 0}

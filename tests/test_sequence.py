@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pytest
 
 import minerva_native as mn
+from minerva_native.sequence import draw_next, look_ahead
 from tiny_models import TOKENS
 
 Logits = npt.NDArray[np.float32]
@@ -469,6 +470,44 @@ def test_logits_read_late_are_those_of_their_own_sequence(
     assert_same(one.logits, fresh_logits(IDS))
     assert_same(other.logits, fresh_logits([*IDS[::-1], 1, 2]))
     assert one.context.stats.tokens_evaluated == evaluated
+
+
+def change_nothing(one: mn.Sequence, other: mn.Sequence) -> None:
+    pass
+
+
+def append(one: mn.Sequence, other: mn.Sequence) -> None:
+    one.append(9)
+
+
+def go_on_with_the_other(one: mn.Sequence, other: mn.Sequence) -> None:
+    other.extend([7])
+
+
+def rewind_and_evaluate(one: mn.Sequence, other: mn.Sequence) -> None:
+    one.rewind(2)
+    one.extend([8])
+
+
+@pytest.mark.parametrize("between", [change_nothing, append, go_on_with_the_other, rewind_and_evaluate])
+@pytest.mark.parametrize("is_alike", [True, False], ids=["the sampler that looked ahead", "another"])
+def test_what_is_drawn_is_of_the_last_token_whatever_came_after_looking_ahead(
+    pair: tuple[mn.Sequence, mn.Sequence], between: Callable[[mn.Sequence, mn.Sequence], None], is_alike: bool
+) -> None:
+    one, other = pair
+    one.extend(IDS[:8])
+    other.extend(IDS[8:16])
+    params = mn.SamplingParams(seed=3, temperature=2.0)
+    sampler, another = mn.Sampler(params), mn.Sampler(params)
+    one.append(1)
+    other.append(2)
+    one.context.evaluate([one, other])
+    look_ahead([(one, sampler), (other, another)])
+    between(one, other)
+    drawing = sampler if is_alike else mn.Sampler(params.replace(top_k=7))
+    expected = mn.Sampler(drawing.params)(one.logits)
+    assert draw_next(one, drawing, one.tokens) == expected
+    assert draw_next(other, another, other.tokens) == mn.Sampler(params)(other.logits)
 
 
 def test_truncating_one_sequence_does_not_change_the_other(

@@ -33,6 +33,7 @@ class _Beam:
     total: float = 0.0
     is_finished: bool = False
     needs_logits: bool = True
+    sampler: None = None
 
     @property
     def score(self) -> float:
@@ -118,7 +119,7 @@ class BeamSearch:
     def _is_over(self, beams: list[_Beam]) -> bool:
         if len(beams[0].tokens) == self._max_tokens or any(beam.sequence.is_full for beam in beams):
             return True
-        if not self._request.may_wait and not self._room.leave_room(beams[0].sequence.context, self._width):
+        if not self._request.may_wait() and not self._room.leave_room(beams[0].sequence.context, self._width):
             return True
         if beams[0].tokens and self._request.is_set():
             self._is_cancelled = True

@@ -74,7 +74,7 @@ class OpenChats:
             try:
                 return self.with_room(action, keep)
             except (ContextFullError, SequencesInUseError):
-                if not request.may_wait:
+                if not request.may_wait():
                     raise
             if keep is not None:  # those that it waits for may need its cells
                 keep.empty()

@@ -180,6 +180,9 @@ class Draft:
         seed_offset: added to the seed, if there is one, so that several answers to one prompt differ.
 
     Attributes:
+        sequence: the sequence that it is written into.
+        sampler: what draws the next token from the logits as they are; None if there is more to it.
+        tokens: what was generated.
         is_last: whether the next token is the last for which there is room, because of others.
     """
 
@@ -197,7 +200,7 @@ class Draft:
         echoed: tuple[str, list[TokenLogprob]] | None = None,
         seed_offset: int = 0,
     ):
-        self._sequence, self._options, self._request = sequence, options, request
+        self.sequence, self._options, self._request = sequence, options, request
         self._tokenizer = sequence.context.model.tokenizer
         self._prompt_tokens, self._cached_tokens = len(sequence), cached_tokens
         self._is_chat, self._dropped_turns, self._echoed = is_chat, dropped_turns, echoed
@@ -215,6 +218,8 @@ class Draft:
         if tools is not None:
             constraint = constraint or tools.constraint
         self._guide = self._guided(constraint)
+        is_plain = self._sampler is sampler and self._guide is None and speculation is None and not options.logprobs
+        self.sampler = sampler if is_plain else None
         # Forced tokens have log-probabilities only if others are asked for, too.
         self._top_logprobs = options.top_logprobs or int(options.logprobs and self._guide is not None)
         self._n_forced = 0
@@ -230,11 +235,6 @@ class Draft:
             request.record.writes(self.completion)
 
     @property
-    def sequence(self) -> TokenSequence:
-        """The sequence that it is written into."""
-        return self._sequence
-
-    @property
     def needs_logits(self) -> bool:
         """Whether the next token depends on logits: a constraint may leave only one."""
         if self.last.usage is not None:  # it is finished
@@ -247,7 +247,7 @@ class Draft:
             return True
 
     def _decoder(self) -> ReasoningDecoder | None:
-        options, sequence = self._options, self._sequence
+        options, sequence = self._options, self.sequence
         if options.thinking_tags is None:
             return None
         tail = self._tokenizer.decode(sequence[-_TAIL:], special=True)
@@ -263,15 +263,15 @@ class Draft:
     def _call_decoder(self, tools: ToolUse | None) -> CallDecoder | None:
         if tools is None:
             return None
-        tail = self._tokenizer.decode(self._sequence[-_TAIL:], special=True)
-        return tools.decoder(self._tokenizer, tail, self._sequence[-1], self._reasoning)
+        tail = self._tokenizer.decode(self.sequence[-_TAIL:], special=True)
+        return tools.decoder(self._tokenizer, tail, self.sequence[-1], self._reasoning)
 
     def _guided(self, constraint: Constraint | None) -> Guide | None:
-        guide, reasoning = guide_of(constraint, self._sequence), self._reasoning
+        guide, reasoning = guide_of(constraint, self.sequence), self._reasoning
         if guide is None or reasoning is None:
             return guide
         tags = self._options.thinking_tags or ("", "")
-        is_over = opens_reasoning(self._tokenizer.decode(self._sequence[-_TAIL:], special=True), tags[::-1])
+        is_over = opens_reasoning(self._tokenizer.decode(self.sequence[-_TAIL:], special=True), tags[::-1])
         return AfterReasoning(guide, reasoning, may_begin=self._is_chat and not is_over, tokenizer=self._tokenizer)
 
     def is_set(self) -> bool:
@@ -292,7 +292,7 @@ class Draft:
             texts.append(text)
             yield Chunk(text, echoed=entries)
         steps = generate(
-            self._sequence,
+            self.sequence,
             self._sampler,
             max_tokens=options.max_tokens,
             stop=options.stop,
@@ -396,7 +396,7 @@ class Draft:
             usage=last.usage or self._usage,
             timings=last.timings or self._timings,
             dropped_turns=last.dropped_turns,
-            model=self._sequence.context.model.path.name,
+            model=self.sequence.context.model.path.name,
             created=int(time.time()),
             is_chat=self._is_chat,
             constraint=self._options.constraint,
@@ -411,7 +411,7 @@ def write_together(request: Request, drafts: Sequence[Draft], room: Room) -> Ite
     while writing:
         request.writers = tuple(writing)
         yield Signal.EVALUATE
-        is_last = not request.may_wait and not room.leave_room(drafts[0].sequence.context, 2 * len(writing))
+        is_last = not request.may_wait() and not room.leave_room(drafts[0].sequence.context, 2 * len(writing))
         for draft, chunks in list(writing.items()):
             draft.is_last = is_last
             if next(chunks).finish_reason is not None:

@@ -18,7 +18,7 @@ from .sampling import Sampler, SamplingParams, apply_mask, logprob
 from .sampling import top_logprobs as most_likely
 from .sampling.masks import Mask
 from .sequence import Sequence as TokenSequence
-from .sequence import Tokens, choose_next
+from .sequence import Tokens, draw_next
 from .tokenizer import Tokenizer
 
 Chooser = Callable[[npt.NDArray[np.float32], Tokens], int]
@@ -217,7 +217,7 @@ def generate(
         raise TypeError(f"speculate must be a Speculation, not {what(speculate)}")
     sampler, guide = Sampler() if sampler is None else sampler, guide_of(constraint, sequence)
     wants_logits = flag("logprobs", logprobs) or top_logprobs or guide is not None or speculate is not None
-    in_place = not wants_logits and getattr(sampler, "only_reads", False)
+    in_place = not wants_logits and isinstance(sampler, Sampler) and sampler.only_reads
     steps = _decode_loop(sequence, sampler, max_tokens, stop, cancel, decoder, top_logprobs, guide, speculate, in_place)
     return steps if speculate is None else _to_the_end(steps, speculate)
 
@@ -259,7 +259,7 @@ def _decode_loop(
         if forced is not None:
             chosen, logits = forced, source.logits if top_logprobs else None
         elif in_place:
-            chosen, logits = choose_next(sequence, sampler, tokens), None
+            chosen, logits = draw_next(sequence, sampler, tokens), None  # type: ignore[arg-type]
         elif guide is None:
             logits = source.logits
             chosen = sampler(logits, tokens)

@@ -22,6 +22,7 @@ from ._arguments import cancel_token, what
 from .engine.gate import CancelToken
 from .errors import BrokenContextError, Cancelled, ClosedError, ReentryError
 from .observer import Observer, RequestRecord
+from .sampling import Sampler
 from .sequence import Sequence as TokenSequence
 
 T = TypeVar("T")
@@ -71,12 +72,17 @@ class Writer(Protocol):
     def needs_logits(self) -> bool:
         """Whether the next step reads the sequence's logits."""
 
+    @property
+    def sampler(self) -> Sampler | None:
+        """What draws the next token, if the step reads the logits for nothing else and leaves them as they are."""
+
 
 class Prompt(NamedTuple):
     """A sequence that waits to be evaluated."""
 
     sequence: TokenSequence
     needs_logits: bool = True
+    sampler: None = None
 
 
 class Request:
@@ -88,7 +94,7 @@ class Request:
         started: when its turn came, or None.
         writers: what writes now, so that several requests can be evaluated together. Whoever does the work sets them.
         n_evaluated: how many tokens of its prompt were evaluated.
-        may_wait: whether there are others, for whose end it can wait if there is no room.
+        may_wait: says whether there are others, for whose end it can wait if there is no room.
         deliver: hands a result to the caller, who sees it once the bell that is returned was rung.
         is_dropped: whether it was stopped when its sequences had been taken away: it ends with what it has.
         record: what observers see of it; None if there are none.
@@ -110,7 +116,8 @@ class Request:
         self.started: float | None = None
         self.writers: Sequence[Writer] = ()
         self.n_evaluated = 0
-        self.may_wait = self.is_dropped = False
+        self.may_wait: Callable[[], bool] = lambda: False
+        self.is_dropped = False
         self.deliver = deliver
         self._work, self._cancel, self._timeout = work, cancel, timeout
         self._deadline = None if timeout is None else self.submitted + timeout

@@ -9,6 +9,7 @@ alone is not told what to evaluate: its steps are those of the plain decode loop
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from functools import partial, reduce
+from operator import attrgetter
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -17,13 +18,15 @@ from .context import Context
 from .engine.slot import common_prefix
 from .errors import Cancelled, ContextFullError, MinervaError
 from .requests import Doorbell, Prompt, Request, RequestQueue, Signal
-from .sequence import Sequence
+from .sequence import Sequence, look_ahead
 
 T = TypeVar("T")
 
 _WORTH_WAITING = 16  # tokens of a prompt that another request is about to evaluate
 _MOST_STEPS = 64  # of one request that needs no logits, in a round
 _MOST_WAITING = 32  # tokens of a text that is written; with more, it was parked
+_needs_logits = attrgetter("needs_logits")
+
 _SLACK = 64  # tokens that a parked request finds room for when it comes back
 
 
@@ -127,7 +130,8 @@ class Scheduler:
             request = queue.take(wait=not self._served)
             if request is None:
                 return
-            self._served.append(_Served(request))
+            self._served.append(served := _Served(request))
+            request.may_wait = partial(self._runs_beside, served)
             if len(self._served) > 1:
                 self._step(self._served[-1], queue)
 
@@ -137,7 +141,7 @@ class Scheduler:
         """Do the steps of the only request, until it ends or others have come."""
         request, steps, deliver = served.request, served.steps, served.request.deliver
         may_join = self._n_parallel > 1
-        request.may_wait, self._room = False, 0
+        self._room = 0
         # From a round it may come with something that its next step would not evaluate, or not well.
         evaluates = served.is_reading or len(request.writers) > 1 or any(s.n_waiting > 1 for s in served.needed())
         try:
@@ -183,10 +187,10 @@ class Scheduler:
         running = [served for served in self._served if served.is_running]
         writing, reading = list[Sequence](), list[Sequence]()
         for served in running:
-            is_reading = served.is_reading
-            for sequence in served.needed():
-                is_written = not is_reading and sequence.n_waiting <= _MOST_WAITING
-                (writing if is_written else reading).append(sequence)
+            for writer in served.request.writers:
+                if writer.needs_logits and (n_waiting := writer.sequence.n_waiting):
+                    is_written = n_waiting <= _MOST_WAITING and not isinstance(writer, Prompt)
+                    (writing if is_written else reading).append(writer.sequence)
         needed = [*writing, *self._in_order(reading)]
         if len(writing) >= self._context.n_ubatch:  # not all of them fit into one batch
             turn = self._n_rounds % len(needed)
@@ -235,8 +239,8 @@ class Scheduler:
         reading = [
             (served.request, writer.sequence, writer.sequence.n_waiting)
             for served in running
-            if served.is_reading
             for writer in served.request.writers
+            if isinstance(writer, Prompt)
         ]
         # What is written ends by itself, with what it has.
         cancel = running[0].request if len(running) == 1 and running[0].is_reading else None
@@ -245,6 +249,13 @@ class Scheduler:
             n_left += self._idle.with_room(partial(context.evaluate, batch, max_tokens, cancel=cancel))
         for request, sequence, before in reading:
             request.n_evaluated += before - sequence.n_waiting
+        drawing = [
+            (writer.sequence, writer.sampler)
+            for served in running
+            for writer in served.request.writers
+            if writer.sampler is not None
+        ]
+        look_ahead(drawing)
         return n_left
 
     def _find_failed(self, running: list[_Served], error: BaseException, queue: RequestQueue) -> None:
@@ -263,7 +274,6 @@ class Scheduler:
     def _step(self, served: _Served, queue: RequestQueue, error: BaseException | None = None) -> None:
         """Do the next step of a request, or have it fail, and deliver what comes of it."""
         request, steps = served.request, served.steps
-        request.may_wait = any(other.is_running for other in self._served if other is not served)
         served.is_blocked = False
         try:
             for _ in range(_MOST_STEPS):
@@ -276,8 +286,9 @@ class Scheduler:
                     served.is_blocked = item is Signal.BLOCKED
                     self._room = 0  # a prompt was added, or sequences were
                     return
-                self._room -= len(request.writers)
-                if self._room < 1 or not request.writers or any(writer.needs_logits for writer in request.writers):
+                writers = request.writers
+                self._room -= len(writers)
+                if self._room < 1 or not writers or any(map(_needs_logits, writers)):
                     break
             if self._speculates:
                 self._room = 0
@@ -285,6 +296,10 @@ class Scheduler:
             self._end(served, queue)
         except BaseException as failed:  # the caller's to handle, whatever it is
             self._end(served, queue, failed)
+
+    def _runs_beside(self, served: _Served) -> bool:
+        """Say whether another request runs."""
+        return any(other.is_running for other in self._served if other is not served)
 
     def _end(self, served: _Served, queue: RequestQueue, error: BaseException | None = None) -> None:
         self._served.remove(served)

@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as AbstractSequence
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn, Self, TypeVar, overload
+from typing import TYPE_CHECKING, NoReturn, Self, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +18,12 @@ from .engine.cache import KVCache
 from .engine.gate import CancelToken
 from .engine.slot import Slot
 from .errors import EmptySequenceError
-from .sampling import logprob
+from .sampling import Sampler, logprob
+from .sampling.rows import Chain, Survivors, survivors
 from .tokenizer import TokenIds
 
 if TYPE_CHECKING:
     from .context import Context
-
-T = TypeVar("T")
 
 
 class Sequence(AbstractSequence[int]):
@@ -45,6 +44,7 @@ class Sequence(AbstractSequence[int]):
         self._tokens = slot.tokens  # once the slot is closed, it goes on with another list
         self._tokenizer = context.model.tokenizer
         self._n_vocab = self._tokenizer.n_vocab
+        self._ahead: tuple[int, Chain, Survivors] | None = None  # see `look_ahead`
         slot.belong_to(self)
 
     @property
@@ -77,7 +77,8 @@ class Sequence(AbstractSequence[int]):
     @property
     def n_waiting(self) -> int:
         """How many tokens, from the end, wait to be evaluated."""
-        return self._slot.n_waiting
+        slot = self._slot
+        return len(slot.tokens) - slot.n_cached
 
     @property
     def is_full(self) -> bool:
@@ -346,14 +347,35 @@ class Sequence(AbstractSequence[int]):
         return "<Sequence: closed>" if self.closed else f"<Sequence of {len(self)} tokens>"
 
 
-def choose_next(sequence: Sequence, choose: Callable[[npt.NDArray[np.float32], "Tokens"], T], tokens: "Tokens") -> T:
-    """Return what a function chooses from the logits after a sequence, and its tokens; nothing is copied.
+def look_ahead(drawing: list[tuple[Sequence, Sampler]]) -> None:
+    """Have samplers of which several are alike do together what each would do next, after sequences of one context."""
+    alike: dict[Chain, list[Sequence]] = {}
+    for sequence, sampler in drawing:
+        if sampler.chain is not None:
+            alike.setdefault(sampler.chain, []).append(sequence)
+    for chain, some in alike.items():
+        cache = some[0]._cache
+        if len(some) < 2:
+            continue
+        with cache.gate.enter():
+            logits, rows = cache.rows()
+            found = [(sequence, rows[sequence._slot]) for sequence in some if sequence._slot in rows]
+            left = survivors(logits, [row for _, row in found], chain)
+            for (sequence, _), one in zip(found, left, strict=True):
+                sequence._ahead = None if one is None else (cache.stats.decode_calls, chain, one)
 
-    The function only reads the logits, does not keep them, and does not use the context.
-    """
-    cache = sequence._cache
+
+def draw_next(sequence: Sequence, sampler: Sampler, tokens: "Tokens") -> int:
+    """Return what a sampler that only reads draws after a sequence; nothing is copied, nor computed twice."""
+    cache, slot = sequence._cache, sequence._slot
+    ahead, sequence._ahead = sequence._ahead, None
+    if ahead is not None:
+        n_calls, chain, left = ahead
+        # They are of its last token if that is in the buffer, and nothing was computed since.
+        if slot.row is not None and n_calls == cache.stats.decode_calls and chain == sampler.chain:
+            return sampler.draw(left)
     with cache.gate.enter():
-        return choose(cache.peek(sequence._slot), tokens)
+        return sampler(cache.peek(slot), tokens)
 
 
 # For `Context`, on its fast path: C functions, where properties would be Python calls.

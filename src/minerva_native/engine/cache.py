@@ -188,6 +188,14 @@ class KVCache:
         assert slot.logits is not None
         return slot.logits
 
+    def rows(self) -> tuple[Logits, dict[Slot, int]]:
+        """Return the logits in libllama's buffer, (n, n_vocab), and the rows after the last tokens of slots.
+
+        They are to be read before the gate is left.
+        """
+        rows = {slot: row for row, slot in enumerate(self._in_buffer) if slot.row is not None}
+        return self.runner.rows(len(self._in_buffer)), rows
+
     def _keep_logits(self, slot: Slot) -> None:
         """Copy a slot's logits before libllama's buffer is used for something else."""
         if slot.row is not None:

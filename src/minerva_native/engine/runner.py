@@ -177,6 +177,12 @@ class Runner:
             self._seen_at = pointer
         return self._seen
 
+    def rows(self, n: int) -> Logits:
+        """Return the last `n` logits of the last batch, (n, n_vocab), where libllama has them: to be read at once."""
+        size = n * self.n_vocab
+        memory = ffi.buffer(self.decoder.logits - (size - self.n_vocab), 4 * size)
+        return np.frombuffer(memory, np.float32).reshape(n, self.n_vocab)
+
     def raise_for(self, code: int, count: int, since: float) -> None:
         """Raise what a callback has left behind, else what libllama's return code says, if anything.
 

@@ -41,6 +41,7 @@ from .penalties import (
     token_breakers,
     writable,
 )
+from .rows import COLDEST, Chain, Survivors
 from .stream import Stream, fresh_seed
 
 Processor = Callable[[Sequence[int], Floats], None]
@@ -67,6 +68,9 @@ class Sampler:
         params: the sampling parameters; `None` uses the defaults.
         processors: called in order as `processor(tokens, logits)`, each editing a copy of the logits in place.
         tokenizer: resolves the strings in `params.dry_sequence_breakers`; only needed if DRY is on.
+
+    Attributes:
+        chain: its steps, if several samplers that have the same can take them together: see `rows`.
 
     Raises:
         ValueError: DRY is on with string breakers but no tokenizer is given.
@@ -139,6 +143,12 @@ class Sampler:
             return self._draw_adaptive(survivors)
         index = self._draw(survivors)
         return index if survivors.ids is None else int(survivors.ids[index])
+
+    def draw(self, survivors: Survivors) -> int:
+        """Draw one token from what `chain` leaves of the logits, the same as a call with them would draw."""
+        if self._is_argmax:
+            return survivors.ids.item(0)
+        return survivors.ids.item(_place(survivors.running, self._stream.uniform()))
 
     def distribution(
         self, logits: Floats, tokens: Sequence[int] = (), *, mask: Mask | None = None
@@ -328,6 +338,7 @@ class Sampler:
                 steps = [*steps[:first], ("greedy", lambda c, tokens: filters.temperature(c, 0.0))]
         self._steps: tuple[tuple[str, _Step], ...] = tuple(steps)
         self._defer_bias()
+        self.chain = self._as_chain([name for name, _ in steps])
 
     def _defer_bias(self) -> None:
         """Let a first step that keeps the k largest logits add a bias that only lowers some: n of them.
@@ -340,6 +351,24 @@ class Sampler:
         if k and bias is not None and 0 < len(bias.lowered) <= _FEW and not self.processors:
             n, self._lowered = k + len(bias.lowered), bias.lowered
             self._steps = (name, lambda c, tokens: bias.lower(filters.top_k(c, n, scratch)).head(k)), *self._steps[1:]
+
+    def _as_chain(self, names: list[str]) -> Chain | None:
+        """Return the steps as a chain for `rows`, if they are one."""
+        p, parameters = self.params, dict[str, float]()
+        is_biased = self._bias is not None and not self._lowered
+        if not self.only_reads or is_biased or p.mirostat or p.adaptive_target >= 0.0:
+            return None
+        if 0.0 < np.float32(p.top_p) < 1.0:
+            parameters["top_p"] = p.top_p
+        if np.float32(p.min_p) > 0.0:
+            parameters["min_p"] = p.min_p
+        if p.temperature >= COLDEST and p.dynatemp_range == 0.0:
+            parameters["temperature"] = p.temperature
+        if names != ["greedy"] and (names[:1] != ["top_k"] or not parameters.keys() >= set(names[1:])):
+            return None
+        steps = tuple((name, parameters[name]) for name in names[1:])
+        bias = ([], []) if self._bias is None else (self._bias.ids.tolist(), self._bias.values.tolist())
+        return Chain(1 if names == ["greedy"] else p.top_k, steps, p.min_keep, *map(tuple, bias))
 
     def _step(self, name: str) -> _Step | None:
         """Return one step of the chain, or `None` if its parameters are neutral."""
@@ -381,7 +410,11 @@ class Sampler:
 
 def _pick(weights: Doubles, uniform: float) -> int:
     """Return the first index at which the running sum exceeds `uniform` times the total."""
-    running = np.add.accumulate(weights)
+    return _place(np.add.accumulate(weights), uniform)
+
+
+def _place(running: Doubles, uniform: float) -> int:
+    """Return the first index at which a running sum exceeds `uniform` times the last one."""
     index = int(running.searchsorted(uniform * running[-1], side="right"))
     return index if index < running.size else _last_step(running)
 
