@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import minerva_native as mn
+from minerva_native.speculative import FIXED, Costs
 from tiny_models import END, END_OF_TURN, TinyModel
 
 PROMPT = "Once upon a time, there was a little girl named Emma. One day,"
@@ -101,6 +102,73 @@ def test_lookup_finds_what_is_repeated() -> None:
     assert lookup.draft([1, 2, 3], 3) == []  # what was read before is forgotten
     longer = [9, 1, 2, 3, 50, 8, 1, 2, 3, 60, 9, 1, 2, 3]
     assert mn.Lookup().draft(longer, 1) == [50]  # the longest match, not the last one
+
+
+@pytest.mark.parametrize("change", [[80], [80, 81, 82], []], ids=["another", "more", "none"])
+def test_lookup_goes_on_after_a_change(change: list[int]) -> None:
+    lookup, before, after = mn.Lookup(), list(range(10, 20)), list(range(30, 40))
+    text = [*before, 25, *after, 1, 2, *before]
+    assert lookup.draft(text, 3) == [25, 30, 31]
+    assert lookup.evidence(text) == 10
+    for token in change:
+        text.append(token)
+        assert lookup.draft(text, 3) == []
+    text.append(after[0])
+    assert lookup.draft(text, 3) == [31, 32, 33]  # one token is enough
+    assert lookup.evidence(text) == 5
+    assert lookup.draft([*text, 31, 99, 98], 3) == []
+
+
+def test_lookups_of_one_drafter_do_not_mix(sequence: mn.Sequence) -> None:
+    documents = mn.Lookup([[91, 92, 93, 94]])
+    one, other = documents.copy(), documents.copy()
+    assert one.draft([1, 2, 3, 4, 1, 2, 3], 1) == [4]
+    assert other.draft([5, 1, 2, 3], 1) == []
+    assert other.draft([5, 1, 2, 3, 91, 92, 93], 1) == [94]
+    assert one.draft([1, 2, 3, 4, 1, 2, 3, 4], 2) == [1, 2]
+    mn.Speculation(documents, math.inf).over(sequence).propose()
+    assert documents.draft([1, 91, 92, 93], 1) == [94]
+
+
+def test_the_costs_of_passes_are_measured() -> None:
+    costs = Costs()
+    for _ in range(20):
+        for n_rows in (1, 1, 9, 1, 1, 1, 4):
+            costs.note(n_rows, 0.010 + 0.002 * n_rows)
+    assert [costs.base, costs.row] == pytest.approx([0.010, 0.002], rel=0.05)
+    costs.note(1, 9.0)  # something else had the CPU
+    assert costs.base + costs.row < 0.025
+    fixed = Costs(FIXED)
+    fixed.note(1, 9.0)
+    fixed.hope()
+    assert (fixed.base, fixed.row) == FIXED
+
+
+def test_guesses_are_as_long_as_they_are_sure_and_cheap(sequence: mn.Sequence) -> None:
+    text = list(range(100, 140))
+
+    def lengths(row: float, agreed: int) -> int:
+        sequence.assign([*text, 1, *text[: agreed - 1]])
+        sequence.append(text[agreed - 1])
+        return len(mn.Speculation(costs=Costs((1 - row, row))).over(sequence).propose())
+
+    assert lengths(0.1, 3) < lengths(0.1, 6) < lengths(0.1, 12)
+    assert lengths(0.5, 12) < lengths(0.1, 12) < lengths(0.01, 12)
+    assert lengths(0.9, 3) == 0
+    assert lengths(0.01, 20) <= 20  # there is no more
+
+
+def test_nothing_is_guessed_that_cannot_be_part_of_the_text(sequence: mn.Sequence) -> None:
+    plain = written(sequence, GREEDY)
+    end = sequence.context.model.tokenizer.eos
+    assert end is not None
+    for max_tokens in (5, 20, 23):
+        speculation = mn.Speculation(Oracle(len(sequence), plain), math.inf)
+        assert written(sequence, GREEDY, max_tokens, speculate=speculation) == plain[:max_tokens]
+        assert 0 < speculation.drafted == speculation.accepted < max_tokens
+    sequence.append(plain[0])
+    ahead = mn.Speculation(lambda tokens, n: [7, 8, end, 9], math.inf).over(sequence)
+    assert ahead.propose() == [7, 8]
 
 
 def test_lookup_speculates_where_the_text_repeats(demo: mn.Model) -> None:

@@ -95,11 +95,18 @@ class Source(Protocol):
         """Add a token."""
 
 
+class Ahead(Source, Protocol):
+    """A sequence whose logits may be there for tokens that were guessed."""
+
+    def look(self) -> bool:
+        """Guess, and evaluate, unless that was done; return whether the logits are those of a guess."""
+
+
 class Speculation(Protocol):
     """Guesses tokens and evaluates them ahead; `speculative.Speculation` is one."""
 
-    def over(self, sequence: TokenSequence) -> Source:
-        """Return the sequence with what is evaluated ahead."""
+    def over(self, sequence: TokenSequence, max_tokens: int | None = None) -> "Ahead":
+        """Return the sequence with what is evaluated ahead, for so many tokens."""
 
     def end(self) -> None:
         """Take back what was guessed and not drawn."""
@@ -183,7 +190,7 @@ def generate(
         speculate: guesses what comes, to evaluate several tokens in one pass; the text is the same. The sequence may
             not be changed between steps then.
         logprobs: whether steps are asked for their `logprob`. If not, it may be NaN, and a `Sampler` without processors
-            reads the logits where libllama has them, unless there is a constraint or speculation.
+            reads the logits where libllama has them, unless there is a constraint.
 
     Raises:
         EmptySequenceError: the sequence has no tokens.
@@ -216,7 +223,7 @@ def generate(
     if speculate is not None and not (hasattr(speculate, "over") and hasattr(speculate, "end")):
         raise TypeError(f"speculate must be a Speculation, not {what(speculate)}")
     sampler, guide = Sampler() if sampler is None else sampler, guide_of(constraint, sequence)
-    wants_logits = flag("logprobs", logprobs) or top_logprobs or guide is not None or speculate is not None
+    wants_logits = flag("logprobs", logprobs) or top_logprobs or guide is not None
     in_place = not wants_logits and isinstance(sampler, Sampler) and sampler.only_reads
     steps = _decode_loop(sequence, sampler, max_tokens, stop, cancel, decoder, top_logprobs, guide, speculate, in_place)
     return steps if speculate is None else _to_the_end(steps, speculate)
@@ -243,7 +250,8 @@ def _decode_loop(
     in_place: bool,
 ) -> Iterator[Step]:
     tokenizer = sequence.context.model.tokenizer
-    source = sequence if speculate is None else speculate.over(sequence)
+    ahead = None if speculate is None else speculate.over(sequence, max_tokens)
+    source = sequence if ahead is None else ahead
     tokens = source.tokens
     if decoder is None and tokenizer.type != "none":  # without a vocabulary there are tokens, and no text
         decoder = tokenizer.stream(after=next(iter(tokens[-1:]), None))  # it may have been emptied since the call
@@ -258,7 +266,7 @@ def _decode_loop(
         forced = guide.forced() if guide else None
         if forced is not None:
             chosen, logits = forced, source.logits if top_logprobs else None
-        elif in_place:
+        elif in_place and (ahead is None or not ahead.look()):
             chosen, logits = draw_next(sequence, sampler, tokens), None  # type: ignore[arg-type]
         elif guide is None:
             logits = source.logits

@@ -5,8 +5,8 @@ whether those logits are there already. So the distribution is the same, the ran
 what plain decoding gives, wherever the batch's size does not change the roundings of the logits.
 """
 
+import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, Self
 
@@ -23,14 +23,26 @@ from .tokenizer import Tokenizer
 _NGRAM = 3  # tokens that have to be the same before a guess
 _LONGEST_NGRAM = 32
 _MOST_PLACES = 8  # where a guess is looked for
+_MOST_CHANGED = 8  # tokens that are skipped where a text went another way than the one that it repeats
+_LONGEST_CHANGE = 16  # tokens; after more of its own, a text repeats no more
 
-_FIRST_DRAFT, _MOST_DRAFTED = 4, 32  # tokens
+_MOST_DRAFTED = 32  # tokens
 
-_PLAIN_STEPS = 3  # before the first guess: what a token costs without
+_MEASURED = 3  # passes before the first guess: what a token costs without
+_MEASURED_EVERY = 8  # tokens without a guess, from then on
+_FEW_RIGHT, _FEW_WRONG = 4.0, 1.0  # guesses that are counted as right and wrong before there were any
+_FORGOTTEN = 0.1  # of the counts, with each guess
+_REGAINED = 0.02  # of that, with each token without one
+
+FIXED = 0.75, 0.25  # what a pass and each row of it cost if time shall not matter
 
 
 class Drafter(Protocol):
-    """Guesses how tokens go on."""
+    """Guesses how tokens go on.
+
+    It may have a method `evidence(tokens)`: how many of the last tokens speak for what `draft` would return, 0 if there
+    is nothing to return.
+    """
 
     def draft(self, tokens: Sequence[int], n: int) -> list[int]:
         """Return up to `n` tokens that may follow; none if there is no good guess."""
@@ -38,6 +50,9 @@ class Drafter(Protocol):
 
 class Lookup:
     """Guesses that the text goes on as it did the last time that its end came up: prompt lookup (Saxena 2023).
+
+    Where the text went another way than the one that it repeats, a token or a few may have been changed, taken out or
+    put in: the guess is what comes after them, as soon as one token is the same again.
 
     Good for texts that repeat or quote: edits, summaries, code, answers from documents.
 
@@ -48,49 +63,90 @@ class Lookup:
     def __init__(self, documents: Iterable[Sequence[int]] = ()):
         self._text: list[int] = []
         self._places: dict[tuple[int, ...], list[int]] = {}
+        self._in_documents: dict[tuple[int, ...], list[int]] = {}
         self._here: list[int] = []  # where the last tokens came up
+        self._n_documents = 0  # tokens of them
+        self._next, self._agreed = 0, 0  # where it goes on, 0 for nowhere, and how many tokens before are the same
+        self._lost = 0, 0, 0  # where it went on last, how many tokens before were the same, and where it was then
         for document in many("documents", documents):
             tokens = list(many("documents", document))
             if not all(isinstance(token, int) for token in tokens):
                 raise TypeError(f"documents must be lists of token ids, not {what(document)}")
             self._read([*tokens, -1])  # what is no token ends a document
         self._n_documents = len(self._text)
+        self._in_documents = self._places
+        self._begin()
+
+    def copy(self) -> "Lookup":
+        """Return one with the same documents, for another text."""
+        other = Lookup()
+        other._text, other._n_documents = self._text[: self._n_documents], self._n_documents
+        other._in_documents = self._in_documents
+        return other
+
+    def evidence(self, tokens: Sequence[int]) -> int:
+        """Return how many tokens at the end are the same as before what `draft` would return; 0 if that is nothing."""
+        n_read, text = len(self._text) - self._n_documents, self._text
+        n = len(tokens)
+        if n_read > n or (n_read and tokens[n_read - 1] != text[-1]):  # another text
+            self._begin()
+            n_read = 0
+        if n_read < n:
+            self._read(tokens[n_read:])
+            if self._agreed < _LONGEST_NGRAM:
+                self._find()
+        return self._agreed if self._next and text[self._next] >= 0 else 0
 
     def draft(self, tokens: Sequence[int], n: int) -> list[int]:
         """Return what came after the longest match of the end of the tokens."""
-        self._follow(tokens)
-        if len(self._here) < 2:  # the last of them is the end itself
+        if not self.evidence(tokens):
             return []
-        text = self._text
-        end = len(text)
-        best, longest = 0, 0
-        for place in self._here[-_MOST_PLACES - 1 : -1]:
-            size = _NGRAM
-            while size < _LONGEST_NGRAM and place - size > 0 and text[place - size - 1] == text[end - size - 1]:
-                size += 1
-            if size >= longest:
-                best, longest = place, size
-        found = text[best : best + n] if longest else []
+        found = self._text[self._next : self._next + n]
         return found[: found.index(-1)] if -1 in found else found
 
-    def _follow(self, tokens: Sequence[int]) -> None:
-        n_read = len(self._text) - self._n_documents
-        if n_read > len(tokens) or (n_read and tokens[n_read - 1] != self._text[-1]):  # another text
-            del self._text[self._n_documents :]
-            self._places = {key: kept for key, places in self._places.items() if (kept := self._of_documents(places))}
-            n_read = 0
-            self._here = []
-        self._read(tokens[n_read:])
+    def _find(self) -> None:
+        """Have the longest match of the end of the text."""
+        text, end, here = self._text, len(self._text), self._here
+        if len(here) > 1 or self._in_documents:  # the last of them is the end itself
+            there = self._in_documents.get(tuple(text[-_NGRAM:]), []) if self._in_documents else []
+            for place in (*there[-_MOST_PLACES:], *here[-_MOST_PLACES - 1 : -1]):
+                size = _NGRAM
+                while size < _LONGEST_NGRAM and place - size > 0 and text[place - size - 1] == text[end - size - 1]:
+                    size += 1
+                if size > self._agreed or (size == self._agreed and place > self._next):
+                    self._next, self._agreed = place, size
+        place, agreed, then = self._lost
+        if agreed // 2 > self._agreed and end - then <= _LONGEST_CHANGE:
+            self._resume(place, agreed // 2, then)
 
-    def _of_documents(self, places: list[int]) -> list[int]:
-        return [place for place in places if place <= self._n_documents]
+    def _resume(self, place: int, agreed: int, then: int) -> None:
+        """Go on after a change that began at `place` and `then`, if the last token may be one of those after it."""
+        since = len(self._text) - then
+        token, expected = self._text[-1], place + since - 1  # if as many tokens were put in as were taken out
+        found = [at for at in range(place, min(place + since + _MOST_CHANGED, then)) if self._text[at] == token]
+        if found:
+            self._next = 1 + min(found, key=lambda at: abs(at - expected))
+            self._agreed = agreed
+
+    def _begin(self) -> None:
+        del self._text[self._n_documents :]
+        self._places, self._here = {}, []
+        self._next = self._agreed = 0
+        self._lost = 0, 0, 0
 
     def _read(self, tokens: Sequence[int]) -> None:
-        text = self._text
+        text, places, start = self._text, self._places, self._n_documents + _NGRAM
         for token in tokens:
+            if self._next:
+                if text[self._next] == token:
+                    self._next += 1
+                    self._agreed += 1
+                else:
+                    self._lost = self._next, self._agreed, len(text)
+                    self._next = self._agreed = 0
             text.append(token)
-            if len(text) >= _NGRAM:
-                self._here = self._places.setdefault(tuple(text[-_NGRAM:]), [])
+            if len(text) >= start:
+                self._here = places.setdefault(tuple(text[-_NGRAM:]), [])
                 self._here.append(len(text))
 
 
@@ -152,18 +208,58 @@ class Guess:
         return [int(token) for token in self._function(tokens, n)][:n]
 
 
+class Costs:
+    """What a pass takes: some seconds, and some for each token in it. Measured while texts are written.
+
+    Args:
+        fixed: the two, if they are not to be measured.
+
+    Attributes:
+        base: seconds of a pass, whatever is in it.
+        row: seconds of each token.
+        is_fixed: whether they are not measured.
+        n_measured: passes that were measured.
+    """
+
+    def __init__(self, fixed: tuple[float, float] | None = None):
+        self.base, self.row = fixed or (0.0, 0.0)
+        self.is_fixed = fixed is not None
+        self.n_measured = _MEASURED if self.is_fixed else 0
+
+    def note(self, n_rows: int, seconds: float) -> None:
+        """Learn from a pass; one that took unusually long counts as twice what was expected."""
+        if self.is_fixed:
+            return
+        self.n_measured += 1
+        if self.n_measured == 1:
+            self.base, self.row = 0.5 * seconds, 0.5 * seconds / n_rows
+        expected = self.base + self.row * n_rows
+        error = 0.5 * (min(seconds, 2 * expected) - expected) / (1 + n_rows * n_rows)  # normalised least mean squares
+        self.base = max(self.base + error, 0.0)
+        self.row = max(self.row + error * n_rows, 0.01 * expected / n_rows)
+
+    def hope(self) -> None:
+        """Take a token in a pass for a little cheaper, as nobody tries whether it is."""
+        if not self.is_fixed:
+            less = _REGAINED * self.row
+            self.base, self.row = self.base + less, self.row - less
+
+
 class Speculation:
     """Speculative decoding of one sequence; give it to `generate` as `speculate=`.
 
-    How many tokens are guessed follows how many were right. What guesses cost and save is measured: while they have
-    cost more than a share of the time, there are no more.
+    As many tokens are guessed as make the text fastest, going by how many were right, by how long a match a guess rests
+    on, and by what passes were measured to take. While guesses have cost more than a share of the time, there are no
+    more.
 
     Between steps the sequence may hold guessed tokens after those that were given out. They are taken back when the
     generation ends or its iterator is closed; do not change the sequence before that.
 
     Args:
         drafter: "lookup", a `DraftModel`, another `Drafter`, or a function of the tokens and a number for a guess.
-        max_loss: the share of the time that guesses may cost; infinity to guess whether it pays or not.
+        max_loss: the share of the time that guesses may cost; infinity to guess whether it pays or not, and to go by
+            counts alone, whatever is measured.
+        costs: what passes take, if others are measuring that.
 
     Attributes:
         drafted: how many tokens were guessed.
@@ -178,6 +274,7 @@ class Speculation:
         self,
         drafter: "str | Drafter | Callable[[Sequence[int], int], Iterable[int]]" = "lookup",
         max_loss: float = 0.01,
+        costs: Costs | None = None,
     ):
         if isinstance(drafter, str):
             if drafter == "mtp":
@@ -188,19 +285,22 @@ class Speculation:
             if drafter != "lookup":
                 raise ValueError(f'speculate must be "lookup", a model or a function, not {drafter!r}')
             drafter = Lookup()
+        elif isinstance(drafter, Lookup):
+            drafter = drafter.copy()  # each text has its own
         self._drafter: Drafter = drafter if hasattr(drafter, "draft") else Guess(drafter)
         if not hasattr(drafter, "draft") and not callable(drafter):
             hint = "; for a model, DraftModel(model)" if isinstance(drafter, Model) else ""
             raise TypeError(f'speculate must be "lookup", a drafter or a function, not {what(drafter)}{hint}')
         self.max_loss = number("max_loss", max_loss)
+        self.costs = costs or Costs(FIXED if self.max_loss == math.inf else None)
         self.drafted = self.accepted = 0
-        self._ahead: Lookahead | None = None
+        self.ahead: Lookahead | None = None
 
-    def over(self, sequence: TokenSequence) -> "Lookahead":
-        """Return the sequence as `generate` shall see it; raises what `check` does."""
+    def over(self, sequence: TokenSequence, max_tokens: int | None = None) -> "Lookahead":
+        """Return the sequence as `generate` shall see it, for so many tokens; raises what `check` does."""
         self.check(sequence.context)
-        self._ahead = Lookahead(sequence, self._drafter, self)
-        return self._ahead
+        self.ahead = Lookahead(sequence, self._drafter, self, max_tokens)
+        return self.ahead
 
     def check(self, context: Context) -> None:
         """Say whether it works with a context.
@@ -221,53 +321,137 @@ class Speculation:
 
     def end(self) -> None:
         """Take back what was guessed and not drawn."""
-        if self._ahead is not None and not self._ahead.closed:
-            self._ahead.settle()
+        if self.ahead is not None and not self.ahead.closed:
+            self.ahead.settle()
 
 
 class Lookahead:
     """A sequence whose logits may have been computed ahead, for tokens that were guessed.
 
+    A guess goes `propose`, one pass over the last token and the guess, `verify`. Whoever evaluates the sequence does
+    that; if nobody has, reading `logits` does.
+
     Attributes:
         tokens: the tokens without what is guessed, as a view.
     """
 
-    def __init__(self, sequence: TokenSequence, drafter: Drafter, counts: Speculation):
+    def __init__(self, sequence: TokenSequence, drafter: Drafter, counts: Speculation, max_tokens: int | None = None):
         self._sequence, self._drafter, self._counts = sequence, drafter, counts
+        context = sequence.context
         self.tokens = Beginning(sequence)
         self._draft: list[int] = []
         self._rows: npt.NDArray[np.float32] | None = None
         self._at = 0  # how many guessed tokens were right
-        memory = sequence.context.memory
-        self._most = min(memory.n_rollback or _MOST_DRAFTED, _MOST_DRAFTED)
-        self._is_behind = False  # whether right tokens of the last guess have to be evaluated again
-        self._size = min(_FIRST_DRAFT, self._most)
-        self._plain: deque[float] = deque(maxlen=9)  # seconds of the last plain steps
-        self._cost = 0.0  # seconds of the pass in stock
-        self._elapsed = self._gained = 0.0
+        self._most = min(context.memory.n_rollback or _MOST_DRAFTED, _MOST_DRAFTED)
+        self._end = context.options.n_cells
+        if max_tokens is not None:
+            self._end = min(self._end, len(sequence) + max_tokens)
+        self._is_end = context.model.tokenizer.is_end
+        self._evidence: Callable[[Sequence[int]], int] | None = getattr(drafter, "evidence", None)
+        self._right = self._wrong = 0.0  # guesses, those long ago counting less
+        self._forget(1.0)
+        self._has_drafted, self._drafting = False, 0.0  # seconds a guessed token
+        self._start, self._gained = len(sequence), 0.0
+        self._plain = self._cost = 0.0  # seconds that a token takes without a guess, and that the last guess has cost
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the logits after the tokens were computed with a guess."""
+        return self._rows is not None
 
     @property
     def logits(self) -> npt.NDArray[np.float32]:
         """The logits after the tokens."""
+        if not self.look():
+            return self._sequence.logits
+        assert self._rows is not None
+        row: npt.NDArray[np.float32] = self._rows[self._at]
+        return row
+
+    def look(self) -> bool:
+        """Evaluate a guess with the last token, if there is one; return whether its logits are those of a guess."""
         if self._rows is not None:
-            row: npt.NDArray[np.float32] = self._rows[self._at]
-            return row
+            return True
+        if self._sequence.n_waiting != 1:
+            return False
+        costs, draft = self._counts.costs, self.propose()
+        if draft or costs.n_measured < _MEASURED or not self.tokens.n % _MEASURED_EVERY:
+            self._evaluate(draft)
+        return self._rows is not None
+
+    def _evaluate(self, draft: list[int]) -> None:
+        """Evaluate the last token, with a guess unless there is no room for it, and measure that."""
+        sequence, costs = self._sequence, self._counts.costs
         before = time.perf_counter()
-        if self._pays() and self._guess():
-            assert self._rows is not None
-            self._cost = time.perf_counter() - before
-            self._elapsed += self._cost
-            return self._rows[0]
-        is_plain = self._sequence.n_waiting == 1
-        logits = self._sequence.logits
+        try:
+            if draft:
+                self.verify(draft, sequence.logits_after(draft))
+        except ContextFullError:
+            draft = []
+        if not draft:
+            _ = sequence.logits
         seconds = time.perf_counter() - before
-        self._elapsed += seconds
-        if is_plain:
-            self._plain.append(seconds)
-        elif self._is_behind:
-            self._gained += self._typical - seconds
-        self._is_behind = False
-        return logits
+        costs.note(1 + len(draft), seconds)
+        if not costs.is_fixed:
+            self._cost = seconds - self._plain
+
+    def propose(self, n_texts: int = 1, n_most: int = _MOST_DRAFTED) -> list[int]:
+        """Return a guess to evaluate with the last token, of at most `n_most` tokens; none if it is not worth it.
+
+        `n_texts`: how many texts share the pass.
+        """
+        sequence, counts, costs = self._sequence, self._counts, self._counts.costs
+        evidence = 0
+        if self._evidence is not None and not (evidence := self._evidence(self.tokens)):
+            return []
+        if self._rows is not None or sequence.n_waiting != 1 or costs.n_measured < _MEASURED:
+            return []
+        n_tokens = self.tokens.n
+        self._plain = costs.row + costs.base / n_texts
+        n_free = min(self._most, n_most, self._end - n_tokens - 1)
+        may_lose = self._plain * max(1, counts.max_loss * (n_tokens - self._start))
+        if n_free < 1 or self._gained < -may_lose:
+            return []
+        n = self._length(evidence, n_free)
+        if not n:
+            costs.hope()
+            self._forget(_REGAINED)
+            return []
+        before = time.perf_counter()
+        draft = self._drafter.draft(self.tokens, n)
+        if not costs.is_fixed:
+            self._note_drafting(len(draft), time.perf_counter() - before)
+        return draft[: next((at for at, token in enumerate(draft) if self._is_end(token)), n)]  # nothing comes after
+
+    def _length(self, evidence: int, n_most: int) -> int:
+        """Return how many guesses give most tokens a second."""
+        right = self._right + 2 * evidence
+        chance = right / (right + self._wrong)  # that the next is right if those before it are
+        best = int(self._counts.max_loss == math.inf)
+        expected, all_right, seconds = 1.0, 1.0, self._plain
+        rate = 1 / seconds
+        for n in range(1, n_most + 1):
+            all_right *= chance
+            expected += all_right
+            seconds += self._counts.costs.row + self._drafting
+            if expected < rate * seconds:  # from there on it becomes less and less
+                break
+            best, rate = n, expected / seconds
+        return best
+
+    def _note_drafting(self, n: int, seconds: float) -> None:
+        if not self._has_drafted:  # a draft model reads the prompt
+            self._has_drafted = True
+            return
+        self._gained -= seconds
+        if n:
+            self._drafting += 0.3 * (min(seconds / n, 2 * self._drafting or seconds / n) - self._drafting)
+
+    def verify(self, draft: list[int], rows: npt.NDArray[np.float32]) -> None:
+        """Take the logits after the last token and after each of a guess, which was evaluated."""
+        self._draft, self._rows, self._at = draft, rows, 0
+        self._cost = len(draft) * self._counts.costs.row
+        self._counts.drafted += len(draft)
 
     def append(self, token: int) -> None:
         """Add a token, which costs nothing if it was guessed."""
@@ -291,44 +475,25 @@ class Lookahead:
         """Whether the sequence is closed."""
         return self._sequence.closed
 
-    @property
-    def _typical(self) -> float:
-        """The seconds of a plain step."""
-        return sorted(self._plain)[len(self._plain) // 2]
-
-    def _pays(self) -> bool:
-        if len(self._plain) < _PLAIN_STEPS:
-            return False
-        return self._gained >= -max(self._counts.max_loss * self._elapsed, self._plain[-1])
-
-    def _guess(self) -> bool:
-        """Evaluate a guess; return False if there is none."""
-        sequence = self._sequence
-        if self._is_behind:  # that comes first, or it would be evaluated after each guess from now on
-            return False
-        n = min(self._size, sequence.context.n_ctx - len(sequence) - 1)
-        draft = self._drafter.draft(self.tokens, n) if n > 0 else []
-        if not draft:
-            return False
-        try:
-            self._rows = sequence.logits_after(draft)
-        except ContextFullError:
-            return False
-        self._draft, self._at = draft, 0
-        self._counts.drafted += len(draft)
-        return True
-
     def settle(self) -> None:
         """Be done with a guess: learn from it, and forget what of it was not drawn."""
         if self._rows is None:
             return
-        n = len(self._draft)
-        self._gained += self._typical * (self._at + 1) - self._cost
-        self._size = min(2 * self._size if self._at == n else max(_FIRST_DRAFT, self._at), self._most)
+        n, n_right = len(self._draft), self._at
         self._rows, self._draft, self._at = None, [], 0
+        self._forget(_FORGOTTEN)
+        self._right += n_right
+        self._wrong += n_right < n
         if len(self._sequence) > self.tokens.n:
             self._sequence.truncate(self.tokens.n)
-            self._is_behind = self._sequence.n_waiting > 0
+        n_again = self._sequence.n_waiting  # the memory may have gone back further
+        self._gained += n_right * self._plain - self._cost - n_again * self._counts.costs.row
+
+    def _forget(self, share: float) -> None:
+        """Have what was right and wrong count less."""
+        few_right = _FEW_RIGHT if self._evidence is None else 0.0
+        self._right += share * (few_right - self._right)
+        self._wrong += share * (_FEW_WRONG - self._wrong)
 
 
 class Beginning(Sequence[int]):
