@@ -240,6 +240,11 @@ CALLS: dict[str, Call] = {
         lambda room: {"sequences": [room.sequence], "max_tokens": 5, **NOTHING},
         also=("sequence",),
     ),
+    "Context.logits_after": Call(
+        method("logits_after", "context"),
+        lambda room: {"guesses": {room.sequence: [5]}, "others": [room.sequence], "max_tokens": 5, "cancel": None},
+        also=("sequence", *TOKEN_IDS),
+    ),
     "Tokenizer.encode": Call(
         method("model.tokenizer.encode", "context"),
         lambda room: {"text": "a", "add_special": True, "parse_special": False, "cancel": None},

@@ -203,6 +203,72 @@ def test_the_logits_after_each_token_of_a_draft_take_one_pass(
         assert context.stats.decode_calls == calls + 1
 
 
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("kv_unified", [True, False])
+def test_drafts_of_several_sequences_share_a_batch_with_others(
+    load_tiny: Callable[[TinyModel], mn.Model], name: str, kv_unified: bool
+) -> None:
+    model = load_tiny(KINDS[name])
+    with model.context(**{**OPTIONS, "n_ctx": 1024, "n_seq": 4, "kv_unified": kv_unified}) as context:
+        sequences = [context.sequence() for _ in range(4)]
+        texts = [[*IDS, number] for number in range(4)]
+        for sequence, text in zip(sequences, texts, strict=True):
+            sequence.extend(text)
+            sequence.append(9)
+            text.append(9)
+        _ = sequences[1].logits  # the first row of its draft is known
+        long, short, other, prompt = sequences
+        prompt.extend(OTHER, evaluate=False)
+        texts[3] += OTHER
+        calls = context.stats.decode_calls
+        drafts = {long: [5, 6, 7], short: [8]}
+        found = context.logits_after(drafts, [other, short, prompt], max_tokens=10)
+        if model.architecture != "gemma2":  # whose windows are computed apart
+            assert context.stats.decode_calls - calls <= 2
+        assert [rows.shape for rows in found.values()] == [(4, model.tokenizer.n_vocab), (2, model.tokenizer.n_vocab)]
+        for (sequence, rows), text in zip(found.items(), texts, strict=False):
+            assert sequence == text + drafts[sequence]
+            for number, row in enumerate(rows):
+                assert_same(row, fresh(model, text + drafts[sequence][:number]))
+            assert_same(sequence.logits, rows[-1])
+        assert other.n_waiting == 0 < prompt.n_waiting < len(OTHER)
+        for sequence, text in zip(sequences, texts, strict=True):
+            if sequence in found:
+                sequence.truncate(len(text) + 1)
+                text += drafts[sequence][:1]
+            assert_same(sequence.logits, fresh(model, text))
+
+
+def test_a_draft_that_is_cut_off_is_taken_back(tiny: mn.Model) -> None:
+    with tiny.context(**OPTIONS) as context:
+        one, other = context.sequence(), context.sequence()
+        for sequence in (one, other):
+            sequence.extend(IDS)
+            sequence.append(5)
+        found = context.logits_after({one: [6, 7], other: [8, 9]}, max_tokens=5)
+        assert list(found) == [one]
+        assert other == [*IDS, 5]
+        assert_same(other.logits, fresh(tiny, [*IDS, 5]))
+        with pytest.raises(mn.Cancelled):
+            context.logits_after({other: [8]}, cancel=Always())
+        assert other == [*IDS, 5]
+        with pytest.raises(mn.ContextFullError):
+            context.logits_after({one: [7], other: [5] * 300})
+        assert (one, other) == ([*IDS, 5, 6, 7], [*IDS, 5])
+        with pytest.raises(mn.EmptySequenceError):
+            context.logits_after({context.sequence(): [5]})
+        assert context.logits_after({one: []})[one].shape == (1, tiny.tokenizer.n_vocab)
+    with tiny.context(**OPTIONS, on_full="shift") as context, pytest.raises(mn.OptionError, match="on_full='error'"):
+        context.logits_after({context.sequence(): [5]})
+
+
+class Always:
+    """A cancel token that is set."""
+
+    def is_set(self) -> bool:
+        return True
+
+
 def test_a_draft_is_verified_and_cut(tiny: mn.Model, context: mn.Context) -> None:
     sequence = context.sequence()
     sequence.extend(IDS)

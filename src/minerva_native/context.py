@@ -9,6 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
+import numpy as np
+import numpy.typing as npt
+
 from ._arguments import file_path, flag, function, integer, many, what
 from ._binding import lib
 from .devices import Placement, placement
@@ -17,7 +20,7 @@ from .engine.cache import KVCache
 from .engine.gate import CancelToken
 from .engine.memory import Memory
 from .engine.runner import Stats
-from .errors import ContextError, StateError
+from .errors import ContextError, OptionError, StateError
 from .options import ContextOptions
 from .sequence import Sequence, context_of, slot_of
 from .tokenizer import TokenIds
@@ -224,6 +227,41 @@ class Context:
         if n_left:
             cache.gate.let_others_in()
         return n_left
+
+    def logits_after(
+        self,
+        guesses: Mapping[Sequence, TokenIds],
+        others: Iterable[Sequence] = (),
+        max_tokens: int | None = None,
+        cancel: CancelToken | None = None,
+    ) -> dict[Sequence, npt.NDArray[np.float32]]:
+        """Do what `Sequence.logits_after` does for several sequences, in batches shared with what waits in others.
+
+        Args:
+            guesses: sequences of this context, and the tokens to add to each.
+            others: more of them, which are evaluated as `evaluate` does, in what room there is after those.
+            max_tokens: evaluate at most this many tokens. A sequence whose guess is cut off by that is left as it was.
+            cancel: stops the call when it is set (`Cancelled`).
+
+        Returns:
+            The logits before and after each token: float32, shape (tokens + 1, n_vocab), of each sequence in `guesses`
+            that was not cut off.
+
+        Raises what `Sequence.logits_after` and `evaluate` do, and `OptionError` unless `on_full` is "error". Whatever
+        is raised, the sequences are as they were.
+        """
+        if self._options.on_full != "error":
+            raise OptionError(f"guesses for several sequences need on_full='error', not {self._options.on_full!r}")
+        if not isinstance(guesses, Mapping):
+            raise TypeError(f"guesses must be a mapping of sequences to token ids, not {what(guesses)}")
+        max_tokens = None if max_tokens is None else integer("max_tokens", max_tokens, 1)
+        guesses, cache = dict(guesses), self._cache
+        with cache.gate.enter(cancel), cache.handle:
+            as_array = self._model.tokenizer.as_array
+            guessed = {slot_of(self._own(sequence)): as_array(ids) for sequence, ids in guesses.items()}
+            own = {slot_of(self._own(sequence)): None for sequence in many("others", others)}
+            rows = cache.read_guesses(guessed, [slot for slot in own if slot not in guessed], max_tokens, cancel)
+        return {sequence: rows[slot] for sequence, slot in zip(guesses, guessed, strict=True) if slot in rows}
 
     def _own(self, sequence: Sequence) -> Sequence:
         if not isinstance(sequence, Sequence):

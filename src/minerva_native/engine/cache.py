@@ -478,8 +478,12 @@ class KVCache:
         on_progress: OnProgress | None = None,
         cancel: CancelToken | None = None,
         max_tokens: int | None = None,
+        rows: "_Rows | None" = None,
     ) -> int:
-        """Bring the cache of slots up to their lists, at least by the last token; return how many tokens that takes."""
+        """Bring the cache of slots up to their lists, at least by the last token; return how many tokens that takes.
+
+        `rows`: reads the logits of guesses.
+        """
         queue = deque(slots)
         for slot in queue:
             self._make_evaluable(slot)
@@ -488,7 +492,7 @@ class KVCache:
         while queue and (max_tokens is None or done < max_tokens):
             check(cancel)
             n_left = self._max_batch if max_tokens is None else min(self._max_batch, max_tokens - done)
-            parts = self._fill_batch(queue, n_left)
+            parts = self._fill_batch(queue, n_left, rows)
             if not parts:
                 break
             count = sum(size for _, size in parts)
@@ -497,7 +501,8 @@ class KVCache:
             row = -1
             for slot, size in parts:
                 row += size
-                self._commit(slot, size, row)
+                is_guess = rows is not None and rows.read(slot, size, row)
+                self._commit(slot, size, row, is_guess)
                 if not slot.n_waiting:
                     queue.remove(slot)
             done += count
@@ -516,7 +521,9 @@ class KVCache:
             raise self._full(lacking, slot, lacking)
         self.pool.place(slot)
 
-    def _fill_batch(self, queue: "deque[Slot]", n_max: int) -> list[tuple[Slot, int]]:
+    def _fill_batch(
+        self, queue: "deque[Slot]", n_max: int, rows: "_Rows | None" = None
+    ) -> list[tuple[Slot, int]]:
         """Fill the batch with at most `n_max` tokens of the slots in the queue; return how many of each."""
         # libllama splits a batch by the lengths of its parts: those of windows in cells of their own have to be equal.
         is_even = self.memory.window and not self.memory.can_share
@@ -539,7 +546,8 @@ class KVCache:
         at = 0
         for slot, size in parts:
             n = slot.n_cached
-            self.runner.batch.put(at, slot.tokens[n : n + size], n, slot.id)
+            n_outputs = 1 if rows is None else rows.n_outputs(slot, size)
+            self.runner.batch.put(at, slot.tokens[n : n + size], n, slot.id, n_outputs)
             at += size
         return parts
 
@@ -607,6 +615,57 @@ class KVCache:
                 for row in range(first, size):
                     on_row(index, self.runner.logits(row))
                     index += 1
+
+    def read_guesses(
+        self,
+        guesses: dict[Slot, Ids],
+        others: list[Slot],
+        max_tokens: int | None = None,
+        cancel: CancelToken | None = None,
+    ) -> dict[Slot, Logits]:
+        """Evaluate what waits in slots in shared batches, and in some a guess after it.
+
+        Return the rows of those: logits before and after each token. A guess that `max_tokens` cuts off is taken back.
+        """
+        rows = _Rows(self.runner)
+        with self._rollback() as undo:
+            is_alone = len(guesses) == 1 and not others
+            for slot, ids in guesses.items():
+                self._add_guess(slot, ids, rows, undo, is_alone)
+            lacking = []
+            for slot in others:
+                slot.check_open()
+                self._check_not_empty(slot)
+                if not slot.has_logits and self._needs_evaluation(slot):
+                    lacking.append(slot)
+            waiting = [slot for slot in guesses if slot.n_waiting]
+            self._evaluate([*waiting, *lacking], cancel=cancel, max_tokens=max_tokens, rows=rows)
+        for slot in guesses:
+            if slot.n_waiting:
+                rows.drop(slot)
+                slot.cut(len(slot.tokens) - len(guesses[slot]))
+        return rows.found
+
+    def _add_guess(self, slot: Slot, ids: Ids, rows: "_Rows", undo: "_Rollback", is_alone: bool) -> None:
+        """Add a guess to the list, so that evaluating it gives the logits before and after each token."""
+        slot.check_open()
+        self._check_not_empty(slot)
+        slot.settle()
+        if slot.n_waiting:  # an interrupt may have left logits alone
+            slot.forget_logits()
+        self.stats.tokens_reused += self._attach_prefix(slot)
+        slot.recall_logits()
+        if not slot.has_logits and not slot.n_waiting:
+            slot.rollback(len(slot.tokens) - 1)  # so that its logits are a row of the pass
+        if self.pool.spare < len(ids):
+            self._make_room(slot, len(ids))
+        # Snapshots are of no use after a batch of several sequences.
+        if not self.memory.can_truncate and not (self.memory.n_rollback and is_alone):
+            self._keep_logits(slot)
+            slot.checkpoint(1, self._checkpoint_bytes, is_passing=True)
+        rows.expect(slot, len(ids), self.peek(slot) if slot.has_logits else None)
+        undo.mark(slot)
+        self._add(slot, ids)
 
     def encode(self, ids: list[int]) -> None:
         """Have the encoder read a text. libllama wants the memory to be empty: all answers are forgotten."""
@@ -900,6 +959,48 @@ class KVCache:
 
     def _rollback(self) -> "_Rollback":
         return _Rollback(self.pool, self.stats)
+
+
+class _Rows:
+    """The logits of guesses, while they are evaluated.
+
+    Attributes:
+        found: of each slot, before and after each token of its guess: float32, shape (tokens + 1, n_vocab).
+    """
+
+    def __init__(self, runner: Runner):
+        self._runner = runner
+        self._first: dict[Slot, int] = {}  # the token whose logits are the first row
+        self.found: dict[Slot, Logits] = {}
+
+    def expect(self, slot: Slot, n: int, logits: Logits | None) -> None:
+        """Have the rows of a guess of `n` tokens, which comes after the list; `logits` is row 0 if it is known."""
+        rows = self.found[slot] = np.empty((n + 1, self._runner.n_vocab), np.float32)
+        self._first[slot] = len(slot.tokens) - 1
+        if logits is not None:
+            rows[0] = logits
+
+    def drop(self, slot: Slot) -> None:
+        """Have no rows of a slot."""
+        del self.found[slot]
+
+    def n_outputs(self, slot: Slot, size: int) -> int:
+        """Return of how many of the next `size` tokens of a slot, from the last, logits are wanted."""
+        if slot not in self._first:
+            return 1
+        return min(size, max(1, slot.n_cached + size - self._first[slot]))
+
+    def read(self, slot: Slot, size: int, row: int) -> bool:
+        """Copy the logits of the last `size` tokens of a slot that are rows; return whether it has a guess.
+
+        `row`: where those of the last token are in libllama's buffer.
+        """
+        if slot not in self._first:
+            return False
+        first, end = self._first[slot], slot.n_cached + size
+        for n in range(max(first, slot.n_cached), end):
+            self.found[slot][n - first] = self._runner.peek(row + 1 + n - end)
+        return True
 
 
 class _Rollback:
