@@ -62,7 +62,8 @@ class Models:
         self.places = {source.name: Place(source) for source in sources}
         self._load, self._metrics = load, metrics
         self._budget, self._idle_seconds = budget_bytes, idle_seconds
-        self._loading, self._freed = asyncio.Lock(), asyncio.Event()
+        self._freed = asyncio.Event()
+        self._changing = asyncio.Lock()  # held by who loads or unloads, so that the memory is as the places say
 
     def place(self, name: str | None) -> Place:
         """Return a model. If there is only one, every name is its.
@@ -97,49 +98,62 @@ class Models:
             self._freed.set()
 
     async def _loaded(self, place: Place) -> mn.LLM:
+        """Load a model. While it waits for room, others may be loaded for which there is enough."""
+        until = None
         try:
-            async with self._loading:
-                try:
-                    async with asyncio.timeout(_ROOM_SECONDS):
-                        while not await self._make_room(place):
-                            self._freed.clear()
-                            await self._freed.wait()
-                except TimeoutError:
-                    busy = "other models are in use, and leave no memory for this one"
-                    raise HTTPError(503, busy, "model", "busy", {"retry-after": "10"}) from None
-                name, begun = place.source.name, time.monotonic()
-                _logger.info("loading %s", name)
-                try:
-                    place.llm = llm = await asyncio.to_thread(self._load, place.source)
-                except (OSError, mn.MinervaError) as error:
-                    _logger.error("%s cannot be loaded: %s", name, error)
-                    failed = "the model cannot be loaded: the server's log says why"
-                    raise HTTPError(500, failed, "model", "model_load_failed") from None
-                place.used = time.monotonic()
-                self._metrics.watch(llm, name)
-                _logger.info("loaded %s in %.1f s", name, place.used - begun)
-                return llm
+            while True:
+                async with self._changing:
+                    if await self._make_room(place):
+                        return await self._load_now(place)
+                    self._freed.clear()
+                now = asyncio.get_running_loop().time()
+                until = now + _ROOM_SECONDS if until is None else until
+                async with asyncio.timeout_at(until):
+                    await self._freed.wait()
+        except TimeoutError:
+            busy = "other models are in use, and leave no memory for this one"
+            raise HTTPError(503, busy, "model", "busy", {"retry-after": "10"}) from None
         finally:
             place.loading = None
+
+    async def _load_now(self, place: Place) -> mn.LLM:
+        name, begun = place.source.name, time.monotonic()
+        _logger.info("loading %s", name)
+        try:
+            place.llm = llm = await asyncio.to_thread(self._load, place.source)
+        except (OSError, mn.MinervaError) as error:
+            _logger.error("%s cannot be loaded: %s", name, error)
+            failed = "the model cannot be loaded: the server's log says why"
+            raise HTTPError(500, failed, "model", "model_load_failed") from None
+        place.used = time.monotonic()
+        self._metrics.watch(llm, name)
+        _logger.info("loaded %s in %.1f s", name, place.used - begun)
+        return llm
 
     async def _make_room(self, wanted: Place) -> bool:
         """Unload what was used longest ago until the model fits; return False if what is in use has to end first."""
         while True:
             loaded = [place for place in self.places.values() if place.llm is not None]
-            used = sum(place.source.size_bytes for place in loaded)
-            if not loaded or used + wanted.source.size_bytes <= self._budget:
+            if not loaded or _size(loaded) + wanted.source.size_bytes <= self._budget:
                 return True
             idle = [place for place in loaded if not place.n_users]
-            if not idle:
+            in_use = _size(loaded) - _size(idle)
+            if not idle or (in_use and in_use + wanted.source.size_bytes > self._budget):
                 return False
             await self._unload(min(idle, key=lambda place: place.used))
 
     async def _unload(self, place: Place) -> None:
+        llm = self._taken(place)
+        if llm is not None:
+            await asyncio.to_thread(_close, llm)
+
+    def _taken(self, place: Place) -> mn.LLM | None:
+        """Take what is loaded from a place, to close it: who asks for the model from now on has it loaded again."""
         llm, place.llm = place.llm, None
         if llm is not None:
             self._metrics.unwatch(llm)
             _logger.info("unloading %s", place.source.name)
-            await asyncio.to_thread(_close, llm)
+        return llm
 
     def adopt(self, name: str, llm: mn.LLM) -> None:
         """Take a model that is loaded."""
@@ -148,15 +162,22 @@ class Models:
         self._metrics.watch(llm, name)
 
     async def drop(self, name: str, llm: mn.LLM) -> None:
-        """Unload a model that has failed: the next request loads it again."""
+        """Unload a model that has failed: the next request loads it again, once its memory is free."""
         place = self.places[name]
-        if place.llm is llm:
-            await self._unload(place)
+        if place.llm is not llm:
+            return
+        self._taken(place)
+        try:
+            async with self._changing:
+                await asyncio.to_thread(_close, llm)
+        except asyncio.CancelledError:  # the server ends
+            _close(llm)
+            raise
 
     async def unload_idle(self) -> None:
         """Unload what is not used, for ever; does nothing if everything is to stay."""
         while self._idle_seconds is not None:
-            async with self._loading:
+            async with self._changing:
                 for place in self.places.values():
                     is_idle = place.llm is not None and not place.n_users
                     if is_idle and time.monotonic() - place.used >= self._idle_seconds:
@@ -174,6 +195,10 @@ class Models:
             llm, place.llm = place.llm, None
             if llm is not None:
                 _close(llm)
+
+
+def _size(places: Iterable[Place]) -> int:
+    return sum(place.source.size_bytes for place in places)
 
 
 def _close(llm: mn.LLM) -> None:
