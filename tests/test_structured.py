@@ -657,11 +657,41 @@ def test_what_is_optional_and_infinite_is_left_out(sequence: mn.Sequence) -> Non
         (lambda: mn.Constraint.lark('start: "' + "a" * 1_100_000 + '"'), "characters"),
         (lambda: mn.Constraint.lark("".join(f'r{at}: "a"\n' for at in range(6_000)) + "start: r0"), "6,001 rules"),
         (lambda: mn.Constraint.json_schema({"enum": ["a" * 1_100_000]}), "characters"),
+        (lambda: mn.Constraint.choice([f"word {at} of many" for at in range(40_000)]), r"symbols\) too big"),
+        (
+            lambda: mn.Constraint.gbnf("root ::= " + " | ".join(f'[^{at:04d}]* "x{at}"' for at in range(8_000))),
+            "too big",
+        ),
+        (lambda: mn.Constraint.json_schema({"properties": {f"k{at}": {} for at in range(9_000)}}), "too big"),
     ],
 )
 def test_a_grammar_that_cannot_be_kept_is_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(mn.ConstraintError, match=message):
         make()
+
+
+def test_a_constraint_is_compiled_once_for_all_answers(llm: mn.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_stack, compiled = structured._with_stack, list[object]()
+
+    def counted(function: Callable[[], Any]) -> Any:
+        compiled.append(function)
+        return with_stack(function)
+
+    def answer(city: str) -> None:
+        """Say where it is."""
+
+    constraint = mn.Constraint.choice(["yes", "no"])
+    monkeypatch.setattr(structured, "_with_stack", counted)
+    llm.compile(llm.options("complete", {"constraint": constraint}))
+    assert len(compiled) == 1
+    answers = llm.complete("a", 3, constraint=constraint)
+    assert all(one.parsed in ("yes", "no") for one in answers.choices)
+    assert len(compiled) == 1
+    llm.compile(llm.options("chat", {"tool_choice": "required"}), [answer])
+    n_compiled = len(compiled)
+    assert n_compiled > 1
+    assert llm.chat_completion(HELLO, [answer], tool_choice="required", max_tokens=60).tool_calls is not None
+    assert len(compiled) == n_compiled
 
 
 def test_deep_and_long_schemas_are_refused_or_compiled_on_a_stack_that_holds_them(demo: mn.Model) -> None:
@@ -691,9 +721,16 @@ def test_deep_and_long_schemas_are_refused_or_compiled_on_a_stack_that_holds_the
         {"json_schema": {"type": "object", "properties": {f"k{at}": {"type": "null"} for at in range(3_000)}}},
     ],
 )
-def test_a_constraint_that_is_too_complex_ends_with_an_error_that_says_so(llm: mn.LLM, constraint: Any) -> None:
+def test_a_constraint_that_is_too_complex_ends_with_an_error_that_says_so(
+    llm: mn.LLM, constraint: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = mn.Metrics()
+    metrics.watch(llm)
     with pytest.raises(mn.ConstraintError, match=r"too many|max is"):
         llm.complete("a", constraint=constraint, max_tokens=20)
+    metrics.unwatch(llm)
+    assert 'outcome="error"} 1' in metrics.prometheus()
+    assert not caplog.records  # nor has an observer failed
     assert llm.complete("a", constraint=["yes"]).parsed == "yes"
 
 

@@ -90,7 +90,7 @@ class ToolUse:
             grammar = tool_format.grammar(
                 ready, required=is_required, parallel=is_parallel, name=name, tokens=tokens, reasoning=own
             )
-            constraint = None if grammar is None else _compiled(grammar)
+            constraint = None if grammar is None else _constraint(grammar)
         except MinervaError as error:
             if is_required:
                 raise
@@ -207,9 +207,20 @@ def _prepared(tool: Tool) -> dict[str, Any]:
     return {"type": "object"} | schema if isinstance(schema, dict) else {"type": "object"}
 
 
-@functools.lru_cache(maxsize=64)
-def _compiled(grammar: str) -> Constraint:
-    return Constraint.lark(grammar)
+def _constraint(grammar: str) -> Constraint:
+    tried = _tried(grammar)
+    if isinstance(tried, str):
+        raise ConstraintError(tried)
+    return tried
+
+
+@functools.lru_cache(maxsize=16)  # of a large grammar, what was compiled takes 20 MB
+def _tried(grammar: str) -> Constraint | str:
+    """Return a constraint, or what is wrong with its grammar: either may take a second."""
+    try:
+        return Constraint.lark(grammar)
+    except ConstraintError as error:
+        return str(error)
 
 
 def result_message(call_id: str, name: str, result: object) -> dict[str, Any]:

@@ -384,6 +384,7 @@ class Draft:
     def completion(self) -> Completion:
         """Return the whole, or what there is of it yet."""
         last = self.last
+        is_finished = last.usage is not None
         return Completion(
             text="".join(self._texts),
             reasoning="".join(self._reasonings),
@@ -400,8 +401,8 @@ class Draft:
             created=int(time.time()),
             is_chat=self._is_chat,
             constraint=self._options.constraint,
-            # A stop string is not part of the text, but what the guide has seen.
-            is_complete=self._guide is None or (last.finish_reason != "stop" and self._guide.can_end),
+            # A stop string is not part of the text, but what the guide has seen; and a guide that failed cannot say it.
+            is_complete=self._guide is None or (is_finished and last.finish_reason != "stop" and self._guide.can_end),
         )
 
 

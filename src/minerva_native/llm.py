@@ -236,6 +236,23 @@ class LLM:
             parsed.constraint.prepare(self.tokenizer)
         return parsed
 
+    def compile(self, options: RequestOptions, tools: Sequence[ToolGiven] = ()) -> None:
+        """Compile what the answer to a request has to be, if that was asked for, and check how it may call tools.
+
+        A large schema takes seconds: if they have not passed here, they pass on the queue's thread, where all other
+        requests wait for it.
+
+        Raises:
+            ConstraintError: it cannot be kept to.
+            TypeError, ValueError: a tool, or what was asked for of them, is wrong.
+        """
+        constraint = options.constraint
+        if tools or options.tool_choice == "required":
+            use = options.tools_of(described(tools)[0], self._chosen(None), self.tokenizer)
+            constraint = constraint if use is None else use.constraint
+        if constraint is not None:
+            constraint.matcher(self.tokenizer)
+
     def speculation(self) -> Speculation | None:
         """Return what guesses tokens of one answer, if that was asked for."""
         return None if self._speculate is None else Speculation(self._speculate)

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 _STACK_BYTES = 64 << 20  # for the compiler, which recurses from one rule to the next
 
+_MOST_SYMBOLS = 25_000  # of a grammar, for which the engine's time grows with their square: a second or two
+_MOST_LEXER_WORK = 300_000  # in its own unit
+
 _SPACED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 _MOST_DIGITS = 20  # in a row, of a JSON number: more than a double or a 64-bit integer has
@@ -57,7 +60,7 @@ class Constraint:
         schema: the JSON schema that it keeps to, as it was prepared; None if it is no schema.
     """
 
-    __slots__ = ("_grammar", "_name", "_parse", "schema")
+    __slots__ = ("__weakref__", "_grammar", "_name", "_parse", "schema")
 
     def __init__(self, grammar: str, name: str, parse: Callable[[str], Any], schema: Schema | bool | None = None):
         self._grammar, self._name, self._parse, self.schema = grammar, name, parse, schema
@@ -182,7 +185,8 @@ class Constraint:
     def matcher(self, tokenizer: Tokenizer, *, in_thread: bool = False) -> "Matcher":
         """Return a matcher at the beginning of a text.
 
-        Raises `ConstraintError` if the vocabulary has no token that ends a generation.
+        The first one for a model compiles the grammar, which takes up to seconds if that is large; later ones are
+        copies. Raises `ConstraintError` if the vocabulary has no token that ends a generation.
 
         Args:
             tokenizer: of the model. Its vocabulary is read once, which takes a fraction of a second.
@@ -190,9 +194,13 @@ class Constraint:
         """
         if not isinstance(tokenizer, Tokenizer):
             raise TypeError(f"tokenizer must be a Tokenizer, not {what(tokenizer)}")
-        in_thread, (vocabulary, digits) = flag("in_thread", in_thread), _vocabularies.get(tokenizer)
-        engine = _with_stack(lambda: _engine().LLMatcher(vocabulary, self._grammar, log_level=0))
-        return Matcher(engine, tokenizer, in_thread, None if self.schema is None else digits)
+        in_thread, vocabulary = flag("in_thread", in_thread), _vocabularies.get(tokenizer)
+        engine = vocabulary.compiled.get(self)
+        if engine is None:
+            limits, make = _limits(), _engine().LLMatcher
+            engine = _with_stack(lambda: make(vocabulary.engine, self._grammar, log_level=0, limits=limits))
+            vocabulary.compiled[self] = engine
+        return Matcher(engine.deep_copy(), tokenizer, in_thread, None if self.schema is None else vocabulary.digits)
 
     def parse(self, text: str) -> Any:
         """Return the value that a text stands for: of JSON the value, or an instance of the type that was given.
@@ -383,6 +391,10 @@ def _engine() -> Any:
     return llguidance
 
 
+def _limits() -> Any:
+    return _engine().LLParserLimits(max_grammar_size=_MOST_SYMBOLS, initial_lexer_fuel=_MOST_LEXER_WORK)
+
+
 def _with_stack(function: Callable[[], Any]) -> Any:
     try:
         return with_stack(function, _STACK_BYTES)
@@ -407,7 +419,8 @@ def _json_grammar(schema: Any) -> str:
 
 def _problem(grammar: str) -> str:
     """Return what is wrong with a grammar; empty if nothing is."""
-    is_wrong, messages = _with_stack(lambda: _engine().LLMatcher.validate_grammar_with_warnings(grammar))
+    validate, limits = _engine().LLMatcher.validate_grammar_with_warnings, _limits()
+    is_wrong, messages = _with_stack(lambda: validate(grammar, limits=limits))
     return _first_lines(messages[0]) if is_wrong else ""
 
 
@@ -421,6 +434,20 @@ def _first_lines(message: str) -> str:
     """Return a message of the engine without its state."""
     lines = [line.strip() for line in message.split("\n<state>")[0].splitlines()]
     return " ".join(line for line in lines if line and set(line) != {"^"})[:500]
+
+
+class _Vocabulary(NamedTuple):
+    """A vocabulary for the engine.
+
+    Attributes:
+        engine: its own view.
+        digits: which tokens begin with a digit, in packed bits.
+        compiled: what it has made of grammars, at the beginning of a text.
+    """
+
+    engine: "llguidance.LLTokenizer"
+    digits: npt.NDArray[np.int32]
+    compiled: "weakref.WeakKeyDictionary[Constraint, llguidance.LLMatcher]"
 
 
 class _Vocabularies:
@@ -443,18 +470,18 @@ class _Vocabularies:
                 threading.Thread(target=job.run, name="minerva_native vocabulary", daemon=True).start()
         return job
 
-    def get(self, tokenizer: Tokenizer) -> Any:
+    def get(self, tokenizer: Tokenizer) -> _Vocabulary:
         job = self.begin(tokenizer)
         try:
-            return job.wait()
+            made: _Vocabulary = job.wait()
+            return made
         except BaseException:
             with self._lock, contextlib.suppress(KeyError):
                 del self._made[tokenizer]
             raise
 
 
-def _vocabulary(tokenizer: Tokenizer) -> tuple[Any, npt.NDArray[np.int32]]:
-    """Return the engine's view of a vocabulary, and which tokens begin with a digit, in packed bits."""
+def _vocabulary(tokenizer: Tokenizer) -> _Vocabulary:
     engine = _engine()
     names = {token.id: token.text for token in tokenizer.special_tokens if not token.in_every_text}
     pieces = tokenizer.pieces()
@@ -467,7 +494,8 @@ def _vocabulary(tokenizer: Tokenizer) -> tuple[Any, npt.NDArray[np.int32]]:
     begin_with_digit = np.zeros(-(-tokenizer.n_vocab // 32) * 32, np.bool_)
     begin_with_digit[: tokenizer.n_vocab] = [piece[:1].isdigit() for piece in pieces]
     digits = np.packbits(begin_with_digit, bitorder="little").view(np.int32)
-    return engine.LLTokenizer(engine.TokenizerWrapper(encode), n_vocab=tokenizer.n_vocab, eos_token=ends), digits
+    made = engine.LLTokenizer(engine.TokenizerWrapper(encode), n_vocab=tokenizer.n_vocab, eos_token=ends)
+    return _Vocabulary(made, digits, weakref.WeakKeyDictionary())
 
 
 class _Encoder:

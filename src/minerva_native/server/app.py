@@ -59,6 +59,9 @@ _logger = logging.getLogger("minerva_native.server")
 
 _SHORT = 10_000  # characters of texts that are encoded on the event loop
 
+_LONG = 1 << 16  # characters or tokens that others need not wait for
+_LONG_GRAMMAR = 1 << 12  # characters: as many as can take a tenth of a second
+
 _LONGEST_TOKEN = 128  # characters: so many spaces are one token in some vocabularies
 
 _MOST_BIASES = 64  # that are read on the event loop
@@ -151,11 +154,12 @@ class Api:
 
     def __init__(self, models: Models, metrics: mn.Metrics, settings: Settings):
         self._models, self._metrics, self._settings = models, metrics, settings
-        self._long_texts = LongTexts()
+        self._long_texts, self._grammars = LongTexts(_LONG), LongTexts(_LONG_GRAMMAR)
 
     def close(self) -> None:
         """Leave what takes long."""
         self._long_texts.close()
+        self._grammars.close()
 
     # What there is
 
@@ -225,7 +229,7 @@ class Api:
         messages = checked_messages(body.messages)
         async with self._lent(exchange, body.model) as (name, llm):
             _checked_size(llm, messages)
-            given = await _keywords(llm, body, lambda: of_chat(body, sampling, llm), is_chat=True)
+            given = await self._keywords(exchange, llm, body, lambda: of_chat(body, sampling, llm))
             n = body.n or 1
             if not body.stream:
                 with _told():
@@ -248,7 +252,7 @@ class Api:
             raise HTTPError(400, f"prompt: there would be more than {_MOST_ANSWERS} answers", "prompt")
         async with self._lent(exchange, body.model, "prompt") as (name, llm):
             prompts = await self._encoded(exchange, llm, texts)
-            given = await _keywords(llm, body, lambda: of_completion(body, sampling, llm.model))
+            given = await self._keywords(exchange, llm, body, lambda: of_completion(body, sampling, llm.model))
             if not body.stream:
                 with _told():
                     works = [llm.acomplete(prompt, n, body.best_of, **given) for prompt in prompts]
@@ -270,7 +274,7 @@ class Api:
             raise wrong("n", "it must be 1 here: give the prompt several times")
         async with self._lent(exchange, body.model, "prompt") as (name, llm):
             prompts = await self._encoded(exchange, llm, native_prompts(body, llm.tokenizer))
-            given = await _keywords(llm, body, lambda: of_native(body, sampling, llm.model))
+            given = await self._keywords(exchange, llm, body, lambda: of_native(body, sampling, llm.model))
             settings = settings_of(body, llm.options("request", given).sampling, given)
             writers = [NativeWriter(body, name, at, llm.tokenizer, settings) for at in range(len(prompts))]
             if not body.stream:
@@ -384,7 +388,7 @@ class Api:
         messages = checked_messages(chat.messages)
         async with self._lent(exchange, body.model) as (name, llm):
             _checked_size(llm, messages)
-            given = await _keywords(llm, chat, lambda: of_chat(chat, sampling, llm), is_chat=True)
+            given = await self._keywords(exchange, llm, chat, lambda: of_chat(chat, sampling, llm))
             if not body.stream:
                 with _told():
                     completion = await exchange.wait(llm.achat_completion(messages, chat.tools, **given))
@@ -419,7 +423,7 @@ class Api:
         messages = checked_messages(body.messages)
         async with self._lent(exchange, body.model) as (_, llm):
             size = _checked_size(llm, messages)
-            given = await _keywords(llm, body, lambda: of_chat(body, sampling, llm), is_chat=True)
+            given = await self._keywords(exchange, llm, body, lambda: of_chat(body, sampling, llm))
             template, tools = _template(llm), None if body.tool_choice == "none" else body.tools
             variables = {**given.get("chat_template_kwargs", {}), "continue_final_message": continues(body)}
             said = template.with_arguments(messages)
@@ -432,6 +436,44 @@ class Api:
         """Say that embeddings are not there yet."""
         once = {"x-should-retry": "false"}  # which OpenAI's clients heed: they try most errors of a server again
         raise HTTPError(501, "embeddings are not there yet", code="not_supported", headers=once)
+
+    async def _keywords(
+        self, exchange: Exchange, llm: mn.LLM, body: Generation, make: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Return the keywords of a request, checked; what takes long is done in a thread.
+
+        Raises:
+            HTTPError: one of them is wrong.
+        """
+        chat = body if isinstance(body, ChatBody) else None
+        form = None if chat is None or is_text(chat.response_format) else chat.response_format
+        shapes = [given for given in (body.grammar, body.json_schema, form) if given is not None]
+        tools = [] if chat is None or chat.tools is None else chat.tools
+
+        def checked() -> dict[str, Any]:
+            given = make()
+            tags = llm.template.thinking_tags if chat is not None and llm.template is not None else None
+            options = llm.options("request", {"thinking_tags": tags, **given})
+            llm.compile(options, tools)
+            if options.constraint is not None:
+                given["constraint"] = options.constraint
+                given.pop("response_format", None)
+            return given
+
+        try:
+            if not shapes and not tools and len(body.logit_bias or ()) <= _MOST_BIASES:
+                return checked()
+            size = len(as_json([shapes, tools, body.logit_bias]))
+            return await exchange.wait(self._grammars.run(size, checked))
+        except mn.ConstraintError as error:
+            if not shapes:
+                raise of_arguments(error, FIELDS) from None
+            name = "grammar" if body.grammar is not None else "json_schema" if form is None else "response_format"
+            raise HTTPError(400, f"{name}: {error}", name) from None
+        except (mn.ClosedError, mn.BrokenContextError, mn.TemplateError):
+            raise
+        except (TypeError, ValueError, mn.MinervaError) as error:
+            raise of_arguments(error, FIELDS) from None
 
     # Tokens
 
@@ -515,36 +557,6 @@ def _checked_size(llm: mn.LLM, texts: Sequence[Any]) -> int:
     if longest > n_ctx * _LONGEST_TOKEN:
         raise mn.ContextFullError(f"{longest:,} characters are too many for a context of {n_ctx:,} tokens")
     return size
-
-
-async def _keywords(
-    llm: mn.LLM, body: Generation, make: Callable[[], dict[str, Any]], is_chat: bool = False
-) -> dict[str, Any]:
-    """Return the keywords of a request, checked; what takes long is done in a thread.
-
-    Raises:
-        HTTPError: one of them is wrong.
-    """
-
-    def checked() -> dict[str, Any]:
-        given = make()
-        tags = llm.template.thinking_tags if is_chat and llm.template is not None else None
-        options = llm.options("request", {"thinking_tags": tags, **given})
-        if options.constraint is not None:
-            given["constraint"] = options.constraint
-            given.pop("response_format", None)
-        return given
-
-    shape = getattr(body, "response_format", None)
-    is_grammar = not (body.grammar is None and body.json_schema is None and (shape is None or is_text(shape)))
-    is_slow = is_grammar or len(body.logit_bias or ()) > _MOST_BIASES
-    try:
-        return await asyncio.to_thread(checked) if is_slow else checked()
-    except mn.ConstraintError as error:
-        name = "grammar" if body.grammar is not None else "json_schema" if shape is None else "response_format"
-        raise HTTPError(400, f"{name}: {error}", name) from None
-    except (TypeError, ValueError, mn.MinervaError) as error:
-        raise of_arguments(error, FIELDS) from None
 
 
 def _template(llm: mn.LLM) -> mn.ChatTemplate:
