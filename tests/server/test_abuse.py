@@ -633,6 +633,28 @@ def test_others_are_served_while_a_long_text_is_encoded_and_who_waits_may_go(tmp
             assert long.result()[0] in (200, 408, 503)
 
 
+def large(number: int) -> dict[str, Any]:
+    """A schema that takes a while to compile."""
+    return {"anyOf": [{"properties": {f"a{at}": {"const": number}, "b": {"type": "number"}}} for at in range(600)]}
+
+
+@pytest.mark.parametrize("is_tool", [False, True])
+def test_others_are_served_while_large_grammars_are_compiled(victim: Victim, is_tool: bool) -> None:
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        shapes = [
+            chat(tools=tool(properties={"a": large(at)}), tool_choice="required") if is_tool else shaped(large(at))
+            for at in range(8)
+        ]
+        waiting = [pool.submit(victim.ask, CHAT, shape) for shape in shapes]
+        victim.until(lambda held: held["users"] > 0)
+        for _ in range(5):
+            assert victim.ask("/health", None)[0] == 200
+            assert victim.ask("/tokenize", {"content": "a"})[0] == 200
+            assert victim.ask(TEXT, BRIEF)[0] == 200
+        assert not all(one.done() for one in waiting)
+        assert [one.result()[0] for one in waiting] == [200] * 8
+
+
 NAMES = ["type", "function", "name", "parameters", "role", "content", "json_schema", "schema", "properties", "text"]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.integers(-3, 3) | st.floats(width=32) | st.text(max_size=8),
@@ -680,7 +702,7 @@ def test_no_request_is_answered_by_a_fault(victim: Victim, fields: dict[str, lis
 
 def test_a_broken_engine_is_an_error_and_the_next_request_gets_another(tmp_path: Path) -> None:
     with victim_with(tmp_path, settings=SHORT) as victim:
-        for word in ("context", "program"):
+        for word in ("context", "program", "code", "sum"):
             broken = {**BRIEF, "prompt": f"break the {word}"}
             for path, body in [(TEXT, broken), (CHAT, chat(messages=[{"role": "user", "content": broken["prompt"]}]))]:
                 status, reply = victim.ask(path, body)
@@ -689,6 +711,10 @@ def test_a_broken_engine_is_an_error_and_the_next_request_gets_another(tmp_path:
                 assert statuses(victim.tell(post(path, {**body, "stream": True}, CLOSE))) == [500]
                 assert victim.ask(TEXT, BRIEF)[0] == 200
         assert victim.idle()["loaded"] == ["demo"]
+        log = victim.log.read_text()
+        failed = re.findall(r"a request failed: (.*)", log)
+        assert sorted(failed) == sorted(["RuntimeError", "TypeError", "ValueError"] * 4)
+        assert not re.search("break the|a secret|broadcast", log)  # nor what was said, or what may quote it
         other = victim.send(post(TEXT, {**LONG, "stream": True}, CLOSE))
         victim.until(lambda held: held["cells"] > 0)
         assert victim.ask(TEXT, {**BRIEF, "prompt": "break the context"})[0] == 500

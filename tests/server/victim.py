@@ -6,6 +6,7 @@ It prints a line once it listens. On SIGUSR1 it prints what it holds: `Held` in 
 import dataclasses
 import gc
 import json
+import logging
 import os
 import signal
 import sys
@@ -65,8 +66,11 @@ def break_on(word: str, error: Exception) -> None:
 
 
 def main(options: Options) -> None:
+    logging.basicConfig(format="%(message)s")  # warnings and errors, on stderr
     break_on("break the context", mn.BrokenContextError("provoked, in /a/secret/path"))
     break_on("break the program", RuntimeError("provoked, in /a/secret/path"))
+    break_on("break the code", TypeError("unsupported operand type(s) for prompt: 'a secret' and 'NoneType'"))
+    break_on("break the sum", ValueError("operands could not be broadcast with /a/secret/path"))
     paths = options.models or {"demo": str(mn.DEMO_PATH)}
     sources = [Source(name=name, path=Path(path), size_bytes=os.path.getsize(path)) for name, path in paths.items()]
     metrics = mn.Metrics()

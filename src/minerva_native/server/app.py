@@ -34,7 +34,7 @@ from .bodies import (
     prompts_of,
     strings,
 )
-from .errors import HTTPError, of_arguments, of_engine, wrong
+from .errors import HTTPError, names_argument, of_arguments, of_engine, wrong
 from .exchange import Endpoint, Exchange, Handler, as_json
 from .guard import Access, App, Guard, Receive, Scope, Send
 from .long_texts import LongTexts
@@ -478,7 +478,7 @@ class Api:
     # Tokens
 
     async def _encoded(self, exchange: Exchange, llm: mn.LLM, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-        """Return prompts as ids; long ones are encoded in a thread.
+        """Return prompts as ids, which are checked; long ones are encoded in a thread.
 
         Names of control tokens are those tokens, as with other servers: whoever sends a raw prompt has applied a
         template.
@@ -486,10 +486,16 @@ class Api:
         tokenizer = llm.tokenizer
 
         def encode() -> list[list[int]]:
-            return [tokenizer.encode(one, parse_special=True) if isinstance(one, str) else one for one in prompts]
+            return [
+                tokenizer.encode(one, parse_special=True) if isinstance(one, str) else tokenizer.as_array(one).tolist()
+                for one in prompts
+            ]
 
         size = _checked_size(llm, prompts)
-        return encode() if size <= _SHORT else await exchange.wait(self._long_texts.run(size, encode))
+        try:
+            return encode() if size <= _SHORT else await exchange.wait(self._long_texts.run(size, encode))
+        except (TypeError, ValueError) as error:
+            raise wrong("prompt", str(error)) from None
 
     async def tokenize(self, exchange: Exchange) -> None:
         """Encode a text."""
@@ -567,11 +573,14 @@ def _template(llm: mn.LLM) -> mn.ChatTemplate:
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """Tell the client what is wrong with its request."""
+    """Tell the client what is wrong with its request, if that is what an error is about.
+
+    Here the request is served already: an error that does not name one of its fields is a fault of ours.
+    """
     try:
         yield
     except (TypeError, ValueError) as error:
-        if isinstance(error, mn.MinervaError):
+        if isinstance(error, mn.MinervaError) or not names_argument(error, FIELDS):
             raise
         raise of_arguments(error, FIELDS) from None
 

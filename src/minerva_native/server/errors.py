@@ -57,6 +57,12 @@ def wrong(param: str, message: str) -> HTTPError:
     return HTTPError(400, f"{param}: {message}", param)
 
 
+def names_argument(error: Exception, fields: Mapping[str, str]) -> bool:
+    """Say whether an error of the engine begins with the name of an argument, as those about arguments do."""
+    found = _NAME.match(str(error))
+    return found is not None and found[1] in fields
+
+
 def of_arguments(error: Exception, fields: Mapping[str, str]) -> HTTPError:
     """Return the error of a request that the engine refuses.
 
