@@ -90,6 +90,22 @@ def test_a_model_that_waits_for_room_holds_up_no_other(loader: Loader) -> None:
     run(story, loader)
 
 
+def test_of_several_models_one_has_to_be_named(loader: Loader) -> None:
+    async def story(models: Models) -> None:
+        for name, status in ((None, 400), ("four", 404)):
+            with pytest.raises(HTTPError, match="one, two, three, large") as raised:
+                models.place(name)
+            assert (raised.value.status, raised.value.param) == (status, "model")
+        assert loader.names == []
+
+    run(story, loader)
+
+
+def test_the_only_model_has_any_name_or_none(loader: Loader) -> None:
+    only = Models([Source(name="one", path=Path("one"), size_bytes=1)], loader, mn.Metrics(), 1)
+    assert only.place(None) is only.place("gpt-4") is only.place("one")
+
+
 def test_nothing_is_unloaded_for_a_model_that_will_not_fit_yet(loader: Loader) -> None:
     async def story(models: Models) -> None:
         await use(models, "two")

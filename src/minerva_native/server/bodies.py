@@ -64,7 +64,7 @@ class Generation(Struct, kw_only=True):
     """What requests for text have in common.
 
     Attributes:
-        model: its name, as `/v1/models` lists it.
+        model: its name, as `/v1/models` lists it; if there is only one, any name or none.
         stream: send the answer piece by piece, as server-sent events.
         stream_options: see there.
         n: how many answers.
@@ -175,7 +175,7 @@ class ResponseBody(Struct, kw_only=True):
 
     Attributes:
         input: what the user says, or the items of a conversation.
-        model: its name, as `/v1/models` lists it.
+        model: its name, as `/v1/models` lists it; if there is only one, any name or none.
         instructions: the system prompt.
         max_output_tokens: how many tokens to make at most.
         stream: send the answer as events.

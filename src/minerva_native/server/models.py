@@ -41,7 +41,7 @@ class Models:
     """Models by name. Used on one event loop.
 
     Args:
-        sources: the models, the default one first.
+        sources: the models.
         load: makes what serves one, in a thread.
         metrics: count what each model does while it is loaded.
         budget_bytes: how large the files of the loaded models may be together. One is loaded in any case.
@@ -66,16 +66,17 @@ class Models:
         self._changing = asyncio.Lock()  # held by who loads or unloads, so that the memory is as the places say
 
     def place(self, name: str | None) -> Place:
-        """Return a model. If there is only one, every name is its.
+        """Return a model. If there is only one, every name is its, and none.
 
         Raises:
-            HTTPError: there is none of that name.
+            HTTPError: there is none of that name, or several and no name.
         """
-        places = list(self.places.values())
-        if name is None or len(places) == 1:
-            return places[0]
+        if len(self.places) == 1:
+            return next(iter(self.places.values()))
+        known = ", ".join(self.places)
+        if name is None:
+            raise HTTPError(400, f"model: there are several, so name one of {known}", "model")
         if name not in self.places:
-            known = ", ".join(self.places)
             raise HTTPError(404, f"there is no model {name[:200]!r}: there are {known}", "model", "model_not_found")
         return self.places[name]
 
