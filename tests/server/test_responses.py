@@ -7,6 +7,10 @@ import openai
 import pydantic
 import pytest
 
+import minerva_native as mn
+from minerva_native.server.bodies import ResponseBody
+from minerva_native.server.responses import ResponseEvents, response_of
+
 MODEL = "minerva-demo"
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_output_tokens": 40}
 NO_THOUGHT: dict[str, Any] = {"reasoning": {"effort": "none"}}
@@ -159,6 +163,37 @@ def test_pieces_of_characters_have_their_log_probabilities(client: openai.OpenAI
     events: list[Any] = list(client.responses.create(stream=True, **options))
     for kind in ("response.output_text.delta", "response.output_text.done"):
         assert [one.bytes for event in events if event.type == kind for one in event.logprobs] == wanted
+
+
+PIECES: list[tuple[bytes, str, str]] = [  # a token, and what it adds to the reasoning and to the text
+    (b"<think>", "", ""),
+    (b"Hm", "Hm", ""),
+    (b".", ".", ""),
+    (b"</think>", "", ""),
+    (b"\n\n", "", ""),
+    (b"\xc3", "", ""),
+    (b"\xa9t", "", "ét"),
+    (b"\xc3", "", ""),
+    (b"\xa9.", "", "é."),
+    (b"<|im_end|>", "", ""),
+]
+
+
+def test_log_probabilities_are_those_of_the_text_whole_and_in_pieces() -> None:
+    body = ResponseBody(input="Hello", top_logprobs=0, include=["message.output_text.logprobs"])
+    entries = [mn.TokenLogprob(at, piece, -1.0) for at, (piece, _, _) in enumerate(PIECES)]
+    completion = mn.Completion(text="été.", reasoning="Hm.", logprobs=entries, is_chat=True, finish_reason="end")
+    item = response_of(body, MODEL, completion, {})["output"][-1]
+    writer = ResponseEvents(body, MODEL, {})
+    streamed: list[Any] = []
+    for entry, (_, reasoning, text) in zip(entries, PIECES, strict=True):
+        events = writer.of(mn.Chunk(text, entry.token, -1.0, token_logprob=entry, reasoning=reasoning))
+        pieces = [json.loads(line.removeprefix("data: ")) for line in events.decode().split("\n") if "data: " in line]
+        streamed += [
+            one for piece in pieces if piece["type"].endswith("text.delta") for one in piece.get("logprobs", ())
+        ]
+    assert item["content"][0]["logprobs"] == streamed
+    assert [bytes(one["bytes"]) for one in streamed] == [piece for piece, _, _ in PIECES[5:9]]
 
 
 def test_a_tool_is_called_and_its_result_taken(thinker: openai.OpenAI) -> None:

@@ -1,8 +1,9 @@
 """OpenAI's responses API in terms of chat completions: items to messages, answers to items and events."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import minerva_native as mn
@@ -137,6 +138,25 @@ def _part(text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
 
+def _of_text(text: str, entries: Sequence[mn.TokenLogprob], reasoning: str = "") -> list[dict[str, Any]]:
+    """Return the log-probabilities of the tokens that a text is made of, among those of an answer.
+
+    The others are tokens of the reasoning, which comes before it, of calls, and those that the text leaves out, such as
+    tags, the end, and a stop string. If the text is not found, as it is in several pieces, all behind the reasoning are
+    taken for it.
+    """
+    data, wanted = b"".join(one.piece for one in entries), text.encode()
+    begin = max(0, data.find(reasoning.encode())) + len(reasoning.encode())
+    ends = list(accumulate(len(one.piece) for one in entries))
+    starts = [0, *ends][:-1]
+    is_there = (at for at in starts if at >= begin and data.startswith(wanted, at))  # a tag may have a letter of it
+    start = next(is_there, data.find(wanted, begin))
+    if start < 0:
+        start, wanted = begin, data[begin:]
+    places = zip(entries, starts, ends, strict=True)
+    return [one.to_dict() for one, at, end in places if end > start and at < start + len(wanted)]
+
+
 def _usage(usage: mn.Usage | None) -> dict[str, Any] | None:
     if usage is None:
         return None
@@ -197,7 +217,8 @@ def response_of(
     if completion.reasoning:
         output.append(items.reasoning(completion.reasoning, "completed"))
     if completion.text or not completion.tool_calls:
-        output.append(items.message(completion.text, status, [one.to_dict() for one in completion.logprobs or ()]))
+        entries = _of_text(completion.text, completion.logprobs or (), completion.reasoning)
+        output.append(items.message(completion.text, status, entries))
     output += [items.call(call.id, call.name, call.text, "completed") for call in completion.tool_calls]
     usage = completion.usage
     return _response(body, new_id("resp", "_"), completion.created, model, output, status, usage, sampling)
@@ -216,7 +237,7 @@ class ResponseEvents:
         self._text, self._call_index = "", -1
         self._call: dict[str, str] = {}
         self._logprobs: list[dict[str, Any]] = []
-        self._waiting: list[dict[str, Any]] = []  # log-probabilities of tokens whose text has not come yet
+        self._waiting: list[mn.TokenLogprob] = []  # of tokens whose text has not come yet
 
     def of(self, chunk: mn.Chunk) -> bytes:
         """Return the events of a chunk."""
@@ -226,13 +247,15 @@ class ResponseEvents:
             events += [self._event("response.created", response=response)]
             events += [self._event("response.in_progress", response=response)]
         if chunk.token_logprob is not None:
-            self._waiting.append(chunk.token_logprob.to_dict())
+            self._waiting.append(chunk.token_logprob)
         if chunk.reasoning:
+            self._waiting = []
             events += self._turn_to("reasoning")
             self._text += chunk.reasoning
             events.append(self._delta("response.reasoning_text.delta", content_index=0, delta=chunk.reasoning))
         if chunk.text:
-            entries = self._waiting[-1:] if self._open == "reasoning" else self._waiting  # not those of the reasoning
+            is_more = self._open == "message"
+            entries = [one.to_dict() for one in self._waiting] if is_more else _of_text(chunk.text, self._waiting)
             events += self._turn_to("message")
             self._text += chunk.text
             self._logprobs += entries
@@ -240,6 +263,7 @@ class ResponseEvents:
             text = {"content_index": 0, "delta": chunk.text, "logprobs": entries}
             events.append(self._delta("response.output_text.delta", **text))
         for piece in chunk.tool_call_deltas:
+            self._waiting = []
             if piece.index != self._call_index:
                 events += self._close("completed")
                 self._call_index = piece.index
