@@ -521,9 +521,7 @@ class KVCache:
             raise self._full(lacking, slot, lacking)
         self.pool.place(slot)
 
-    def _fill_batch(
-        self, queue: "deque[Slot]", n_max: int, rows: "_Rows | None" = None
-    ) -> list[tuple[Slot, int]]:
+    def _fill_batch(self, queue: "deque[Slot]", n_max: int, rows: "_Rows | None" = None) -> list[tuple[Slot, int]]:
         """Fill the batch with at most `n_max` tokens of the slots in the queue; return how many of each."""
         # libllama splits a batch by the lengths of its parts: those of windows in cells of their own have to be equal.
         is_even = self.memory.window and not self.memory.can_share
