@@ -451,10 +451,7 @@ class Doorbell:
         self._loop = weakref.ref(loop)
         self._arrived: deque[_Inbox] = deque()
         self._has_rung = False
-
-    def put(self, inbox: "_Inbox") -> None:
-        """Have the event loop look into an inbox once it is woken."""
-        self._arrived.append(inbox)
+        self.put = self._arrived.append  # has the event loop look into an inbox once it is woken
 
     def ring(self) -> None:
         """Wake the event loop. If it is closed, nobody waits."""
@@ -474,17 +471,22 @@ _doorbells: "weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Doorbell]" = w
 
 
 class _Inbox:
-    """Results that have come to an event loop. Made on it."""
+    """Results that have come to an event loop. Made on it.
+
+    Attributes:
+        loop: the event loop.
+        items: what has come.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.loop = loop
+        self.items: deque[Any] = deque()
         self._doorbell = _doorbells.setdefault(loop, Doorbell(loop))
-        self._items: deque[Any] = deque()
         self._arrival: asyncio.Future[None] | None = None
 
     def put_from_thread(self, item: Any) -> Doorbell:
         """Hand an item to the event loop, which finds it once the bell is rung."""
-        self._items.append(item)
+        self.items.append(item)
         self._doorbell.put(self)
         return self._doorbell
 
@@ -493,12 +495,10 @@ class _Inbox:
         if self._arrival is not None and not self._arrival.done():
             self._arrival.set_result(None)
 
-    async def get(self) -> Any:
-        """Return the next item."""
-        while not self._items:
-            self._arrival = self.loop.create_future()
-            await self._arrival
-        return self._items.popleft()
+    def arrival(self) -> "asyncio.Future[None]":
+        """Return what is done when the next item comes."""
+        self._arrival = self.loop.create_future()
+        return self._arrival
 
 
 class AsyncStream(AsyncIterator[T]):
@@ -511,11 +511,14 @@ class AsyncStream(AsyncIterator[T]):
     async def __anext__(self) -> T:
         if self._is_done:
             raise StopAsyncIteration
-        try:
-            item = await self._inbox.get()
-        except BaseException:  # the task is cancelled
-            await self.aclose()
-            raise
+        inbox = self._inbox
+        while not inbox.items:
+            try:
+                await inbox.arrival()
+            except BaseException:  # the task is cancelled
+                await self.aclose()
+                raise
+        item = inbox.items.popleft()
         if isinstance(item, _End):
             self._is_done = True
             if item.error is not None:

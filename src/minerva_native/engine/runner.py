@@ -90,6 +90,8 @@ class Runner:
         self.batch = Batch(options.n_batch)
         self._seen_at = ffi.NULL
         self._seen: Logits = np.empty(0, np.float32)  # libllama's memory at `_seen_at`: never handed out
+        self._rows_end = ffi.NULL
+        self._rows: Logits = np.empty((0, 0), np.float32)  # and the same of several rows, of which this is the last
 
     def _make(self) -> Handle:
         model, options, n_seq = self.model, self.options, self.options.n_seq
@@ -179,9 +181,14 @@ class Runner:
 
     def rows(self, n: int) -> Logits:
         """Return the last `n` logits of the last batch, (n, n_vocab), where libllama has them: to be read at once."""
-        size = n * self.n_vocab
-        memory = ffi.buffer(self.decoder.logits - (size - self.n_vocab), 4 * size)
-        return np.frombuffer(memory, np.float32).reshape(n, self.n_vocab)
+        pointer = self.decoder.logits
+        if pointer != self._rows_end or n != len(self._rows):
+            size = n * self.n_vocab
+            self._rows_end = ffi.NULL  # an interrupt may come before both are set
+            memory = ffi.buffer(pointer - (size - self.n_vocab), 4 * size)
+            self._rows = np.frombuffer(memory, np.float32).reshape(n, self.n_vocab)
+            self._rows_end = pointer
+        return self._rows
 
     def raise_for(self, code: int, count: int, since: float) -> None:
         """Raise what a callback has left behind, else what libllama's return code says, if anything.

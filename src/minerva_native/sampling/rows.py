@@ -43,15 +43,15 @@ class Survivors(NamedTuple):
     """What a chain leaves of a row.
 
     Attributes:
-        ids: intp (n,), the tokens, the most likely first.
+        ids: the tokens, the most likely first.
         running: float64 (n,), the running sums of their weights.
     """
 
-    ids: Ids
+    ids: Sequence[int] | Ids
     running: Doubles
 
 
-def survivors(logits: Floats, rows: Sequence[int], chain: Chain) -> Sequence[Survivors | None]:
+def survivors(logits: Floats, rows: Sequence[int], chain: Chain) -> list[Survivors | None]:
     """Return what a chain leaves of some rows; None for those that a sampler has to look at by itself.
 
     Args:
@@ -62,8 +62,8 @@ def survivors(logits: Floats, rows: Sequence[int], chain: Chain) -> Sequence[Sur
     if max(chain.biased, default=0) >= logits.shape[1]:
         return [None] * len(rows)
     if chain.k == 1:
-        return [_best(logits[row], chain) for row in rows]
-    found = _largest(logits, np.array(rows), chain.k + len(chain.biased))
+        return _best(logits, rows, chain.biased)
+    found = _largest(logits, np.array(rows, np.intp), chain.k + len(chain.biased))
     if found is None:
         return [None] * len(rows)
     values, ids = _biased(*found, chain)
@@ -81,12 +81,17 @@ def survivors(logits: Floats, rows: Sequence[int], chain: Chain) -> Sequence[Sur
 _ALONE: Doubles = np.ones(1)
 
 
-def _best(logits: Floats, chain: Chain) -> Survivors | None:
-    """Return the largest logit; None if it is not finite, or has a bias."""
-    best = logits.argmax()
-    if best in chain.biased or not math.isfinite(logits.item(best)):
-        return None
-    return Survivors(np.array([best]), _ALONE)
+def _best(logits: Floats, rows: Sequence[int], biased: Sequence[int]) -> list[Survivors | None]:
+    """Return the largest logit of each row; None if it is not finite, or has a bias."""
+    if len(rows) == len(logits):
+        every = logits.argmax(axis=1).tolist()
+        best = [every[row] for row in rows]
+    else:
+        best = [int(logits[row].argmax()) for row in rows]
+    return [
+        Survivors((token,), _ALONE) if math.isfinite(logits.item(row, token)) and token not in biased else None
+        for row, token in zip(rows, best, strict=True)
+    ]
 
 
 def _largest(logits: Floats, rows: Ids, k: int) -> tuple[Floats, Ids] | None:

@@ -146,9 +146,8 @@ class Sampler:
 
     def draw(self, survivors: Survivors) -> int:
         """Draw one token from what `chain` leaves of the logits, the same as a call with them would draw."""
-        if self._is_argmax:
-            return survivors.ids.item(0)
-        return survivors.ids.item(_place(survivors.running, self._stream.uniform()))
+        place = 0 if self._is_argmax else _place(survivors.running, self._stream.uniform())
+        return int(survivors.ids[place])
 
     def distribution(
         self, logits: Floats, tokens: Sequence[int] = (), *, mask: Mask | None = None
