@@ -295,6 +295,50 @@ def test_texts_that_do_not_fit_into_one_batch_take_turns(demo: mn.Model) -> None
         assert max(ended) < 60
 
 
+def test_others_go_on_while_a_long_text_is_encoded(eight: mn.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, others_went_on = mn.Tokenizer.encode, threading.Event()
+    held = list[bool]()
+
+    def slow(tokenizer: mn.Tokenizer, text: str, *arguments: Any, **options: Any) -> list[int]:
+        if "boy boy" in text:
+            held.append(others_went_on.wait(60))
+            text = STORY
+        return encode(tokenizer, text, *arguments, **options)
+
+    monkeypatch.setattr(mn.Tokenizer, "encode", slow)
+    bias = no_end(eight)
+    short = eight.stream(STORY, max_tokens=200, logit_bias=bias)
+    next(short)
+    long = eight.stream(STORY + " boy" * 3000, max_tokens=3, logit_bias=bias)
+    stopped = eight.stream(STORY + " boy" * 3001, max_tokens=3, logit_bias=bias)
+    for _ in range(20):
+        next(short)
+    stopped.close()
+    while len(eight.queue) + eight.queue.n_served > 2:
+        next(short)
+    others_went_on.set()
+    assert len(list(long)) == 3
+    short.close()
+    assert held and all(held)
+
+
+def test_a_chat_encodes_long_messages_while_others_go_on(demo: mn.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = list[str]()
+    encode = mn.ChatTemplate.encode
+
+    def noted(template: mn.ChatTemplate, *arguments: Any, **options: Any) -> list[int]:
+        threads.append(threading.current_thread().name)
+        return encode(template, *arguments, **options)
+
+    monkeypatch.setattr(mn.ChatTemplate, "encode", noted)
+    with mn.LLM(demo, template=CHATML, n_ctx=8192, n_parallel=2, **EXACT) as llm:
+        for words in (10, 2600):
+            message = {"role": "user", "content": " boy" * words}
+            llm.chat().send(message, max_tokens=1)
+            llm.chat_completion([message], max_tokens=1)
+    assert [name == "minerva_native LLM" for name in threads] == [True, True, False, False]
+
+
 def test_first_come_first_served(demo: mn.Model) -> None:
     with mn.LLM(demo, n_ctx=512, n_parallel=2, **EXACT) as llm:
         started = []

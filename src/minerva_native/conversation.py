@@ -19,7 +19,7 @@ from .completion import Chunk, Completion, Usage
 from .context import Context
 from .draft import Draft, RequestOptions
 from .errors import ClosedError, ContextFullError, MinervaError, SequencesInUseError, StateError
-from .requests import AsyncStream, Request, Signal, Stream
+from .requests import AsyncStream, Request, Signal, Stream, n_characters
 from .sequence import Sequence as TokenSequence
 from .tokenizer import Tokenizer
 from .tools import Tool, ToolCall
@@ -262,7 +262,8 @@ class Chat:
         room = n_cells // 4 if options.max_tokens is None else min(options.max_tokens, n_cells // 4)
         length = None
         while True:
-            ids = self._prompt(messages, tools, options)
+            encode = partial(self._prompt, messages, tools, options)
+            ids = yield from request.elsewhere(encode, n_characters(messages))
             is_shorter = length is None or len(ids) < length
             length = len(ids)
             fewer = self._fewer(messages) if is_shorter and length + room > n_cells else None

@@ -28,7 +28,7 @@ from .model import Model
 from .observer import Observer, Operation, RequestRecord
 from .options import MOST_SEQUENCES, ContextOptions
 from .prompt_cache import MAX_BYTES, PromptCache
-from .requests import AsyncStream, Request, RequestQueue, Signal, Stream
+from .requests import AsyncStream, Request, RequestQueue, Signal, Stream, n_characters
 from .sampling import logprob
 from .scheduler import Scheduler
 from .sequence import Sequence as TokenSequence
@@ -520,7 +520,7 @@ class LLM:
         encode = self._encoder(text)
 
         def work(request: Request) -> Iterator[Scores | Signal]:
-            ids = encode()
+            ids = yield from request.elsewhere(encode, n_characters(text))
             sequence, values = yield from self._scored(request, ids)
             sequence.close()
             if request.record is not None:
@@ -555,7 +555,8 @@ class LLM:
         encoders = [self._encoder(prompt, text) for text in texts]
 
         def work(request: Request) -> Iterator[dict[str, float] | Signal]:
-            candidates = [encode() for encode in encoders]
+            size = len(texts) * n_characters(prompt)
+            candidates = yield from request.elsewhere(lambda: [encode() for encode in encoders], size)
             shortest = min(map(len, candidates)) - 1  # at least one token of each has a probability
             n = next((at for at in range(shortest) if len({ids[at] for ids in candidates}) > 1), shortest)
             with (yield from self._evaluated(request, candidates[0][:n])) as sequence:
@@ -686,7 +687,7 @@ class LLM:
         encode = self._encoder(prompt)
 
         def begin(request: Request) -> Generator[Signal, None, Beginning]:
-            ids = encode()
+            ids = yield from request.elsewhere(encode, n_characters(prompt))
             if options.echo and options.logprobs:
                 sequence, values = yield from self._scored(request, ids)
                 entries = [
@@ -710,9 +711,9 @@ class LLM:
         def begin(request: Request) -> Generator[Signal, None, Beginning]:
             shown = descriptions if use is not None else []
             said = template.with_arguments(messages)
-            variables = options.chat_template_kwargs
-            is_open = options.continue_final_message
-            ids = template.encode(self.tokenizer, said, shown or None, continue_final_message=is_open, **variables)
+            variables = {**options.chat_template_kwargs, "continue_final_message": options.continue_final_message}
+            encode = partial(template.encode, self.tokenizer, said, shown or None, **variables)
+            ids = yield from request.elsewhere(encode, n_characters(said))
             sequence = yield from self._evaluated(request, ids)
             return Beginning(sequence, max(0, len(ids) - request.n_evaluated), is_chat=True, tools=use)
 

@@ -11,7 +11,8 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from enum import Enum
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -26,6 +27,9 @@ from .sampling import Sampler
 from .sequence import Sequence as TokenSequence
 
 T = TypeVar("T")
+
+_LONG_TEXT = 10_000  # characters; encoding so many takes some milliseconds
+_PAUSE_SECONDS = 0.0005  # how long a round waits for such a text
 
 _LOOK_SECONDS = 0.01  # how often a caller whose request waits in the queue looks at its cancel token and its timeout
 
@@ -151,6 +155,31 @@ class Request:
         self.writers, self.n_evaluated = (Prompt(sequence),), 0
         yield Signal.EVALUATE
 
+    def elsewhere(self, work: Callable[[], T], size: int) -> Generator[Signal, None, T]:
+        """Return what some work on a text of `size` characters returns; if that is long, others go on meanwhile.
+
+        For `yield from`. The work is done in a thread then, which goes on if the request is stopped.
+        """
+        if size < _LONG_TEXT:
+            return work()
+        done: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(work())
+            except BaseException as error:  # the request's to handle
+                done.set_exception(error)
+
+        try:
+            threading.Thread(target=run, name="minerva_native long text", daemon=True).start()
+        except RuntimeError:  # the system allows no more
+            return work()
+        while not wait([done], _PAUSE_SECONDS).done:
+            if self.is_set():
+                raise self.cancelled()
+            yield Signal.STEP
+        return done.result()
+
     def start(self) -> Generator[Any, None, None]:
         """Begin: what is returned does a step each time that it is asked, and yields a result or a signal."""
         self.started = time.perf_counter()
@@ -172,6 +201,15 @@ class Request:
         finally:
             if (bell := self.deliver(_End(error))) is not None:
                 bell.ring()
+
+
+def n_characters(prompt: object) -> int:
+    """Return about how many characters a text or messages have; 0 for token ids."""
+    if isinstance(prompt, str):
+        return len(prompt)
+    if isinstance(prompt, list | tuple):
+        return sum(len(str(message.get("content"))) for message in prompt if isinstance(message, Mapping))
+    return 0
 
 
 class Server(Protocol):

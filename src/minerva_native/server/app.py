@@ -549,7 +549,7 @@ class Api:
 def _checked_size(llm: mn.LLM, texts: Sequence[Any]) -> int:
     """Return how many characters messages, or prompts, have.
 
-    Prompts are encoded by the thread that generates, and what cannot fit would keep all requests waiting.
+    What cannot fit is refused before it is encoded, which takes long and keeps a place.
 
     Raises:
         ContextFullError: even of the longest tokens that vocabularies have there would be too many.
