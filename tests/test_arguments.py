@@ -223,6 +223,7 @@ SERVER: dict[str, Any] = {
 
 CALLS: dict[str, Call] = {
     **{name: growing(name) for name in ("extend", "assign", "logits_after", "score")},
+    "top_scores": Call(method("top_scores"), lambda room: {"ids": [7], "n": 2, "cancel": None}, also=TOKEN_IDS),
     "append": Call(method("append"), lambda room: {"token": 5}, also=TOKEN_IDS),
     "truncate": Call(method("truncate"), lambda room: {"n": 4}),
     "rewind": Call(method("rewind"), lambda room: {"n": 0}),

@@ -223,13 +223,20 @@ def test_a_prompt_can_be_echoed_with_its_logprobs(llm: mn.LLM) -> None:
     completion = llm.complete(STORY, max_tokens=3, temperature=0, echo=True)
     assert completion.text.startswith(f"{STORY} ")
     assert len(completion.tokens) == 3
-    completion = llm.complete(STORY, max_tokens=3, temperature=0, echo=True, logprobs=True)
+    completion = llm.complete(STORY, max_tokens=3, temperature=0, echo=True, top_logprobs=2)
     scores = llm.score(STORY)
     assert completion.logprobs is not None
     assert completion.logprobs[0].logprob is None
     assert [entry.token for entry in completion.logprobs] == scores.tokens + completion.tokens
     values = [entry.logprob for entry in completion.logprobs[1 : len(scores.tokens)]]
     assert values == pytest.approx(scores.logprobs[1:])
+    assert completion.logprobs[0].top == ()
+    for entry in completion.logprobs[1:]:
+        assert entry.logprob is not None
+        best, second = (one.logprob or 0.0 for one in entry.top)
+        assert best >= second
+        own = [one.logprob for one in entry.top if one.token == entry.token]
+        assert own == [pytest.approx(entry.logprob)] or entry.logprob <= second
 
 
 def test_what_it_is_in_openais_shape(llm: mn.LLM, chatty: mn.LLM) -> None:

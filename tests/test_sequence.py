@@ -333,6 +333,20 @@ def test_scores_do_not_depend_on_the_size_of_the_chunks(tiny: mn.Model, sequence
         np.testing.assert_allclose(context.sequence().score(IDS), sequence.score(IDS), atol=1e-4)
 
 
+def test_the_most_likely_tokens_of_each_place_are_those_of_the_logits(
+    sequence: mn.Sequence, fresh_logits: Callable[[list[int]], Logits]
+) -> None:
+    scores, tops = sequence.top_scores(IDS, 3)
+    assert np.isnan(scores[0])
+    assert tops[0] == []
+    for position in (1, 5, len(IDS) - 1):
+        ids, expected = mn.sampling.top_logprobs(fresh_logits(IDS[:position]), 3)
+        assert [token for token, _ in tops[position]] == ids.tolist()
+        assert [value for _, value in tops[position]] == pytest.approx(expected.tolist(), abs=1e-4)
+        assert scores[position] == pytest.approx(log_softmax(fresh_logits(IDS[:position]))[IDS[position]], abs=1e-4)
+    assert [len(top) for top in sequence.top_scores([7, 8], 2)[1]] == [2, 2]
+
+
 def test_scoring_nothing_evaluates_nothing(context: mn.Context, sequence: mn.Sequence) -> None:
     assert sequence.score([]).shape == (0,)
     assert context.stats.decode_calls == 0

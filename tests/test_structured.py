@@ -27,6 +27,7 @@ import pytest
 
 import minerva_native as mn
 from minerva_native import structured
+from minerva_native._stack import with_stack
 from minerva_native.grammars import check_ends
 from minerva_native.reasoning import AfterReasoning, ReasoningDecoder
 from minerva_native.schemas import prepare
@@ -671,17 +672,17 @@ def test_a_grammar_that_cannot_be_kept_is_refused(make: Callable[[], object], me
 
 
 def test_a_constraint_is_compiled_once_for_all_answers(llm: mn.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_stack, compiled = structured._with_stack, list[object]()
+    compiled = list[object]()
 
-    def counted(function: Callable[[], Any]) -> Any:
+    def counted(function: Callable[[], Any], stack_bytes: int) -> Any:
         compiled.append(function)
-        return with_stack(function)
+        return with_stack(function, stack_bytes)
 
     def answer(city: str) -> None:
         """Say where it is."""
 
     constraint = mn.Constraint.choice(["yes", "no"])
-    monkeypatch.setattr(structured, "_with_stack", counted)
+    monkeypatch.setattr(structured, "with_stack", counted)
     llm.compile(llm.options("complete", {"constraint": constraint}))
     assert len(compiled) == 1
     answers = llm.complete("a", 3, constraint=constraint)

@@ -3,11 +3,12 @@
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from .errors import ConstraintError
 from .generation import FinishReason
 from .structured import Constraint
+from .tokenizer import Tokenizer
 from .tools import CallDelta, ToolCall
 
 
@@ -25,6 +26,12 @@ class TokenLogprob(NamedTuple):
     piece: bytes
     logprob: float | None
     top: "tuple[TokenLogprob, ...]" = ()
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, token: int, logprob: float | None, top: Sequence[tuple[int, float]] = ()) -> Self:
+        """Return the entry of a token; `top` are the most likely ones in its place."""
+        piece = tokenizer.piece(token, special=True)
+        return cls(token, piece, logprob, tuple(cls.of(tokenizer, other, value) for other, value in top))
 
     @property
     def text(self) -> str:

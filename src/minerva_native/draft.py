@@ -315,7 +315,7 @@ class Draft:
                 self._reasonings.append(text)
             if has_logprobs:
                 chunk.logprob, chunk.top_logprobs = step.logprob, step.top_logprobs[: options.top_logprobs]
-                chunk.token_logprob = self._entry(step.token, step.logprob, chunk.top_logprobs)
+                chunk.token_logprob = TokenLogprob.of(self._tokenizer, step.token, step.logprob, chunk.top_logprobs)
                 self._logprobs.append(chunk.token_logprob)
             if not self._first_token:
                 self._first_token = time.perf_counter()
@@ -340,10 +340,6 @@ class Draft:
         chunk.tool_error = piece.error or ""
         self._tool_calls += piece.calls
         self._tool_errors += [error.message for error in piece.errors]
-
-    def _entry(self, token: int, logprob: float, top: Sequence[tuple[int, float]]) -> TokenLogprob:
-        others = tuple(TokenLogprob(other, self._tokenizer.piece(other, special=True), value) for other, value in top)
-        return TokenLogprob(token, self._tokenizer.piece(token, special=True), logprob, others)
 
     def _finish(self, chunk: Chunk) -> None:
         chunk.context_full = chunk.finish_reason == "length" and len(self.tokens) != self._options.max_tokens

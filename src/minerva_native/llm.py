@@ -84,6 +84,9 @@ class Load(NamedTuple):
 Echoed: TypeAlias = tuple[str, list[TokenLogprob]]
 """The text of a prompt, and the log-probabilities of its tokens if they were asked for."""
 
+Scored: TypeAlias = tuple[TokenSequence, list[float], list[list[tuple[int, float]]]]
+"""A prompt, the log-probability of each of its tokens, and the most likely tokens in the place of each."""
+
 
 class Beginning(NamedTuple):
     """A prompt that is evaluated, for answers to go on from.
@@ -521,7 +524,7 @@ class LLM:
 
         def work(request: Request) -> Iterator[Scores | Signal]:
             ids = yield from request.elsewhere(encode, n_characters(text))
-            sequence, values = yield from self._scored(request, ids)
+            sequence, values, _ = yield from self._scored(request, ids)
             sequence.close()
             if request.record is not None:
                 request.record.reads(Usage(prompt_tokens=len(ids)))
@@ -689,10 +692,10 @@ class LLM:
         def begin(request: Request) -> Generator[Signal, None, Beginning]:
             ids = yield from request.elsewhere(encode, n_characters(prompt))
             if options.echo and options.logprobs:
-                sequence, values = yield from self._scored(request, ids)
+                sequence, values, tops = yield from self._scored(request, ids, options.top_logprobs)
                 entries = [
-                    TokenLogprob(token, self.tokenizer.piece(token, special=True), None if math.isnan(value) else value)
-                    for token, value in zip(ids, values, strict=True)
+                    TokenLogprob.of(self.tokenizer, token, None if math.isnan(value) else value, top)
+                    for token, value, top in zip(ids, values, tops, strict=True)
                 ]
                 return Beginning(sequence, echoed=(self.tokenizer.decode(ids), entries))
             sequence = yield from self._evaluated(request, ids)
@@ -757,20 +760,23 @@ class LLM:
             finally:
                 self.store_prompt(sequence)
 
-    def _scored(self, request: Request, ids: list[int]) -> Generator[Signal, None, tuple[TokenSequence, list[float]]]:
+    def _scored(self, request: Request, ids: list[int], n_top: int = 0) -> Generator[Signal, None, Scored]:
         """Return a new sequence, and the log-probabilities of its tokens, computed in pieces."""
         sequence = yield from self.chats.room(request, self.context.sequence)
         values: list[float] = []
+        tops: list[list[tuple[int, float]]] = []
         try:
             for start in range(0, max(1, len(ids)), self.context.n_ubatch):
                 piece = ids[start : start + self.context.n_ubatch]
-                scores = yield from self.chats.room(request, partial(sequence.score, piece, cancel=request))
+                score = partial(sequence.top_scores, piece, n_top, cancel=request)
+                scores, most_likely = yield from self.chats.room(request, score)
                 values += scores.tolist()
+                tops += most_likely
                 yield Signal.STEP
         except BaseException:
             sequence.close()
             raise
-        return sequence, values
+        return sequence, values, tops
 
     def _logprobs_of(
         self, sequence: TokenSequence, endings: list[list[int]], request: Request

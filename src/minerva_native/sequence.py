@@ -18,7 +18,7 @@ from .engine.cache import KVCache
 from .engine.gate import CancelToken
 from .engine.slot import Slot
 from .errors import EmptySequenceError
-from .sampling import Sampler, logprob
+from .sampling import Sampler, logprob, top_logprobs
 from .sampling.rows import Chain, Survivors, survivors
 from .tokenizer import TokenIds
 
@@ -203,20 +203,33 @@ class Sequence(AbstractSequence[int]):
         float32, shape (len(ids),), natural logarithm. In an empty sequence the first token has nothing before it: its
         entry is NaN.
         """
-        cache, slot = self._cache, self._slot
+        return self.top_scores(ids, 0, cancel)[0]
+
+    def top_scores(
+        self, ids: TokenIds, n: int, cancel: CancelToken | None = None
+    ) -> tuple[npt.NDArray[np.float32], list[list[tuple[int, float]]]]:
+        """Do what `score` does, and name the `n` most likely tokens in the place of each.
+
+        They are (id, log-probability), the best first; none where there is nothing before.
+        """
+        cache, slot, n = self._cache, self._slot, integer("n", n, 0)
         with cache.gate.enter(cancel), cache.handle:
             slot.check_open()
             new = self._tokenizer.as_array(ids)
             scores = np.full(len(new), np.nan, np.float32)
             following = new.tolist()
+            tops: list[list[tuple[int, float]]] = [[] for _ in following]
 
             def score(row: int, logits: npt.NDArray[np.float32]) -> None:
                 if row < len(following):
                     scores[row] = logprob(logits, following[row])
+                    if n:
+                        tokens, values = top_logprobs(logits, n)
+                        tops[row] = list(zip(tokens.tolist(), values.tolist(), strict=True))
 
             if following:
                 cache.read_rows(slot, new, score, cancel)
-            return scores
+            return scores, tops
 
     # Shrinking
 
