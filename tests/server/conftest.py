@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 import openai
 import pytest
 
+import minerva_native as mn
 from serving import Served, serve
 
 # As Qwen 3 has them: calls in <tool_call> tags. The answer begins with reasoning unless it is turned off.
@@ -27,6 +28,26 @@ def served() -> Iterator[Served]:
     """A server with the built-in model."""
     with serve() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def exact() -> Iterator[Served]:
+    """A server whose answers do not depend on the requests before."""
+    with serve("--deterministic", "-c", "8192") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def exact_client(exact: Served) -> openai.OpenAI:
+    """OpenAI's client of it."""
+    return exact.client()
+
+
+@pytest.fixture(scope="session")
+def llm(demo: mn.Model) -> Iterator[mn.LLM]:
+    """What it serves, in this process."""
+    with mn.LLM(demo, n_ctx=8192, n_parallel=4, n_threads=1, deterministic=True) as llm:
+        yield llm
 
 
 @pytest.fixture(scope="session")

@@ -59,13 +59,6 @@ TOOLS: list[Any] = [tool("get_weather"), tool("get_time")]
 NO_THOUGHT: dict[str, Any] = {"reasoning_effort": "none", "max_tokens": 60, "parallel_tool_calls": False}
 
 
-@pytest.fixture(scope="module")
-def llm(demo: mn.Model) -> Iterator[mn.LLM]:
-    """The same model in this process, with the server's options."""
-    with mn.LLM(demo, n_ctx=1024, n_parallel=4, n_batch=512, n_ubatch=512, n_threads=1) as llm:
-        yield llm
-
-
 # Models
 
 
@@ -96,8 +89,8 @@ def test_several_models_are_told_apart_by_name(
 # Chat completions
 
 
-def test_a_greedy_answer_is_that_of_the_engine(client: openai.OpenAI, llm: mn.LLM) -> None:
-    answer = client.chat.completions.create(model=MODEL, messages=HELLO, temperature=0, max_completion_tokens=40)
+def test_a_greedy_answer_is_that_of_the_engine(exact_client: openai.OpenAI, llm: mn.LLM) -> None:
+    answer = exact_client.chat.completions.create(model=MODEL, messages=HELLO, temperature=0, max_completion_tokens=40)
     own = llm.chat_completion(HELLO, temperature=0, max_tokens=40)
     (choice,) = answer.choices
     assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", own.text, "stop")
@@ -132,10 +125,10 @@ def test_a_stream_is_the_answer_in_pieces(client: openai.OpenAI) -> None:
     assert all(chunk.choices for chunk in without)
 
 
-def test_the_helper_for_streams_makes_its_events(client: openai.OpenAI) -> None:
+def test_the_helper_for_streams_makes_its_events(exact_client: openai.OpenAI) -> None:
     options: dict[str, Any] = {"model": MODEL, "messages": HELLO, "seed": 3, "max_completion_tokens": 60}
     options |= {"logprobs": True, "top_logprobs": 2}
-    with client.chat.completions.stream(**options) as stream:
+    with exact_client.chat.completions.stream(**options) as stream:
         events = list(stream)
         final = stream.get_final_completion()
     kinds = [event.type for event in events]
@@ -143,7 +136,7 @@ def test_the_helper_for_streams_makes_its_events(client: openai.OpenAI) -> None:
     done = next(event for event in events if event.type == "content.done")
     assert done.content == final.choices[0].message.content
     assert "".join(event.delta for event in events if event.type == "content.delta") == done.content
-    whole = client.chat.completions.create(**options)
+    whole = exact_client.chat.completions.create(**options)
     assert final.choices[0].message.content == whole.choices[0].message.content
     assert final.choices[0].logprobs is not None
     assert whole.choices[0].logprobs is not None
@@ -273,10 +266,10 @@ def test_stop_strings_end_the_answer_before_them(client: openai.OpenAI, stop: st
     assert chunks[-1].choices[0].finish_reason == "stop"
 
 
-def test_log_probabilities_are_those_of_the_engine(client: openai.OpenAI, llm: mn.LLM) -> None:
-    messages = asking("Tell me of a red boat.")  # nobody else asks this, so that none of it is cached
+def test_log_probabilities_are_those_of_the_engine(exact_client: openai.OpenAI, llm: mn.LLM) -> None:
+    messages = asking("Tell me of a red boat.")
     own = llm.chat_completion(messages, temperature=0, max_tokens=8, top_logprobs=4)
-    answer = client.chat.completions.create(
+    answer = exact_client.chat.completions.create(
         model=MODEL, messages=messages, temperature=0, max_completion_tokens=8, logprobs=True, top_logprobs=4
     ).choices[0]
     assert answer.logprobs is not None
@@ -293,15 +286,15 @@ def test_log_probabilities_are_those_of_the_engine(client: openai.OpenAI, llm: m
     assert "".join(entry.token for entry in answer.logprobs.content) == answer.message.content
 
 
-def test_a_bias_is_given_by_id_or_by_text(client: openai.OpenAI, llm: mn.LLM) -> None:
+def test_a_bias_is_given_by_id_or_by_text(exact_client: openai.OpenAI, llm: mn.LLM) -> None:
     options: dict[str, Any] = {"model": MODEL, "messages": HELLO, "temperature": 0, "max_completion_tokens": 3}
     (token,) = llm.tokenizer.encode(" the", add_special=False)
-    by_id = client.chat.completions.create(logit_bias={str(token): 100}, **options)
+    by_id = exact_client.chat.completions.create(logit_bias={str(token): 100}, **options)
     assert by_id.choices[0].message.content == " the the the"
     for bias in ({" the": 100}, [[token, 100]], [[" the", 100]]):
-        answer = client.chat.completions.create(extra_body={"logit_bias": bias}, **options)
+        answer = exact_client.chat.completions.create(extra_body={"logit_bias": bias}, **options)
         assert answer.choices[0].message.content == " the the the"
-    banned = client.chat.completions.create(extra_body={"logit_bias": {"Hello": False}}, **options)
+    banned = exact_client.chat.completions.create(extra_body={"logit_bias": {"Hello": False}}, **options)
     assert not (banned.choices[0].message.content or "").startswith("Hello")
 
 
@@ -472,26 +465,28 @@ def test_an_effort_turns_reasoning_on_or_off(llm: mn.LLM) -> None:
 # Completions
 
 
-def test_a_completion_is_that_of_the_engine(client: openai.OpenAI, llm: mn.LLM) -> None:
+def test_a_completion_is_that_of_the_engine(exact_client: openai.OpenAI, llm: mn.LLM) -> None:
     options: dict[str, Any] = {"model": MODEL, "prompt": "Once upon a time", "temperature": 0}
     own = llm.complete("Once upon a time", temperature=0, max_tokens=16)
-    answer = client.completions.create(**options)  # 16 tokens are the default
+    answer = exact_client.completions.create(**options)  # 16 tokens are the default
     assert (answer.object, answer.choices[0].text) == ("text_completion", own.text)
     assert answer.choices[0].finish_reason == "length"
-    streamed = list(client.completions.create(stream=True, **options))
+    streamed = list(exact_client.completions.create(stream=True, **options))
     assert "".join(chunk.choices[0].text for chunk in streamed) == own.text
     assert streamed[-1].choices[0].finish_reason == "length"
 
 
 @pytest.mark.parametrize("max_tokens", [0, 4])
-def test_an_echo_has_the_log_probabilities_of_the_prompt(client: openai.OpenAI, llm: mn.LLM, max_tokens: int) -> None:
+def test_an_echo_has_the_log_probabilities_of_the_prompt(
+    exact_client: openai.OpenAI, llm: mn.LLM, max_tokens: int
+) -> None:
     prompt = "Once upon a time, a little bear"
     own = llm.complete(prompt, temperature=0, max_tokens=max_tokens, echo=True, top_logprobs=2)
     assert own.logprobs is not None
     options: dict[str, Any] = {"model": MODEL, "prompt": prompt, "temperature": 0, "max_tokens": max_tokens}
-    answer = client.completions.create(echo=True, logprobs=2, **options)
+    answer = exact_client.completions.create(echo=True, logprobs=2, **options)
     assert answer.choices[0].text == own.text
-    streamed = list(client.completions.create(echo=True, logprobs=2, stream=True, **options))
+    streamed = list(exact_client.completions.create(echo=True, logprobs=2, stream=True, **options))
     assert "".join(chunk.choices[0].text for chunk in streamed) == own.text
     parts = [chunk.choices[0].logprobs for chunk in streamed if chunk.choices[0].logprobs is not None]
     for shown in ([answer.choices[0].logprobs], parts):
@@ -507,29 +502,29 @@ def test_an_echo_has_the_log_probabilities_of_the_prompt(client: openai.OpenAI, 
             assert own.text[offset:].startswith(token)
 
 
-def test_prompts_are_texts_or_ids_and_several_in_a_list(client: openai.OpenAI, llm: mn.LLM) -> None:
+def test_prompts_are_texts_or_ids_and_several_in_a_list(exact_client: openai.OpenAI, llm: mn.LLM) -> None:
     texts = ["Once upon a time", "The end of"]
     ids = [llm.tokenizer.encode(text) for text in texts]
     options: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_tokens": 5}
     own = [llm.complete(text, temperature=0, max_tokens=5).text for text in texts]
-    assert client.completions.create(prompt=ids[0], **options).choices[0].text == own[0]
+    assert exact_client.completions.create(prompt=ids[0], **options).choices[0].text == own[0]
     for prompts in (texts, ids):
-        answer = client.completions.create(prompt=prompts, n=2, **options)
+        answer = exact_client.completions.create(prompt=prompts, n=2, **options)
         assert [choice.text for choice in answer.choices] == [own[0], own[0], own[1], own[1]]
         assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
         assert answer.usage is not None
         assert answer.usage.prompt_tokens == sum(map(len, ids))
         assert answer.usage.completion_tokens == 20
     streamed = ["", ""]
-    for chunk in client.completions.create(prompt=texts, stream=True, **options):
+    for chunk in exact_client.completions.create(prompt=texts, stream=True, **options):
         streamed[chunk.choices[0].index] += chunk.choices[0].text
     assert streamed == own
 
 
-def test_the_best_of_several_is_returned(client: openai.OpenAI, llm: mn.LLM) -> None:
+def test_the_best_of_several_is_returned(exact_client: openai.OpenAI, llm: mn.LLM) -> None:
     options: dict[str, Any] = {"prompt": "Once", "temperature": 1.5, "seed": 4, "max_tokens": 6}
-    best = client.completions.create(model=MODEL, best_of=4, logprobs=0, **options).choices[0]
-    every = client.completions.create(model=MODEL, n=4, logprobs=0, **options).choices
+    best = exact_client.completions.create(model=MODEL, best_of=4, logprobs=0, **options).choices[0]
+    every = exact_client.completions.create(model=MODEL, n=4, logprobs=0, **options).choices
     assert len(every) == 4
 
     def mean(choice: Any) -> float:

@@ -46,6 +46,7 @@ FLAGS = {
     "n_parallel": "-np",
     "cache_dir": "--cache-dir",
     "speculate": "--speculate",
+    "deterministic": "--deterministic",
     "port": "--port",
 }
 
@@ -93,6 +94,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     template = "a file with a chat template, for models whose own is missing or wrong"
     add("--chat-template-file", type=file_name, metavar="FILE", help=template)
     add("--speculate", choices=("lookup",), help="guess that texts repeat, and verify several tokens in one pass")
+    alone = "answers depend on their request alone, to the last bit: slower, and each has its share of the context"
+    add("--deterministic", action="store_true", help=alone)
     cache = "keep prompts on disk, so that they need not be evaluated again after a restart; what people write is in it"
     add("--cache-dir", type=file_name, metavar="DIR", help=cache)
     memory = "unload models used longest ago if the files of those loaded are larger together, such as 8G (3/4 of it)"
@@ -228,6 +231,7 @@ def _loaded(options: argparse.Namespace, source: Source) -> mn.LLM:
             n_parallel=options.parallel,
             cache_dir=options.cache_dir,
             speculate=options.speculate,
+            deterministic=options.deterministic,
             n_ctx=n_ctx or model.n_ctx_train,
             **how,
         )
