@@ -4,6 +4,8 @@ Two tasks, against plain decoding in turns: a text that repeats what is in the p
 that cannot be guessed, greedily. So that a small model repeats faithfully, the first is dictated by the sampler; its
 logits are computed all the same. Ratios are medians of pairs, with the smallest and the largest in brackets.
 
+With `--parallel N` the same for N requests at once, which the model answers itself: copies (for SmolLM2) and stories.
+
 With `--llama-server` also a request that the model itself answers by copying (for SmolLM2), in turns with upstream's
 server: plain, and with `--spec-type ngram-simple`. Its times are those that it reports for the tokens of the answer.
 """
@@ -17,6 +19,7 @@ import statistics
 import time
 import urllib.request
 from collections.abc import Callable
+from typing import Any
 
 import minerva_native as mn
 from upstream import llama_server
@@ -103,14 +106,48 @@ def compare(sequence: mn.Sequence, model: str, binary: str, n_threads: int, pair
     print("  the same text in all:", len(set.union(*texts.values())) == 1)
 
 
+def together(model: mn.Model, n_parallel: int, n_threads: int, pairs: int) -> None:
+    """Print what guesses do for several requests at once, whose prompts are cached."""
+    options: dict[str, Any] = {"n_ctx": 1024 * n_parallel, "n_parallel": n_parallel, "n_threads": n_threads}
+    words = ("mills", "river", "towns", "water", "bridge", "people", "storm", "night")[:n_parallel]
+    bias = {token: -math.inf for token in range(model.tokenizer.n_vocab) if model.tokenizer.is_end(token)}
+    tasks: dict[str, tuple[list[str], dict[str, Any]]] = {
+        "copies": ([COPY.replace("'mills'", f"'{word}'") for word in words], {"max_tokens": N_COPIED}),
+        "stories": ([f"{STORY} It has to do with {word}." for word in words], {"max_tokens": 150, "logit_bias": bias}),
+    }
+    with mn.LLM(model, **options) as plain, mn.LLM(model, speculate="lookup", **options) as guessing:
+        for task, (texts, asked) in tasks.items():
+            prompts = [model.tokenizer.encode(text, parse_special=True) for text in texts]
+            seconds: dict[mn.LLM, list[float]] = {plain: [], guessing: []}
+            answers: dict[mn.LLM, list[mn.Completion]] = {}
+            passes: dict[mn.LLM, int] = {}
+            for at in range(pairs + 1):
+                for llm in (plain, guessing) if at % 2 else (guessing, plain):
+                    calls, before = llm.context.stats.decode_calls, time.perf_counter()
+                    answers[llm] = llm.map(prompts, temperature=0, progress=False, **asked)
+                    seconds[llm].append(time.perf_counter() - before)
+                    passes[llm] = llm.context.stats.decode_calls - calls
+            same = sum(one.tokens == other.tokens for one, other in zip(*answers.values(), strict=True))
+            drafted = sum(answer.usage.drafted for answer in answers[guessing])
+            accepted = sum(answer.usage.accepted for answer in answers[guessing])
+            n = sum(len(answer.tokens) for answer in answers[guessing])
+            print(f"{n_parallel} {task}: {over(seconds[guessing][1:], seconds[plain][1:])} times plain decoding's speed; "
+                  f"{passes[guessing]} passes instead of {passes[plain]}; {accepted} of {drafted} guessed tokens right, "
+                  f"of {n}; {same} of {len(prompts)} texts the same")  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--llama-server", help="upstream's server, of the same source and flags")
+    parser.add_argument("--parallel", type=int, help="so many requests at once, up to 8")
     arguments = parser.parse_args()
     model = mn.Model.load(arguments.model)
+    if arguments.parallel:
+        together(model, arguments.parallel, arguments.threads, arguments.pairs)
+        return
     tokenizer = model.tokenizer
     edited = re.sub("mills", "bridges", PARAGRAPH)
     edit = tokenizer.encode(f"{PARAGRAPH}\n\nThe same with one word changed:\n\n")

@@ -254,7 +254,8 @@ def test_a_draft_that_is_cut_off_is_taken_back(tiny: mn.Model) -> None:
         assert other == [*IDS, 5]
         with pytest.raises(mn.ContextFullError):
             context.logits_after({one: [7], other: [5] * 300})
-        assert (one, other) == ([*IDS, 5, 6, 7], [*IDS, 5])
+        assert one == [*IDS, 5, 6, 7]
+        assert other == [*IDS, 5]
         with pytest.raises(mn.EmptySequenceError):
             context.logits_after({context.sequence(): [5]})
         assert context.logits_after({one: []})[one].shape == (1, tiny.tokenizer.n_vocab)

@@ -1,9 +1,12 @@
 """Several requests over one context: the same texts as alone, in fewer batches, in a fair order, whatever happens."""
 
 import asyncio
+import collections
 import contextlib
+import functools
 import gc
 import itertools
+import math
 import os
 import random
 import threading
@@ -542,6 +545,246 @@ def test_guesses_take_no_cells_that_others_are_about_to_need(demo: mn.Model) -> 
     assert len(guessed) > 20
 
 
+# Guesses
+
+
+class Known:
+    """Guesses how known texts go on, with a wrong token now and then."""
+
+    def __init__(self, texts: list[list[int]], wrong_every: int = 0):
+        self._texts, self._wrong_every = texts, wrong_every
+
+    def draft(self, tokens: Any, n: int) -> list[int]:
+        at, so_far = len(tokens), list(tokens)
+        found = next((text[at : at + n] for text in self._texts if text[:at] == so_far), [])
+        if self._wrong_every:
+            found = [5 if (at + k) % self._wrong_every == 0 else token for k, token in enumerate(found)]
+        return found
+
+
+def guess(llm: mn.LLM, drafter: Any, every: int = 1) -> None:
+    """Have every request, or every other, guess whether it pays or not."""
+    count = itertools.count()
+    llm.speculation = (  # type: ignore[method-assign]
+        lambda: mn.Speculation(drafter, math.inf) if next(count) % every == 0 else None
+    )
+
+
+def record_guesses(llm: mn.LLM, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+    """Return a list that grows by (guesses, sequences besides, tokens of guesses) with each evaluation of guesses."""
+    batches: list[tuple[int, int, int]] = []
+    logits_after = llm.context.logits_after
+
+    def recorded(guesses: Any, others: Any, *arguments: Any, **options: Any) -> Any:
+        batches.append((len(guesses), len(set(others) - set(guesses)), sum(map(len, guesses.values()))))
+        return logits_after(guesses, others, *arguments, **options)
+
+    monkeypatch.setattr(llm.context, "logits_after", recorded)
+    return batches
+
+
+NAMES = ["boy", "girl", "dog", "cat"]
+
+
+@pytest.mark.parametrize("wrong_every", [0, 5])
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_guesses_of_several_requests_share_batches(
+    demo: mn.Model, monkeypatch: pytest.MonkeyPatch, wrong_every: int, every: int, temperature: float
+) -> None:
+    with mn.LLM(demo, n_ctx=2048, n_parallel=4, speculate="lookup", **EXACT) as llm:
+        requests: list[dict[str, Any]] = [
+            {"prompt": llm.tokenizer.encode(f"{STORY} {name}"), "max_tokens": 60, "logit_bias": no_end(llm), "seed": at}
+            for at, name in enumerate(NAMES)
+        ]
+        requests = [request | {"temperature": temperature} for request in requests]
+        expected = alone(demo, requests)
+        texts = [request["prompt"] + tokens for request, tokens in zip(requests, expected, strict=True)]
+        guess(llm, Known(texts, wrong_every), every)
+        batches = record_guesses(llm, monkeypatch)
+        before = llm.context.stats.decode_calls
+        with Hold(llm):
+            threads, answers = [], dict[int, mn.Completion]()
+            for at, request in enumerate(requests):
+                work = functools.partial(lambda at, request: answers.update({at: llm.complete(**request)}), at, request)
+                threads.append(threading.Thread(target=work))
+                threads[-1].start()
+                while len(llm.queue) < len(threads):
+                    time.sleep(0.001)
+        for thread in threads:
+            thread.join()
+        passes = llm.context.stats.decode_calls - before
+        assert [answers[at].tokens for at in range(4)] == expected
+        assert max(n_guesses for n_guesses, _, _ in batches) == 4 // every
+        if every == 2:
+            assert any(n_others for _, n_others, _ in batches)
+        elif not wrong_every:  # of 60, and the prompts
+            assert passes < 20
+        else:
+            assert passes < 40
+        for at, answer in answers.items():
+            usage = answer.usage
+            if at % every:
+                assert usage.drafted == 0
+            else:
+                assert usage.accepted > (50 if not wrong_every else 20)
+                assert usage.accepted == usage.drafted or wrong_every
+        drafted = sum(answer.usage.drafted for answer in answers.values())
+        assert sum(n for _, _, n in batches) <= drafted  # and those of a request that was left alone
+        assert llm.context.cells_used == 0
+
+
+@pytest.mark.parametrize("n_parallel", [1, 4])
+def test_several_answers_guess_together(demo: mn.Model, monkeypatch: pytest.MonkeyPatch, n_parallel: int) -> None:
+    with mn.LLM(demo, n_ctx=1024, n_parallel=n_parallel, speculate="lookup", **EXACT) as llm:
+        prompt = llm.tokenizer.encode(STORY)
+        request: dict[str, Any] = {"prompt": prompt, "max_tokens": 50, "logit_bias": no_end(llm), "seed": 3, "n": 3}
+        with mn.LLM(demo, n_ctx=1024, **EXACT) as plain:
+            expected = [answer.tokens for answer in plain.complete(**request).choices]
+        guess(llm, Known([prompt + tokens for tokens in expected], wrong_every=9))
+        batches = record_guesses(llm, monkeypatch)
+        before = llm.context.stats.decode_calls
+        choices = llm.complete(**request).choices
+        assert [answer.tokens for answer in choices] == expected
+        assert llm.context.stats.decode_calls - before < 40 < 50
+        assert max(n for n, _, _ in batches) > 1
+        assert all(answer.usage.drafted > answer.usage.accepted > 20 for answer in choices)
+        assert llm.context.cells_used == 0
+
+
+@pytest.mark.parametrize("architecture", ["mamba", "lfm2", "gemma2"])
+@pytest.mark.parametrize("options", [{}, {"kv_unified": False}, {"n_rs_seq": 6}], ids=["one", "own", "snapshots"])
+def test_guesses_share_batches_on_every_kind_of_memory(
+    load_tiny: Callable[[TinyModel], mn.Model],
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    options: dict[str, Any],
+) -> None:
+    model = load_tiny(TinyModel(architecture, tied=architecture == "gemma2"))
+    with mn.LLM(model, n_ctx=1024, n_seq=4, n_parallel=4, speculate="lookup", **EXACT, **options) as llm:
+        requests: list[dict[str, Any]] = [
+            {"prompt": [5 + at] * (20 + 7 * at), "max_tokens": 40, "seed": at, "logit_bias": no_end(llm)}
+            for at in range(4)
+        ]
+        expected = alone(model, requests, n_ctx=1024)
+        texts = [request["prompt"] + tokens for request, tokens in zip(requests, expected, strict=True)]
+        guess(llm, Known(texts, wrong_every=7))
+        batches = record_guesses(llm, monkeypatch)
+        answers = side_by_side(llm, requests)
+        assert [answer.tokens for answer in answers] == expected
+        assert max(n for n, _, _ in batches) > 1
+        assert all(answer.usage.drafted > answer.usage.accepted > 10 for answer in answers)
+
+
+def test_guesses_are_taken_back_from_requests_that_are_left(demo: mn.Model) -> None:
+    with mn.LLM(demo, n_ctx=1024, n_parallel=3, speculate="lookup", template=CHATML, **EXACT) as llm:
+        prompt = llm.tokenizer.encode(STORY)
+        request: dict[str, Any] = {"prompt": prompt, "max_tokens": 100, "logit_bias": no_end(llm), "temperature": 0.0}
+        expected = alone(demo, [request], n_ctx=1024)[0]
+        guess(llm, Known([prompt + expected]))
+        chat = llm.chat(max_tokens=20, temperature=0)
+        other = llm.stream([7] * 9, max_tokens=200, logit_bias=no_end(llm))
+        next(other)
+        for n in (1, 2, 5, 20):
+            with llm.stream(**request) as stream:
+                assert [next(stream).token for _ in range(n)] == expected[:n]
+            said = chat.send("Hello")
+            assert llm.complete(**(request | {"max_tokens": n})).tokens == expected[:n]
+            chat.undo()
+            assert chat.send("Hello").text == said.text
+            chat.undo()
+        other.close()
+        chat.close()
+        assert_nothing_is_held(llm)
+
+
+def test_wrong_guesses_of_several_requests_come_to_an_end(demo: mn.Model) -> None:
+    with mn.LLM(demo, n_ctx=2048, n_parallel=4, speculate=lambda tokens, n: [5] * n, **EXACT) as llm:
+        requests: list[dict[str, Any]] = [
+            {"prompt": [7 + at] * 9, "max_tokens": 200, "seed": at, "logit_bias": {**no_end(llm), 5: -math.inf}}
+            for at in range(4)
+        ]
+        for answer in side_by_side(llm, requests):
+            assert answer.usage.accepted == 0
+            assert 0 < answer.usage.drafted < 50
+
+
+def test_a_guess_that_fails_fails_its_own_request(demo: mn.Model) -> None:
+    class Failing:
+        def draft(self, tokens: Any, n: int) -> list[int]:
+            if tokens[0] == 6:
+                raise KeyError("no guess")
+            return [5]
+
+    with mn.LLM(demo, n_ctx=512, n_parallel=3, speculate="lookup", **EXACT) as llm:
+        guess(llm, Failing())
+        options: dict[str, Any] = {"max_tokens": 20, "logit_bias": no_end(llm), "temperature": 0.0}
+        with Hold(llm):
+            streams = [llm.stream([5 + at] * 9, **options) for at in range(3)]
+        with pytest.raises(KeyError):
+            list(streams[1])
+        expected = alone(demo, [{"prompt": [5 + at] * 9, **options} for at in (0, 2)], n_ctx=512)
+        assert [[chunk.token for chunk in stream] for stream in streams[::2]] == expected
+
+
+def test_guesses_in_shared_batches_are_drawn_as_often_as_the_model_says(
+    demo: mn.Model, demo_draft: mn.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_draws, params = 600, mn.SamplingParams(temperature=1.5, top_k=4, top_p=1.0, min_p=0.0)
+    drawn = collections.Counter[tuple[int, ...]]()
+    n_accepted = 0
+    with (
+        mn.DraftModel(demo_draft, n_seq=8, **EXACT) as drafter,
+        mn.LLM(demo, n_ctx=2048, n_parallel=8, speculate=drafter, **EXACT) as llm,
+    ):
+        guess(llm, drafter)
+        batches = record_guesses(llm, monkeypatch)
+        for start in range(0, n_draws, 40):
+            options: list[dict[str, Any]] = [{"sampling": params.replace(seed=start + at)} for at in range(40)]
+            for answer in side_by_side(llm, [{"prompt": STORY, "max_tokens": 3, **one} for one in options]):
+                drawn[tuple(answer.tokens)] += 1
+                n_accepted += answer.usage.accepted
+        assert sum(n_guesses > 1 for n_guesses, _, _ in batches) > 30
+        sampler, expected = mn.Sampler(params), dict[tuple[int, ...], float]()
+
+        def visit(sequence: mn.Sequence, tokens: tuple[int, ...], chance: float) -> None:
+            if len(tokens) == 3 or (tokens and llm.tokenizer.is_end(tokens[-1])):
+                expected[tokens] = n_draws * chance
+                return
+            for token, share in zip(*sampler.distribution(sequence.logits, sequence.tokens), strict=True):
+                with sequence.fork() as longer:
+                    longer.append(int(token))
+                    visit(longer, (*tokens, int(token)), chance * float(share))
+
+        with llm.context.sequence() as sequence:
+            sequence.extend(llm.tokenizer.encode(STORY))
+            visit(sequence, (), 1.0)
+    assert n_accepted > n_draws / 4
+    assert set(drawn) <= set(expected)
+    often = {tokens: n for tokens, n in expected.items() if n >= 5}
+    rare = n_draws - sum(often.values())
+    chi2 = sum((drawn[tokens] - n) ** 2 / n for tokens, n in often.items())
+    chi2 += (n_draws - sum(drawn[tokens] for tokens in often) - rare) ** 2 / rare
+    assert len(often) > 10
+    assert chi2 < len(often) + 3.1 * math.sqrt(2 * len(often)) + 4  # above it in one of a thousand
+
+
+def test_a_draft_model_keeps_the_texts_of_several_requests(demo: mn.Model, demo_draft: mn.Model) -> None:
+    with mn.LLM(demo, n_ctx=1024, n_parallel=4, speculate=demo_draft, **EXACT) as llm:
+        drafter = llm._speculate
+        guess(llm, drafter)
+        requests: list[dict[str, Any]] = [
+            {"prompt": f"{STORY} {name}" + " and" * 40, "max_tokens": 30, "temperature": 0.0, "logit_bias": no_end(llm)}
+            for name in NAMES
+        ]
+        answers = side_by_side(llm, requests)
+        assert [answer.tokens for answer in answers] == alone(demo, requests)
+        assert all(answer.usage.accepted > 0 for answer in answers)
+        stats = drafter.context.stats  # each prompt once, and each text with its guesses
+        drafted = sum(answer.usage.drafted for answer in answers)
+        assert stats.tokens_evaluated < 4 * (60 + 30) + 2 * drafted
+
+
 # Chats
 
 
@@ -699,6 +942,38 @@ def test_deterministic_is_equal_to_the_last_bit(demo: mn.Model) -> None:
         assert [exact(llm.complete(**request)) for request in requests] == first
 
 
+@pytest.mark.parametrize("speculate", ["lookup", "function"])
+def test_deterministic_is_equal_to_the_last_bit_with_guesses(demo: mn.Model, speculate: str) -> None:
+    options: dict[str, Any] = {"n_ctx": 2560, "deterministic": True, "n_threads": 2, "n_ubatch": 64}
+    with mn.LLM(demo, n_parallel=4, **options) as llm:
+        requests: list[dict[str, Any]] = [
+            {"prompt": llm.tokenizer.encode(f"{STORY} {name} and"), "max_tokens": 40, "logprobs": True}
+            | {"temperature": 0.0, "logit_bias": no_end(llm)}
+            for name in NAMES
+        ]
+        for request in requests:  # what comes has been there
+            request["prompt"] += llm.complete(**request).tokens + request["prompt"]
+        texts = [request["prompt"] + llm.complete(**request).tokens for request in requests]
+    drafter: Any = "lookup" if speculate == "lookup" else Known(texts, wrong_every=6)
+
+    def exact(answer: mn.Completion) -> list[tuple[int, float | None]]:
+        return [(entry.token, entry.logprob) for entry in answer.logprobs or []]
+
+    with mn.LLM(demo, n_parallel=4, speculate=drafter, **options) as llm:
+        together = side_by_side(llm, requests)
+        again = side_by_side(llm, requests[::-1])[::-1]
+        single = [llm.complete(**request) for request in requests]
+    assert [exact(answer) for answer in together] == [exact(answer) for answer in again]
+    assert [exact(answer) for answer in together] == [exact(answer) for answer in single]
+    assert [answer.usage.drafted for answer in together] == [answer.usage.drafted for answer in single]
+    assert sum(answer.usage.drafted for answer in together) > 10
+
+
+def test_a_draft_model_is_not_deterministic(demo: mn.Model, demo_draft: mn.Model) -> None:
+    with pytest.raises(ValueError, match="a draft model has no place beside deterministic=True"):
+        mn.LLM(demo, n_ctx=512, deterministic=True, speculate=demo_draft)
+
+
 # Several answers
 
 
@@ -797,7 +1072,7 @@ def test_map_keeps_the_order_and_the_errors(demo: mn.Model, n_parallel: int) -> 
 
 
 @pytest.mark.parametrize("seed", range(int(os.environ.get("MINERVA_WALKS", "3"))))
-@pytest.mark.parametrize("speculate", [None, "lookup"])
+@pytest.mark.parametrize("speculate", [None, "lookup", "eager", "known"])
 def test_a_walk_of_requests_that_come_and_go(demo: mn.Model, seed: int, speculate: str | None) -> None:
     choice = random.Random(seed)
     prompts = [STORY + " and" * choice.randrange(60) + word for word in (" boy", " girl", " dog") for _ in range(3)]
@@ -808,7 +1083,12 @@ def test_a_walk_of_requests_that_come_and_go(demo: mn.Model, seed: int, speculat
             expected[prompt, length, number] = llm.complete(prompt, max_tokens=length, seed=number).tokens
         chat = llm.chat(max_tokens=10, temperature=0)
         said = [chat.send(f"Say {n}").text for n in range(3)]
-    with mn.LLM(demo, n_parallel=4, speculate=speculate, **options, **EXACT) as llm:
+    with mn.LLM(demo, n_parallel=4, speculate=speculate and "lookup", **options, **EXACT) as llm:
+        if speculate == "eager":
+            guess(llm, "lookup")
+        elif speculate == "known":
+            texts = [llm.tokenizer.encode(key[0]) + tokens for key, tokens in expected.items()]
+            guess(llm, Known(texts, wrong_every=11))
 
         async def one(number: int) -> None:
             own = random.Random(1000 * seed + number)

@@ -284,6 +284,23 @@ class Walk(stateful.RuleBasedStateMachine):
             text.extend(after)
         text.waits |= not after and text.shifts is None
 
+    @stateful.precondition(lambda self: self.context.options.on_full == "error" and len(self.texts) > 1)
+    @stateful.rule(data=st.data(), ids=st.lists(FEW, min_size=2, max_size=7), n_right=st.integers(0, 4))
+    def guess_together(self, data: st.DataObject, ids: list[int], n_right: int) -> None:
+        texts, drafts = dict([self.pick(data), self.pick(data)]), dict[mn.Sequence, list[int]]()
+        for (sequence, text), draft in zip(texts.items(), (ids[:2], ids[1:]), strict=False):
+            drafts[sequence] = draft[: MAX_TOKENS - len(text.tokens)]
+            if not text.tokens or not drafts[sequence] or self.look(sequence, text) is None:
+                return
+        if self.attempt(lambda: self.context.logits_after(drafts), text) is None:
+            return
+        for sequence, text in texts.items():
+            text.extend(drafts[sequence])
+            n_wrong = max(0, len(drafts[sequence]) - n_right)
+            sequence.rewind(n_wrong)
+            text.cut(len(text.tokens) - n_wrong, self.can_truncate)
+            text.waits = n_wrong > 0 and text.shifts is None
+
     @stateful.rule(max_tokens=st.none() | st.integers(1, 20))
     def evaluate(self, max_tokens: int | None) -> None:
         texts = {sequence: text for sequence, text in self.texts.items() if text.tokens and text.shifts is None}
@@ -477,7 +494,7 @@ def test_random_walks(name: str, load_tiny: Callable[[TinyModel], mn.Model], tmp
     stateful.run_state_machine_as_test(
         lambda: Walk(model, by_hand, kind.options, tmp_path),  # type: ignore[arg-type]  # it takes any factory
         settings=hypothesis.settings(
-            max_examples=2 * WALKS_OF_EACH,  # some end early
+            max_examples=5 * WALKS_OF_EACH // 2,  # some end early
             stateful_step_count=STEPS,
             suppress_health_check=list(hypothesis.HealthCheck),
             phases=[hypothesis.Phase.generate],  # no shrinking, which takes minutes: the walk is printed as it is

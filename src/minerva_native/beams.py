@@ -33,6 +33,7 @@ class _Beam:
     total: float = 0.0
     is_finished: bool = False
     needs_logits: bool = True
+    ahead: None = None
     sampler: None = None
 
     @property

@@ -20,7 +20,7 @@ from .reasoning import AfterReasoning, ReasoningDecoder, opens_reasoning
 from .requests import Request, Signal, check_timeout
 from .sampling import Sampler, SamplingParams
 from .sequence import Sequence as TokenSequence
-from .speculative import Speculation
+from .speculative import Lookahead, Speculation
 from .structured import Constraint
 from .tokenizer import Tokenizer
 from .tools import ParsedPiece, Tool, ToolCall
@@ -235,9 +235,16 @@ class Draft:
             request.record.writes(self.completion)
 
     @property
+    def ahead(self) -> Lookahead | None:
+        """What guesses its tokens, once it has begun."""
+        return None if self._speculation is None else self._speculation.ahead
+
+    @property
     def needs_logits(self) -> bool:
-        """Whether the next token depends on logits: a constraint may leave only one."""
+        """Whether the next token depends on logits that are not there: a constraint may leave only one token."""
         if self.last.usage is not None:  # it is finished
+            return False
+        if self.ahead is not None and self.ahead.is_ahead:
             return False
         if self._guide is None or self._top_logprobs:
             return True

@@ -32,7 +32,7 @@ from .requests import AsyncStream, Request, RequestQueue, Signal, Stream, n_char
 from .sampling import logprob
 from .scheduler import Scheduler
 from .sequence import Sequence as TokenSequence
-from .speculative import DraftModel, Speculation
+from .speculative import FIXED, Costs, DraftModel, Speculation
 from .tokenizer import TokenIds, Tokenizer
 
 if TYPE_CHECKING:
@@ -189,6 +189,10 @@ class LLM:
             wrong = [name for name in ("kv_unified", "prefix_cache") if options.get(name)]
             if wrong:
                 raise ValueError(f"{wrong[0]} has no place beside deterministic=True: it changes roundings")
+            if isinstance(speculate, Model | DraftModel):
+                raise ValueError(
+                    "a draft model has no place beside deterministic=True: what it drafts for a text depends on others"
+                )
         context_options = ContextOptions(**{**defaults, **options})
         if context_options.n_seq < n_parallel:
             raise ValueError(f"n_seq={context_options.n_seq} is too few for n_parallel={n_parallel}")
@@ -207,8 +211,9 @@ class LLM:
         try:
             self.context = Context(self.model, context_options)
             if isinstance(speculate, Model):
-                speculate = drafter = DraftModel(speculate, self.context.n_ctx, n_threads=self.context.n_threads)
-            self._speculate = speculate
+                own = {"n_threads": self.context.n_threads, "n_seq": self.context.n_seq}
+                speculate = drafter = DraftModel(speculate, self.context.n_ctx, **own)
+            self._speculate, self._costs = speculate, Costs(FIXED if deterministic else None)
             if (speculation := self.speculation()) is not None:
                 speculation.check(self.context)
             self.template = _template_of(self.model) if template is None else template
@@ -224,7 +229,8 @@ class LLM:
         self.tokenizer: Tokenizer = self.model.tokenizer
         self.on_full = on_full
         self.chats, self.n_parallel = OpenChats(), n_parallel
-        scheduler = Scheduler(self.context, self.chats, n_parallel, deterministic, speculates=speculate is not None)
+        costs = None if speculate is None else self._costs
+        scheduler = Scheduler(self.context, self.chats, n_parallel, deterministic, costs)
         self.queue = RequestQueue(scheduler)
         self._close = weakref.finalize(self, _close, self.queue, self.prompt_cache, self.context, drafter, owned)
 
@@ -258,7 +264,7 @@ class LLM:
 
     def speculation(self) -> Speculation | None:
         """Return what guesses tokens of one answer, if that was asked for."""
-        return None if self._speculate is None else Speculation(self._speculate)
+        return None if self._speculate is None else Speculation(self._speculate, costs=self._costs)
 
     # For those who watch
 

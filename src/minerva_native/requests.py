@@ -19,6 +19,9 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 from ._arguments import cancel_token, what
 from .engine.gate import CancelToken
 from .errors import BrokenContextError, Cancelled, ClosedError, ReentryError
@@ -65,6 +68,19 @@ class Signal(Enum):
     BLOCKED = "there is no room: go on when another request has ended"
 
 
+class Ahead(Protocol):
+    """Guesses the next tokens of a sequence; `speculative.Lookahead` is one."""
+
+    def propose(self, n_texts: int, n_most: int) -> list[int]:
+        """Return a guess to evaluate with the last token, of at most `n_most` tokens; `n_texts` share the pass."""
+
+    def verify(self, draft: list[int], rows: npt.NDArray[np.float32]) -> None:
+        """Take the logits after the last token and after each of a guess."""
+
+    def settle(self) -> None:
+        """Take back what was guessed and not drawn."""
+
+
 class Writer(Protocol):
     """What writes into a sequence."""
 
@@ -74,7 +90,11 @@ class Writer(Protocol):
 
     @property
     def needs_logits(self) -> bool:
-        """Whether the next step reads the sequence's logits."""
+        """Whether the next step reads logits that are not there yet."""
+
+    @property
+    def ahead(self) -> Ahead | None:
+        """What guesses its tokens."""
 
     @property
     def sampler(self) -> Sampler | None:
@@ -86,6 +106,7 @@ class Prompt(NamedTuple):
 
     sequence: TokenSequence
     needs_logits: bool = True
+    ahead: Ahead | None = None
     sampler: None = None
 
 

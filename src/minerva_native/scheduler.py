@@ -6,6 +6,7 @@ tokens in all (continuous batching with chunked prefill: Orca, OSDI 2022; Sarath
 alone is not told what to evaluate: its steps are those of the plain decode loop.
 """
 
+import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from functools import partial, reduce
@@ -15,10 +16,12 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from .context import Context
+from .engine.gate import CancelToken
 from .engine.slot import common_prefix
 from .errors import Cancelled, ContextFullError, MinervaError
-from .requests import Doorbell, Prompt, Request, RequestQueue, Signal
+from .requests import Ahead, Doorbell, Prompt, Request, RequestQueue, Signal, Writer
 from .sequence import Sequence, look_ahead
+from .speculative import Costs
 
 T = TypeVar("T")
 
@@ -83,7 +86,7 @@ class Scheduler:
         room: makes room in it.
         n_parallel: how many requests to serve at once.
         deterministic: evaluate each sequence in batches of its own.
-        speculates: whether requests guess tokens. Guesses take cells until they are drawn or taken back.
+        costs: of passes, if requests guess tokens. Guesses take cells until they are drawn or taken back.
     """
 
     def __init__(
@@ -92,10 +95,10 @@ class Scheduler:
         room: Room,
         n_parallel: int = 1,
         deterministic: bool = False,
-        speculates: bool = False,
+        costs: Costs | None = None,
     ):
         self._context, self._idle = context, room
-        self._n_parallel, self._is_deterministic, self._speculates = n_parallel, deterministic, speculates
+        self._n_parallel, self._is_deterministic, self._costs = n_parallel, deterministic, costs
         self._served: list[_Served] = []
         self._room = 0  # how many cells are known to be free
         self._has_ended = False  # since those that are blocked have last tried
@@ -155,7 +158,7 @@ class Scheduler:
                 if may_join:
                     if len(queue):
                         return
-                    self._room = 0 if evaluates or self._speculates else self._room - 1
+                    self._room = 0 if evaluates or self._costs is not None else self._room - 1
                     if self._room <= len(request.writers):
                         self._make_room(queue)  # of chats that were busy when it came
         except StopIteration:
@@ -246,7 +249,10 @@ class Scheduler:
         cancel = running[0].request if len(running) == 1 and running[0].is_reading else None
         batches = [[sequence] for sequence in needed] if self._is_deterministic else [needed]
         for batch in batches:
-            n_left += self._idle.with_room(partial(context.evaluate, batch, max_tokens, cancel=cancel))
+            if self._costs is not None:
+                n_left += self._evaluate_guessing(running, batch, max_tokens, cancel, self._costs)
+            else:
+                n_left += self._idle.with_room(partial(context.evaluate, batch, max_tokens, cancel=cancel))
         for request, sequence, before in reading:
             request.n_evaluated += before - sequence.n_waiting
         drawing = [
@@ -257,6 +263,61 @@ class Scheduler:
         ]
         look_ahead(drawing)
         return n_left
+
+    def _evaluate_guessing(
+        self,
+        running: list[_Served],
+        batch: list[Sequence],
+        max_tokens: int | None,
+        cancel: CancelToken | None,
+        costs: Costs,
+    ) -> int:
+        """Evaluate what waits in a batch, with guesses after texts that have some, and measure what a pass takes."""
+        context, stats = self._context, self._context.stats
+        writers = self._writers(running, batch)
+        guesses = self._guesses(running, writers, max_tokens or context.n_ubatch)
+        n_before, before = stats.tokens_evaluated, time.perf_counter()
+        rows = dict[Sequence, Any]()
+        if guesses:
+            drafts = {sequence: draft for sequence, (_, draft) in guesses.items()}
+            with suppress(ContextFullError):  # it is evaluated without them
+                rows = context.logits_after(drafts, batch, max_tokens)
+        if rows:
+            n_left = sum(sequence.n_waiting for sequence in batch)
+        else:
+            n_left = self._idle.with_room(partial(context.evaluate, batch, max_tokens, cancel=cancel))
+        if len(writers) == len(batch) and not n_left:
+            costs.note(stats.tokens_evaluated - n_before, time.perf_counter() - before)
+        for sequence, found in rows.items():
+            ahead, draft = guesses[sequence]
+            ahead.verify(draft, found)
+        return n_left
+
+    def _writers(self, running: list[_Served], batch: list[Sequence]) -> list[Writer]:
+        """Return what writes the texts in a batch."""
+        in_batch = set(batch)
+        return [
+            writer
+            for served in running
+            if not served.is_reading
+            for writer in served.request.writers
+            if writer.sequence in in_batch and writer.sequence.n_waiting <= _MOST_WAITING
+        ]
+
+    def _guesses(
+        self, running: list[_Served], writers: list[Writer], max_tokens: int
+    ) -> dict[Sequence, tuple[Ahead, list[int]]]:
+        """Return guesses for which there is room: half of a batch, and cells that texts do not need next."""
+        n_free = max_tokens // 2 - len(writers)
+        if self._context.options.kv_unified:
+            n_kept = 1 + 2 * sum(len(served.request.writers) for served in running)
+            n_free = min(n_free, self._context.n_ctx - self._context.cells_used - n_kept)
+        guesses = dict[Sequence, tuple[Ahead, list[int]]]()
+        for writer in writers:
+            if writer.ahead is not None and n_free > 0 and (draft := writer.ahead.propose(len(writers), n_free)):
+                guesses[writer.sequence] = writer.ahead, draft
+                n_free -= len(draft)
+        return guesses
 
     def _find_failed(self, running: list[_Served], error: BaseException, queue: RequestQueue) -> None:
         """Evaluate what each request needs by itself, after an error in a common batch; end those that fail."""
@@ -290,7 +351,7 @@ class Scheduler:
                 self._room -= len(writers)
                 if self._room < 1 or not writers or any(map(_needs_logits, writers)):
                     break
-            if self._speculates:
+            if self._costs is not None:
                 self._room = 0
         except StopIteration:
             self._end(served, queue)
@@ -349,6 +410,8 @@ class Scheduler:
         last = running[-1]
         try:
             for writer in last.request.writers:
+                if writer.ahead is not None:
+                    writer.ahead.settle()
                 last.parked[writer.sequence] = writer.sequence[:]
                 writer.sequence.assign([])
         except MinervaError as error:  # somebody has closed it

@@ -407,7 +407,7 @@ class Lookahead:
         if self._rows is not None or sequence.n_waiting != 1 or costs.n_measured < _MEASURED:
             return []
         n_tokens = self.tokens.n
-        self._plain = costs.row + costs.base / n_texts
+        self._plain = costs.row + costs.base / (1 if costs.is_fixed else n_texts)
         n_free = min(self._most, n_most, self._end - n_tokens - 1)
         may_lose = self._plain * max(1, counts.max_loss * (n_tokens - self._start))
         if n_free < 1 or self._gained < -may_lose:
