@@ -524,6 +524,23 @@ def test_what_is_drawn_is_of_the_last_token_whatever_came_after_looking_ahead(
     assert draw_next(other, another, other.tokens) == mn.Sampler(params)(other.logits)
 
 
+def test_what_is_drawn_together_is_right_beside_guesses(tiny: mn.Model) -> None:
+    with tiny.context(n_ctx=512, n_seq=3, kv_unified=False) as context:  # which evaluates them in this order
+        three = [context.sequence() for _ in range(3)]
+        for at, sequence in enumerate(three):
+            sequence.extend(IDS[at : at + 8])
+            sequence.append(at + 1)
+        others = [three[0], three[2]]
+        context.logits_after({three[1]: [5, 6, 7]}, others)
+        params = mn.SamplingParams(seed=3, temperature=2.0)
+        samplers = [mn.Sampler(params) for _ in others]
+        look_ahead(list(zip(others, samplers, strict=True)))
+        drawn = [
+            draw_next(sequence, sampler, sequence.tokens) for sequence, sampler in zip(others, samplers, strict=True)
+        ]
+        assert drawn == [mn.Sampler(params)(sequence.logits) for sequence in others]
+
+
 def test_truncating_one_sequence_does_not_change_the_other(
     pair: tuple[mn.Sequence, mn.Sequence], fresh_logits: Callable[[list[int]], Logits]
 ) -> None:

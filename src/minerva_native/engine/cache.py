@@ -88,7 +88,7 @@ class KVCache:
             self._stride = min(self._max_batch, options.checkpoint_interval)
         # Each sequence has its share, so that none can take another's away.
         self._checkpoint_bytes = options.checkpoint_bytes // options.n_seq
-        self._in_buffer: tuple[Slot, ...] = ()  # the slots with logits in libllama's buffer and nowhere else
+        self._in_buffer: tuple[Slot, ...] = ()  # whose logits the rows of libllama's buffer are, and nowhere else
         if options.on_full == "shift" and not self.memory.can_shift:
             self.handle.close()
             raise OptionError(self._cannot_shift())
@@ -498,6 +498,8 @@ class KVCache:
             count = sum(size for _, size in parts)
             batch = self.runner.batch
             self._decode(tuple(slot for slot, _ in parts), count, self.runner.decode, batch.pointer, cancel=cancel)
+            if rows is not None:  # some have several rows there
+                self._in_buffer = tuple(slot for slot, size in parts for _ in range(rows.n_outputs(slot, size)))
             row = -1
             for slot, size in parts:
                 row += size
