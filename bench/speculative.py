@@ -131,9 +131,10 @@ def together(model: mn.Model, n_parallel: int, n_threads: int, pairs: int) -> No
             drafted = sum(answer.usage.drafted for answer in answers[guessing])
             accepted = sum(answer.usage.accepted for answer in answers[guessing])
             n = sum(len(answer.tokens) for answer in answers[guessing])
-            print(f"{n_parallel} {task}: {over(seconds[guessing][1:], seconds[plain][1:])} times plain decoding's speed; "
-                  f"{passes[guessing]} passes instead of {passes[plain]}; {accepted} of {drafted} guessed tokens right, "
-                  f"of {n}; {same} of {len(prompts)} texts the same")  # fmt: skip
+            ratio = over(seconds[guessing][1:], seconds[plain][1:])
+            print(f"{n_parallel} {task}: {ratio} times plain decoding's speed; {passes[guessing]} passes instead of "
+                  f"{passes[plain]}; {accepted} of {drafted} guessed tokens right, of {n}; "
+                  f"{same} of {len(prompts)} texts the same")  # fmt: skip
 
 
 def main() -> None:
