@@ -138,9 +138,12 @@ def test_the_costs_of_passes_are_measured() -> None:
     assert [costs.base, costs.row] == pytest.approx([0.010, 0.002], rel=0.05)
     costs.note(1, 9.0)  # something else had the CPU
     assert costs.base + costs.row < 0.025
+    whole, row = costs.base + costs.row, costs.row
+    costs.hope(0.5)
+    assert [costs.base + costs.row, costs.row] == pytest.approx([whole, row / 2])
     fixed = Costs(FIXED)
     fixed.note(1, 9.0)
-    fixed.hope()
+    fixed.hope(0.5)
     assert (fixed.base, fixed.row) == FIXED
 
 

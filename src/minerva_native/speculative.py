@@ -238,10 +238,10 @@ class Costs:
         self.base = max(self.base + error, 0.0)
         self.row = max(self.row + error * n_rows, 0.01 * expected / n_rows)
 
-    def hope(self) -> None:
+    def hope(self, share: float) -> None:
         """Take a token in a pass for a little cheaper, as nobody tries whether it is."""
         if not self.is_fixed:
-            less = _REGAINED * self.row
+            less = share * self.row
             self.base, self.row = self.base + less, self.row - less
 
 
@@ -350,6 +350,7 @@ class Lookahead:
         self._evidence: Callable[[Sequence[int]], int] | None = getattr(drafter, "evidence", None)
         self._right = self._wrong = 0.0  # guesses, those long ago counting less
         self._forget(1.0)
+        self._is_behind = False  # whether right tokens of the last guess have to be evaluated again
         self._has_drafted, self._drafting = False, 0.0  # seconds a guessed token
         self._start, self._gained = len(sequence), 0.0
         self._plain = self._cost = 0.0  # seconds that a token takes without a guess, and that the last guess has cost
@@ -372,7 +373,7 @@ class Lookahead:
         """Evaluate a guess with the last token, if there is one; return whether its logits are those of a guess."""
         if self._rows is not None:
             return True
-        if self._sequence.n_waiting != 1:
+        if not self._sequence.n_waiting:
             return False
         costs, draft = self._counts.costs, self.propose()
         if draft or costs.n_measured < _MEASURED or not self.tokens.n % _MEASURED_EVERY:
@@ -382,7 +383,7 @@ class Lookahead:
     def _evaluate(self, draft: list[int]) -> None:
         """Evaluate the last token, with a guess unless there is no room for it, and measure that."""
         sequence, costs = self._sequence, self._counts.costs
-        before = time.perf_counter()
+        n_waiting, before = sequence.n_waiting, time.perf_counter()
         try:
             if draft:
                 self.verify(draft, sequence.logits_after(draft))
@@ -391,7 +392,7 @@ class Lookahead:
         if not draft:
             _ = sequence.logits
         seconds = time.perf_counter() - before
-        costs.note(1 + len(draft), seconds)
+        costs.note(n_waiting + len(draft), seconds)
         if not costs.is_fixed:
             self._cost = seconds - self._plain
 
@@ -401,10 +402,13 @@ class Lookahead:
         `n_texts`: how many texts share the pass.
         """
         sequence, counts, costs = self._sequence, self._counts, self._counts.costs
+        if self._is_behind:  # that comes first, or it would be evaluated after each guess from now on
+            self._is_behind = False
+            return []
         evidence = 0
         if self._evidence is not None and not (evidence := self._evidence(self.tokens)):
             return []
-        if self._rows is not None or sequence.n_waiting != 1 or costs.n_measured < _MEASURED:
+        if self._rows is not None or not sequence.n_waiting or costs.n_measured < _MEASURED:
             return []
         n_tokens = self.tokens.n
         self._plain = costs.row + costs.base / (1 if costs.is_fixed else n_texts)
@@ -414,7 +418,7 @@ class Lookahead:
             return []
         n = self._length(evidence, n_free)
         if not n:
-            costs.hope()
+            costs.hope(_REGAINED / n_texts)
             self._forget(_REGAINED)
             return []
         before = time.perf_counter()
@@ -487,6 +491,7 @@ class Lookahead:
         if len(self._sequence) > self.tokens.n:
             self._sequence.truncate(self.tokens.n)
         n_again = self._sequence.n_waiting  # the memory may have gone back further
+        self._is_behind = n_again > 0
         self._gained += n_right * self._plain - self._cost - n_again * self._counts.costs.row
 
     def _forget(self, share: float) -> None:
