@@ -12,6 +12,7 @@ import pytest
 
 import minerva_native as mn
 from tiny_models import TinyModel
+from workers import Worker
 
 ROOT = Path(__file__).parents[1]
 
@@ -90,3 +91,12 @@ def load_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TinyModel],
 def tiny(load_tiny: Callable[[TinyModel], mn.Model]) -> mn.Model:
     """A tiny random llama model in F32."""
     return load_tiny(TinyModel())
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[list[str]]:
+    """Two workers that nothing is done to."""
+    workers = [Worker(), Worker()]
+    yield [worker.endpoint for worker in workers]
+    for worker in workers:
+        worker.kill()

@@ -8,7 +8,7 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,21 +19,12 @@ import minerva_native as mn
 from minerva_native import fit
 from minerva_native.cli import main
 from minerva_native.devices import described as described_by_itself
-from test_rpc import Worker, tale
 from tiny_models import TinyModel
+from workers import tale
 
 pytestmark = pytest.mark.skipif("RPC" not in mn.build_info()["backends"], reason="this build has no RPC")
 
 SMALL = mn.ContextOptions(n_ctx=512, n_batch=64, n_threads=1)
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[list[str]]:
-    """Two workers that nothing is done to."""
-    workers = [Worker(), Worker()]
-    yield [worker.endpoint for worker in workers]
-    for worker in workers:
-        worker.kill()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import select
 import signal
 import socket
 import struct
@@ -19,33 +18,9 @@ import pytest
 
 import minerva_native as mn
 from minerva_native.cli import main, rpc_worker
+from workers import GREEDY, Worker, tale
 
 pytestmark = pytest.mark.skipif("RPC" not in mn.build_info()["backends"], reason="this build has no RPC")
-
-COMMAND = [sys.executable, "-m", "minerva_native"]
-GREEDY = mn.SamplingParams(temperature=0)
-
-
-class Worker:
-    """A process of our own command on loopback."""
-
-    def __init__(self, port: int = 0):
-        command = [*COMMAND, "rpc-worker", "-p", str(port), "-t", "1"]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        assert select.select([self.process.stdout], [], [], 60)[0], "the worker does not start"
-        self.endpoint = self.process.stdout.readline().removeprefix("listening on ").strip()
-        self.port = int(self.endpoint.partition(":")[2])
-
-    def send(self, number: int) -> None:
-        os.kill(self.process.pid, number)
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait(60)
-        for pipe in (self.process.stdout, self.process.stderr):
-            if pipe is not None:
-                pipe.close()
 
 
 @pytest.fixture
@@ -62,15 +37,6 @@ def start() -> Iterator[Callable[..., Worker]]:
         worker.kill()
 
 
-@pytest.fixture(scope="module")
-def two() -> Iterator[list[str]]:
-    """Two workers that nothing is done to."""
-    workers = [Worker(), Worker()]
-    yield [worker.endpoint for worker in workers]
-    for worker in workers:
-        worker.kill()
-
-
 def test_an_address_that_is_taken_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -82,12 +48,6 @@ def test_an_address_that_is_taken_is_named() -> None:
 
 def load(*endpoints: str, timeout: float = 60, **options: int) -> mn.Model:
     return mn.Model.load(mn.DEMO_PATH, rpc=endpoints, rpc_timeout=timeout, gpu_layers=options.get("gpu_layers", -1))
-
-
-def tale(model: mn.Model, n: int = 24) -> list[int]:
-    with model.context(n_ctx=128, n_threads=1) as context, context.sequence() as sequence:
-        sequence.extend(model.tokenizer.encode("Once upon a time"))
-        return [step.token for step in mn.generate(sequence, GREEDY, max_tokens=n)]
 
 
 @pytest.fixture(scope="module")
@@ -437,6 +397,34 @@ def test_an_address_that_others_can_reach_is_warned_of(
     ]
 
 
+def test_a_worker_on_all_addresses_names_none_of_no_use(capsys: pytest.CaptureFixture[str]) -> None:
+    for address, listening, endpoint in (
+        (
+            "0.0.0.0:50052",
+            "all addresses of this machine, port 50052",
+            "ADDRESS:50052, with an address of this machine",
+        ),
+        ("127.0.0.1:50052", "127.0.0.1:50052", "127.0.0.1:50052"),
+    ):
+        rpc_worker.announce(address, mn.devices())
+        first, *_, last = capsys.readouterr().out.splitlines()
+        assert first == f"listening on {listening}"
+        assert last.endswith(f": minerva generate --rpc {endpoint}")
+
+
 def test_a_device_that_a_worker_does_not_have(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rpc-worker", "-p", "0", "-d", "CUDA9"]) == 1
     assert "there is no device 'CUDA9' here; this build has CPU" in capsys.readouterr().err
+
+
+def test_a_benchmark_measures_what_workers_compute(two: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["-p", "4", "-n", "2", "-r", "1", "-t", "1", "--no-parts", "-ngl", "-1", "-q", "--json"]
+    assert main(["bench", *options, "--rpc", two[0], "-ot", "ffn_down=CPU"]) == 0
+    rows = json.loads(capsys.readouterr().out)["results"]
+    assert {row["placement"] for row in rows} == {f"rpc=['{two[0]}'], tensor_overrides={{'ffn_down': 'CPU'}}"}
+    assert [row["n_gpu_layers"] for row in rows] == [5, 5]
+    assert [row["roofline_ts"] for row in rows] == [None, None]
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", *options, "--cpu-moe", "--compare-llama-bench", sys.executable])
+    assert ended.value.code == 2
+    assert "has no place beside --cpu-moe" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -32,16 +33,18 @@ class Source(NamedTuple):
         path: a GGUF file; None is the built-in model.
         gpu_layers: as for `Model.load`.
         mmap: as for `Model.load`.
+        placement: other arguments of `Model.load`, such as rpc and tensor_overrides.
     """
 
     path: str | None = None
     gpu_layers: Literal["auto"] | int = "auto"
     mmap: bool = True
+    placement: Mapping[str, Any] = MappingProxyType({})
 
     def load(self, context: mn.ContextOptions) -> mn.Model:
         """Load the model, with room for a context; raise what `Model.load` raises."""
         path = mn.DEMO_PATH if self.path is None else self.path
-        return mn.Model.load(path, gpu_layers=self.gpu_layers, context=context, mmap=self.mmap)
+        return mn.Model.load(path, gpu_layers=self.gpu_layers, context=context, mmap=self.mmap, **self.placement)
 
 
 def bench(
@@ -79,7 +82,9 @@ def bench(
     with source.load(largest) as model:
         params = mn.SamplingParams.from_model(model, **(sampling or {}))
         how = {"sampling": asdict(params), "warm_up": warm_up}
-        about = _About(model_facts(model) | how, roofline.weights_touched(model), model.gpu_layers)
+        # Where tensors are put elsewhere, or on other machines, what reads them is not known.
+        weights = None if source.placement else roofline.weights_touched(model)
+        about = _About(model_facts(model) | how, weights, model.gpu_layers)
         if llama_bench is None:
             for test in tests:
                 on_progress(test.name, 0, repetitions)
@@ -116,12 +121,12 @@ class _About(NamedTuple):
     """What stays the same for all tests of a model."""
 
     facts: dict[str, Any]
-    weights: roofline.Weights
+    weights: roofline.Weights | None
     gpu_layers: int
 
     def limit(self, test: Test) -> roofline.Limit | None:
-        """Return the limit that memory sets, if the test generates tokens."""
-        return roofline.Limit(self.weights, test.n_threads) if test.n_gen else None
+        """Return the limit that memory sets, if the test generates tokens, and it is known."""
+        return roofline.Limit(self.weights, test.n_threads) if test.n_gen and self.weights else None
 
 
 class _Sample(NamedTuple):
@@ -154,6 +159,7 @@ def _row(about: _About, source: Source, test: Test, samples: Sequence[_Sample]) 
         "n_gpu_layers": about.gpu_layers,
         "flash_attn": next(number for number, name in FLASH_ATTENTION.items() if name == test.flash_attention),
         "mmap": source.mmap,
+        "placement": ", ".join(f"{name}={value}" for name, value in sorted(source.placement.items())),
         "n_prompt": test.n_prompt,
         "n_gen": test.n_gen,
         "n_depth": test.n_depth,
@@ -165,9 +171,9 @@ def _row(about: _About, source: Source, test: Test, samples: Sequence[_Sample]) 
     return row | _limit(about.weights, samples)
 
 
-def _limit(weights: roofline.Weights, samples: Sequence[_Sample]) -> dict[str, Any]:
+def _limit(weights: roofline.Weights | None, samples: Sequence[_Sample]) -> dict[str, Any]:
     """Return the figures of the roofline: medians over the repetitions."""
-    if not samples[0].repetition.token_ns.size:
+    if weights is None or not samples[0].repetition.token_ns.size:
         return dict.fromkeys(_LIMIT)
     seconds = np.array([sample.limit_seconds for sample in samples])
     token_seconds = np.array([steady(sample.repetition.token_ns).mean() / 1e9 for sample in samples])

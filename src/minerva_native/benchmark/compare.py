@@ -24,6 +24,7 @@ _TEST = ("n_prompt", "n_gen", "n_depth")
 _MODEL = ("model_size", "model_n_params")
 _SETTINGS = (
     *("n_batch", "n_ubatch", "n_threads", "type_k", "type_v", "n_gpu_layers", "flash_attn", "mmap", "warm_up"),
+    "placement",
     *("build_commit", "cpu_info", "gpu_info", "model_header_sha256"),
 )
 

@@ -29,7 +29,7 @@ COMMANDS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors show what was typed without its control characters.
+    """A parser whose errors are one line, and show what was typed without its control characters.
 
     Attributes:
         options: what `add_argument` has made.
@@ -51,8 +51,8 @@ class Parser(argparse.ArgumentParser):
         return typed[-1] if typed else flag
 
     def error(self, message: str) -> NoReturn:
-        """Print the usage and an error, and exit."""
-        super().error(printable(message))
+        """Print an error, and exit."""
+        self.exit(2, f"{self.prog}: error: {printable(message)} (see {self.prog} --help)\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 from minerva_native import FLASH_ATTENTION, KV_TYPES, Context, MinervaError, available_cpus
 
 from .messages import placed, printable, say, warn, warnings_after
-from .options import SAMPLING_FLAGS, add_sampling, file_name, gpu_layers, sampling
+from .options import (
+    LOADING_FLAGS,
+    SAMPLING_FLAGS,
+    add_overrides,
+    add_rpc,
+    add_sampling,
+    file_name,
+    gpu_layers,
+    of_loading,
+    sampling,
+)
 from .progress import measuring
 
 if TYPE_CHECKING:
@@ -34,6 +44,7 @@ FLAGS = {
     "kv_type": "-ctk, -ctv",
     "flash_attention": "-fa",
     "gpu_layers": "-ngl",
+    **LOADING_FLAGS,
     **SAMPLING_FLAGS,
 }
 """The options for what errors name otherwise."""
@@ -70,6 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mmap = one_of(("0", "1"), {"none": "0", "mmap": "1"})
     how = "map the file into memory, or read it (mmap)"
     several("-lm", "--load-mode", "-mmp", "--mmap", type=mmap, metavar="mmap|none", dest="mmap", help=how)
+    add_rpc(parser)
+    add_overrides(parser)
     add("-r", "--repetitions", type=positive, default=5, metavar="N", help="how often to run each test (5)")
     add("--no-warmup", action="store_true", help="do not evaluate anything before the measurement")
     add("--no-parts", action="store_true", help="do not run the decode loop to time its parts")
@@ -92,6 +105,9 @@ def run(options: argparse.Namespace) -> int:
     """Run every test; the exit status is 1 if a comparison is below `--fail-below`."""
     if options.fail_below is not None and not (options.baseline or options.compare_llama_bench):
         options.refuse("--fail-below needs something to compare with: --baseline or --compare-llama-bench")
+    if options.compare_llama_bench and (placement := of_loading(options)):
+        given = ", ".join(LOADING_FLAGS[name] for name in placement)
+        options.refuse(f"--compare-llama-bench has no place beside {given}: llama-bench would not do the same")
     from minerva_native.benchmark import compare, machine, plot
 
     sources, tests = read_sources(options), read_tests(options)
@@ -185,8 +201,9 @@ def read_sources(options: argparse.Namespace) -> "list[Source]":
     """Return which models are loaded, and how."""
     from minerva_native.benchmark import Source
 
-    layers, mmap = flat(options.gpu_layers, ["auto"]), flat(options.mmap, ["1"])
-    return [Source(path, n, mapped == "1") for path, n, mapped in product(options.model or [None], layers, mmap)]
+    layers, mmap, placement = flat(options.gpu_layers, ["auto"]), flat(options.mmap, ["1"]), of_loading(options)
+    every = product(options.model or [None], layers, mmap)
+    return [Source(path, n, mapped == "1", placement) for path, n, mapped in every]
 
 
 def read_tests(options: argparse.Namespace) -> "list[Test]":

@@ -46,7 +46,7 @@ def load_model(
 
     `context`: what `-ngl` is to leave room for.
     """
-    given = {name: value for name in LOADING_FLAGS if (value := getattr(options, name, None)) is not None}
+    given = of_loading(options)
     if options.model is None and not given:
         return Model.demo(gpu_layers=options.gpu_layers)
     from .progress import loading
@@ -77,6 +77,11 @@ LOADING_FLAGS = {
     "cpu_moe": "--cpu-moe",
     "n_cpu_moe": "--n-cpu-moe",
 }
+
+
+def of_loading(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of `LOADING_FLAGS` that were given."""
+    return {name: value for name in LOADING_FLAGS if (value := getattr(options, name, None)) is not None}
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:

@@ -41,11 +41,14 @@ def run(options: argparse.Namespace) -> int:
 
 def announce(address: str, devices: list[mn.Device]) -> None:
     """Say where the worker listens, on stdout, and what it lends."""
-    print(f"listening on {address}")
+    host, _, port = address.rpartition(":")
+    is_everywhere = host == "0.0.0.0"  # which is no address to connect to
+    print(f"listening on all addresses of this machine, port {port}" if is_everywhere else f"listening on {address}")
     for device in devices:
         memory = f"{size(device.memory_free_bytes)} free of {size(device.memory_total_bytes)}"
         print(printable(f"{device.name}: {device.description} ({device.type}, {memory})"))
-    print(f"Ctrl-C ends it; to use it: minerva generate --rpc {address}", flush=True)
+    endpoint = f"ADDRESS:{port}, with an address of this machine" if is_everywhere else address
+    print(f"Ctrl-C ends it; to use it: minerva generate --rpc {endpoint}", flush=True)
 
 
 def is_loopback(host: str) -> bool:

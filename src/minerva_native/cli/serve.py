@@ -25,7 +25,6 @@ from .messages import as_json, placed, say
 from .options import (
     LAYERS,
     LLM_N_SEQ,
-    LOADING_FLAGS,
     add_context,
     add_json,
     add_loading,
@@ -34,6 +33,7 @@ from .options import (
     file_name,
     gpu_layers,
     of_context,
+    of_loading,
     sampling,
 )
 
@@ -203,7 +203,6 @@ def _loaded(options: argparse.Namespace, source: Source) -> mn.LLM:
     """Load a model."""
     from .progress import loading
 
-    given = {name: value for name in LOADING_FLAGS if (value := getattr(options, name, None)) is not None}
     how: dict[str, Any] = {
         "n_batch": options.batch_size,
         "n_ubatch": options.ubatch_size,
@@ -221,7 +220,11 @@ def _loaded(options: argparse.Namespace, source: Source) -> mn.LLM:
     template = options.chat_template_file and Path(options.chat_template_file).read_text(encoding="utf-8")
     with loading(options.quiet) as on_progress:
         model = mn.Model.load(
-            source.path, gpu_layers=options.gpu_layers, context=planned, on_progress=on_progress, **given
+            source.path,
+            gpu_layers=options.gpu_layers,
+            context=planned,
+            on_progress=on_progress,
+            **of_loading(options),
         )
     try:
         n_ctx = min(_DEFAULT_N_CTX, model.n_ctx_train) if options.ctx_size is None else options.ctx_size
