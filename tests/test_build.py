@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -32,15 +33,21 @@ def test_a_folder_that_is_not_llama_cpp_is_refused(tmp_path: Path) -> None:
     assert "leave the option out to build the pin" in output
 
 
+def stand_in(tmp_path: Path, configuration: str) -> Path:
+    """Make a llama.cpp checkout that has nothing but this in its CMakeLists.txt."""
+    folder = tmp_path / "llama.cpp"
+    (folder / "include").mkdir(parents=True)
+    (folder / "include" / "llama.h").touch()
+    (folder / "ggml").mkdir()
+    (folder / "ggml" / "CMakeLists.txt").touch()
+    (folder / "CMakeLists.txt").write_text(textwrap.dedent(configuration))
+    return folder
+
+
 def test_flags_from_both_places_reach_llama_cpps_cmake_untouched(tmp_path: Path) -> None:
-    stand_in = tmp_path / "llama.cpp"
-    (stand_in / "include").mkdir(parents=True)
-    (stand_in / "include" / "llama.h").touch()
-    (stand_in / "ggml").mkdir()
-    (stand_in / "ggml" / "CMakeLists.txt").touch()
     report = "LTO ${GGML_LTO}, repack ${GGML_CPU_REPACK}, native ${GGML_NATIVE}"
-    (stand_in / "CMakeLists.txt").write_text(f'message(FATAL_ERROR "{report}")\n')
-    settings = [f"cmake.define.{name}" for name in (f"MINERVA_LLAMA_CPP_DIR={stand_in}", "GGML_CPU_REPACK=OFF")]
+    folder = stand_in(tmp_path, f'message(FATAL_ERROR "{report}")\n')
+    settings = [f"cmake.define.{name}" for name in (f"MINERVA_LLAMA_CPP_DIR={folder}", "GGML_CPU_REPACK=OFF")]
     output = failed_build(tmp_path, *settings, CMAKE_ARGS="-DGGML_LTO=ON -DGGML_NATIVE=OFF")
     assert "LTO ON, repack OFF, native OFF" in output
 
@@ -66,9 +73,33 @@ def test_a_backend_that_cannot_be_built_ends_the_build_with_a_sentence(
     assert "Building CXX object" not in output
 
 
-def test_upstreams_tools_are_built_without_rpc(tmp_path: Path) -> None:
-    settings = [f"cmake.define.{name}=ON" for name in ("GGML_RPC", "MINERVA_BUILD_TOOLS")]
-    assert "GGML_RPC=ON and MINERVA_BUILD_TOOLS=ON exclude each other" in failed_build(tmp_path, *settings)
+@pytest.mark.parametrize("option", ["GGML_RPC", "GGML_BACKEND_DL"])
+def test_upstreams_tools_have_nothing_of_the_binding(tmp_path: Path, option: str) -> None:
+    settings = [f"cmake.define.{name}=ON" for name in (option, "MINERVA_BUILD_TOOLS")]
+    assert f"{option}=ON and MINERVA_BUILD_TOOLS=ON exclude each other" in failed_build(tmp_path, *settings)
+
+
+def test_backends_in_files_share_no_library_with_the_module(tmp_path: Path) -> None:
+    folder = stand_in(
+        tmp_path,
+        """
+        file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/empty.c" "")
+        foreach(library ggml-base ggml-rpc ggml-cpu)
+          if(library STREQUAL "ggml-base")
+            set(shared "${BUILD_SHARED_LIBS}")
+            add_library(${library} "${CMAKE_CURRENT_BINARY_DIR}/empty.c")
+          else()
+            add_library(${library} MODULE "${CMAKE_CURRENT_BINARY_DIR}/empty.c")
+          endif()
+          get_target_property(type ${library} TYPE)
+          list(APPEND types "${library}: ${type}")
+        endforeach()
+        message(FATAL_ERROR "upstream sees ${shared}; ${types}")
+        """,
+    )
+    settings = [f"cmake.define.{name}" for name in (f"MINERVA_LLAMA_CPP_DIR={folder}", "GGML_BACKEND_DL=ON")]
+    output = failed_build(tmp_path, *settings)
+    assert "upstream sees ON; ggml-base: STATIC_LIBRARY;ggml-rpc: STATIC_LIBRARY;ggml-cpu: MODULE_LIBRARY" in output
 
 
 def old_vulkan(sdk: Path) -> list[str]:

@@ -54,7 +54,7 @@ def show(wheel: Path) -> None:
         for command in (
             ["pip", "install", "--quiet", str(wheel)],
             ["minerva", "devices"],
-            ["minerva", "generate", "-n", "16", "Once upon a time"],
+            ["minerva", "generate", "-n", "16", "-p", "Once upon a time"],
         ):
             subprocess.run([str(commands / command[0]), *command[1:]], check=True, env=environment, cwd=scratch)
     print(f"{wheel}: {wheel.stat().st_size / 1e6:.1f} MB")
