@@ -324,6 +324,25 @@ def test_who_does_not_read_is_cut_off(victim: Victim) -> None:
     victim.idle()
 
 
+@pytest.mark.parametrize("n", [1, 4])
+def test_who_does_not_read_a_stream_is_cut_off_and_frees_its_place(tmp_path: Path, n: int) -> None:
+    with victim_with(tmp_path, settings=SHORT, send_bytes=4096) as victim:
+        assert victim.ask(TEXT, BRIEF)[0] == 200
+        before = victim.idle()["files"]
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        client.settimeout(SECONDS)
+        client.connect(("127.0.0.1", victim.port))
+        client.sendall(post(TEXT, {**LONG, "max_tokens": 3000 // n, "n": n, "stream": True}))
+        victim.until(lambda held: held["cells"] > 0)
+        victim.until(lambda held: held["files"] <= before and not held["users"] and not held["cells"])
+        reply = received(client)  # what the system had taken already
+        client.close()
+        assert reply.startswith(b"HTTP/1.1 200")
+        assert b"[DONE]" not in reply
+        assert victim.ask(TEXT, BRIEF)[0] == 200
+
+
 def test_there_is_an_end_of_connections(victim: Victim) -> None:
     before = victim.idle()["files"]
     most = int(SHORT["max_connections"])

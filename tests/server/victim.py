@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -36,6 +37,7 @@ class Options:
         load_seconds: how much longer loading a model is to take.
         n_parallel: requests at once.
         n_ctx: the context.
+        send_bytes: how much of a reply the system takes from the server before its client reads, or 0 for its default.
     """
 
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -45,6 +47,7 @@ class Options:
     load_seconds: float = 0.0
     n_parallel: int = 4
     n_ctx: int = 4096
+    send_bytes: int = 0
 
 
 def load(options: Options, source: Source) -> mn.LLM:
@@ -97,6 +100,8 @@ def main(options: Options) -> None:
 
     signal.signal(signal.SIGUSR1, tell)
     listening = tcp_socket("127.0.0.1", 0)
+    if options.send_bytes:  # which its connections inherit
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, options.send_bytes)
     port = listening.getsockname()[1]
     try:
         run(create_app(models, metrics, settings, show_access), listening, settings, lambda: print(port, flush=True))
