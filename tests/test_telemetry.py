@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -600,3 +602,28 @@ def test_without_an_sdk_nothing_is_recorded_and_nothing_fails(llm: mn.LLM) -> No
     telemetry = mn.OpenTelemetry(capture_content=True)
     telemetry.watch(llm)
     assert len(llm.complete(STORY, max_tokens=3).tokens) <= 3
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_child_of_a_fork_counts_though_another_thread_held_the_lock(demo: mn.Model) -> None:
+    entered, may_go = threading.Event(), threading.Event()
+
+    class Held(mn.LLM):
+        def __hash__(self) -> int:  # is asked for with the lock held
+            entered.set()
+            may_go.wait(20)
+            return id(self)
+
+    metrics = mn.Metrics()
+    with Held(demo, n_ctx=64, n_threads=1) as llm:
+        watching = threading.Thread(target=metrics.watch, args=(llm,))
+        watching.start()
+        assert entered.wait(20)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(10)
+            may_go.set()
+            os._exit(0 if metrics.prometheus() == "" else 1)
+        may_go.set()
+        watching.join()
+        assert os.waitpid(child, 0)[1] == 0

@@ -4,6 +4,7 @@ Both observe (`LLM.observers`): they do something as a request comes and as it e
 """
 
 import json
+import os
 import threading
 import time
 import weakref
@@ -33,6 +34,7 @@ class _Watch(ABC):
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._watched: weakref.WeakKeyDictionary[mn.LLM, _Observer] = weakref.WeakKeyDictionary()
+        _watches.add(self)
 
     def watch(self, llm: mn.LLM, name: str | None = None) -> None:
         """See the requests of an LLM that come from now on, until it is closed or `unwatch`.
@@ -79,6 +81,18 @@ class _Watch(ABC):
     @abstractmethod
     def _tool_call(self, name: str, tool: mn.Tool, call: mn.ToolCall) -> AbstractContextManager[object]:
         """See a tool called."""
+
+
+_watches: "weakref.WeakSet[_Watch]" = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """Renew the locks: a child of a fork has none of the threads that may hold them."""
+    for watch in _watches:
+        watch._lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class _Observer:

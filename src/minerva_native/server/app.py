@@ -2,11 +2,11 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from functools import partial
 from importlib.resources import files
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from starlette.routing import Route, Router
 
@@ -54,6 +54,9 @@ class Chunks(Protocol):
     async def aclose(self) -> None:
         """Stop the request."""
 
+
+Merged: TypeAlias = AsyncGenerator[tuple[int, mn.Chunk], None]
+"""The chunks of several streams, with the index of each."""
 
 _logger = logging.getLogger("minerva_native.server")
 
@@ -290,10 +293,11 @@ class Api:
 
             async def events() -> AsyncIterator[bytes]:
                 usages = []
-                async for index, chunk in self._chunks(exchange.access, streams):
-                    if piece := writers[index].of(chunk):
-                        yield piece
-                    usages += [] if chunk.usage is None else [replies.usage_of([chunk.usage])]
+                async with aclosing(self._chunks(exchange.access, streams)) as chunks:
+                    async for index, chunk in chunks:
+                        if piece := writers[index].of(chunk):
+                            yield piece
+                        usages += [] if chunk.usage is None else [replies.usage_of([chunk.usage])]
                 _note(exchange.access, replies.added(usages))
                 yield replies.DONE
 
@@ -335,7 +339,7 @@ class Api:
         if self._settings.log_content:
             access.facts["text"] = [choice.text for one in completions for choice in one.choices]
 
-    def _chunks(self, access: Access, streams: Sequence[Chunks]) -> AsyncIterator[tuple[int, mn.Chunk]]:
+    def _chunks(self, access: Access, streams: Sequence[Chunks]) -> Merged:
         """Return what several streams yield, with their indices."""
         chunks = _merged(streams)
         return _noted(access, chunks, len(streams)) if self._settings.log_content else chunks
@@ -361,13 +365,14 @@ class Api:
         async def events() -> AsyncIterator[bytes]:
             last: dict[int, mn.Chunk] = {}
             begun: set[int] = set()
-            async for index, chunk in self._chunks(exchange.access, streams):
-                piece = b"" if index in begun else answers[index].begin()
-                begun.add(index)
-                if chunk.finish_reason is not None:
-                    last[index] = chunk
-                if piece := piece + answers[index].of(chunk):
-                    yield piece
+            async with aclosing(self._chunks(exchange.access, streams)) as chunks:
+                async for index, chunk in chunks:
+                    piece = b"" if index in begun else answers[index].begin()
+                    begun.add(index)
+                    if chunk.finish_reason is not None:
+                        last[index] = chunk
+                    if piece := piece + answers[index].of(chunk):
+                        yield piece
             usages = [last[index].usage or mn.Usage() for index in range(count)]
             usage = replies.added([replies.usage_of(usages[at : at + n]) for at in range(0, count, n)])
             _note(exchange.access, usage)
@@ -400,11 +405,12 @@ class Api:
             writer = ResponseEvents(body, name, sampling)
 
             async def events() -> AsyncIterator[bytes]:
-                async for _, chunk in self._chunks(exchange.access, streams):
-                    if piece := writer.of(chunk):
-                        yield piece
-                    if chunk.usage is not None:
-                        _note(exchange.access, replies.usage_of([chunk.usage]))
+                async with aclosing(self._chunks(exchange.access, streams)) as chunks:
+                    async for _, chunk in chunks:
+                        if piece := writer.of(chunk):
+                            yield piece
+                        if chunk.usage is not None:
+                            _note(exchange.access, replies.usage_of([chunk.usage]))
 
             await _streamed(exchange, events(), streams)
 
@@ -603,7 +609,7 @@ def _begun(begin: Callable[[int], Chunks], count: int) -> list[Chunks]:
         raise of_arguments(error, FIELDS) from None
 
 
-async def _merged(streams: Sequence[Chunks]) -> AsyncIterator[tuple[int, mn.Chunk]]:
+async def _merged(streams: Sequence[Chunks]) -> Merged:
     """Yield what several streams do, with their indices, as it comes."""
     if len(streams) == 1:
         with _told():
@@ -633,16 +639,16 @@ async def _merged(streams: Sequence[Chunks]) -> AsyncIterator[tuple[int, mn.Chun
     finally:
         for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)  # several may have failed, and one is told
 
 
-async def _noted(
-    access: Access, chunks: AsyncIterator[tuple[int, mn.Chunk]], count: int
-) -> AsyncIterator[tuple[int, mn.Chunk]]:
+async def _noted(access: Access, merged: Merged, count: int) -> Merged:
     """Yield chunks, and note the texts that they make, also if the client goes before their end."""
     texts = access.facts["text"] = [""] * count
-    async for index, chunk in chunks:
-        texts[index] += chunk.text
-        yield index, chunk
+    async with aclosing(merged) as chunks:
+        async for index, chunk in chunks:
+            texts[index] += chunk.text
+            yield index, chunk
 
 
 async def _streamed(exchange: Exchange, events: AsyncIterator[bytes], streams: Sequence[Chunks]) -> None:
