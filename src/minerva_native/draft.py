@@ -19,6 +19,7 @@ from .model import Model
 from .reasoning import AfterReasoning, ReasoningDecoder, opens_reasoning
 from .requests import Request, Signal, check_timeout
 from .sampling import Sampler, SamplingParams
+from .sampling.params import MAX_SEED
 from .sequence import Sequence as TokenSequence
 from .speculative import Lookahead, Speculation
 from .structured import Constraint
@@ -211,7 +212,7 @@ class Draft:
         self._calls = self._call_decoder(tools)
         params = options.sampling
         if params.seed is not None and seed_offset:
-            params = params.replace(seed=params.seed + seed_offset)
+            params = params.replace(seed=(params.seed + seed_offset) % (MAX_SEED + 1))
         sampler = Sampler(params, tokenizer=self._tokenizer)
         self._sampler = sampler if self._reasoning is None else self._reasoning.forcing(sampler)
         constraint = options.constraint

@@ -253,12 +253,29 @@ def test_n_makes_several_answers_and_a_seed_makes_them_again(client: openai.Open
     assert streamed == texts[0]
 
 
-@pytest.mark.parametrize("stop", ["story", ["what", "story"], ["what", "xyz"]])
+def test_after_the_largest_seed_comes_the_first(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"model": MODEL, "messages": asking("Tell me of a hat."), "max_completion_tokens": 12}
+    answers = client.chat.completions.create(n=2, seed=2**64 - 1, **options).choices
+    streamed = ["", ""]
+    for chunk in client.chat.completions.create(n=2, seed=2**64 - 1, stream=True, **options):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == [answer.message.content for answer in answers]
+    assert client.chat.completions.create(seed=0, **options).choices[0].message.content == streamed[1]
+
+
+def test_calls_without_a_text_are_shown_to_any_template(client: openai.OpenAI) -> None:
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    said: Any = [*HELLO, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    said += [{"role": "tool", "tool_call_id": "a", "content": "It rains."}]
+    assert client.chat.completions.create(model=MODEL, messages=said, max_tokens=2).choices[0].message.content
+
+
+@pytest.mark.parametrize("stop", ["story", ["what", "story"], ["what", "xyz"], ["", "story"]])
 def test_stop_strings_end_the_answer_before_them(client: openai.OpenAI, stop: str | list[str]) -> None:
     options: dict[str, Any] = {"model": MODEL, "messages": HELLO, "temperature": 0, "max_completion_tokens": 40}
     free = client.chat.completions.create(**options).choices[0].message.content or ""
     assert "a story? Just tell me what" in free
-    first = min(free.index(text) for text in ([stop] if isinstance(stop, str) else stop) if text in free)
+    first = min(free.index(text) for text in ([stop] if isinstance(stop, str) else stop) if text and text in free)
     stopped = client.chat.completions.create(stop=stop, **options).choices[0]
     assert (stopped.message.content, stopped.finish_reason) == (free[:first], "stop")
     chunks = list(client.chat.completions.create(stop=stop, stream=True, **options))

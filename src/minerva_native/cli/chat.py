@@ -27,6 +27,7 @@ from .options import (
     constraint,
     file_name,
     load_model,
+    of_batches,
     sampling,
     utf8,
 )
@@ -89,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
     planned = mn.ContextOptions(
         n_ctx=DEFAULT_N_CTX if options.ctx_size is None else options.ctx_size,
         n_seq=LLM_N_SEQ,
-        **of_chat_context(options),
+        **of_batches(options),
     )
     with load_model(options, context=planned) as model, open_llm(options, model) as llm:
         if not options.quiet and (where := placed(llm.context)):
@@ -114,19 +115,8 @@ def open_llm(options: argparse.Namespace, model: mn.Model) -> mn.LLM:
         template=choose_template(options, model),
         on_full=options.on_full,
         n_ctx=n_ctx or model.n_ctx_train,
-        **of_chat_context(options),
+        **of_batches(options),
     )
-
-
-def of_chat_context(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of the context, but for its size."""
-    return {
-        "n_batch": options.batch_size,
-        "n_threads": options.threads,
-        "kv_type": (options.cache_type_k, options.cache_type_v),
-        "flash_attention": options.flash_attn,
-        "swa_full": options.swa_full,
-    }
 
 
 def choose_template(options: argparse.Namespace, model: mn.Model) -> mn.ChatTemplate:

@@ -23,6 +23,7 @@ from .options import (
     add_text,
     constraint,
     load_model,
+    of_batches,
     of_context,
     read_text,
     sampling,
@@ -101,11 +102,7 @@ def run(options: argparse.Namespace) -> int:
     stop = [unescaped(text, "--stop") for text in options.stop] if options.escape else options.stop
     shape = constraint(options)
     how: dict[str, Any] = {
-        "n_batch": options.batch_size,
-        "n_ubatch": options.ubatch_size,
-        "n_threads": options.threads,
-        "kv_type": (options.cache_type_k, options.cache_type_v),
-        "flash_attention": options.flash_attn,
+        **of_batches(options),
         "swa_full": options.swa_full or options.context_shift,
         "on_full": "shift" if options.context_shift else "error",
         "n_keep": options.keep,

@@ -219,6 +219,18 @@ def of_context(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if _OF_THE_MODEL.get(name) != value}
 
 
+def of_batches(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what `-b`, `-ub` if there is one, `-t`, `-ctk`, `-ctv`, `-fa` and `--swa-full` say of a context."""
+    given = {
+        "n_batch": options.batch_size,
+        "n_threads": options.threads,
+        "kv_type": (options.cache_type_k, options.cache_type_v),
+        "flash_attention": options.flash_attn,
+        "swa_full": options.swa_full,
+    }
+    return given | ({"n_ubatch": options.ubatch_size} if hasattr(options, "ubatch_size") else {})
+
+
 def file_name(text: str) -> str:
     """Refuse an empty name, which an unset variable gives."""
     if not text:

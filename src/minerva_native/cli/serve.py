@@ -32,6 +32,7 @@ from .options import (
     add_sampling,
     file_name,
     gpu_layers,
+    of_batches,
     of_context,
     of_loading,
     sampling,
@@ -203,15 +204,7 @@ def _loaded(options: argparse.Namespace, source: Source) -> mn.LLM:
     """Load a model."""
     from .progress import loading
 
-    how: dict[str, Any] = {
-        "n_batch": options.batch_size,
-        "n_ubatch": options.ubatch_size,
-        "n_threads": options.threads,
-        "kv_type": (options.cache_type_k, options.cache_type_v),
-        "flash_attention": options.flash_attn,
-        "swa_full": options.swa_full,
-        **of_context(options),
-    }
+    how = {**of_batches(options), **of_context(options)}
     planned = mn.ContextOptions(
         n_ctx=_DEFAULT_N_CTX if options.ctx_size is None else options.ctx_size,
         n_seq=min(max(options.parallel, 1) - 1 + LLM_N_SEQ, _MOST_SEQUENCES),

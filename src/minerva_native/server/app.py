@@ -69,6 +69,8 @@ _LONGEST_TOKEN = 128  # characters: so many spaces are one token in some vocabul
 
 _MOST_BIASES = 64  # that are read on the event loop
 
+_SEEDS = 1 << 64  # after the last one comes the first
+
 _MOST_ANSWERS = 128  # to all prompts of a request
 
 _PAGE = {
@@ -663,7 +665,7 @@ async def _streamed(exchange: Exchange, events: AsyncIterator[bytes], streams: S
 def _seeded(given: dict[str, Any], index: int) -> dict[str, Any]:
     """Return the keywords of one of several answers: with a seed each takes the next one."""
     seed: int | None = given.get("seed")
-    return given if not index or seed is None or seed < 0 else {**given, "seed": seed + index}
+    return given if not index or seed is None or seed < 0 else {**given, "seed": (seed + index) % _SEEDS}
 
 
 def _note(access: Access, usage: dict[str, Any]) -> None:

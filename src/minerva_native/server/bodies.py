@@ -68,7 +68,7 @@ class Generation(Struct, kw_only=True):
         stream: send the answer piece by piece, as server-sent events.
         stream_options: see there.
         n: how many answers.
-        stop: strings that end the answer.
+        stop: strings that end the answer; empty ones do not.
         logit_bias: added to the logits of tokens: ids, or texts whose tokens are meant; false bans them.
         ignore_eos: never choose a token that ends the answer.
         samplers: the steps of the sampler, in order.
@@ -348,8 +348,8 @@ def of_generation(body: Generation, sampling: Mapping[str, Any], model: mn.Model
         given["logit_bias"] = biases
     if body.samplers is not None:
         given["order"] = body.samplers
-    if body.stop:
-        given["stop"] = body.stop
+    if stops := [stop for stop in ([body.stop] if isinstance(body.stop, str) else body.stop or ()) if stop]:
+        given["stop"] = stops
     shapes = [name for name in ("grammar", "json_schema", "response_format") if getattr(body, name, None) is not None]
     if len(shapes) > 1 and not (shapes[-1] == "response_format" and is_text(getattr(body, "response_format", None))):
         raise wrong(shapes[1], f"give {shapes[0]} or {shapes[1]}, not both")
@@ -505,6 +505,8 @@ def _checked(message: dict[str, Any], where: str) -> dict[str, Any]:
     if message["role"] == "developer":
         message = {**message, "role": "system"}
     content = message.get("content")
+    if content is None and message.get("tool_calls"):  # which templates add to others
+        return {**message, "content": ""}
     if content is None or isinstance(content, str):
         return message
     if not isinstance(content, list):
