@@ -69,7 +69,7 @@ def break_on(word: str, error: Exception) -> None:
 
 
 def main(options: Options) -> None:
-    logging.basicConfig(format="%(message)s")  # warnings and errors, on stderr
+    logging.basicConfig(format="%(message)s", level=logging.ERROR)
     break_on("break the context", mn.BrokenContextError("provoked, in /a/secret/path"))
     break_on("break the program", RuntimeError("provoked, in /a/secret/path"))
     break_on("break the code", TypeError("unsupported operand type(s) for prompt: 'a secret' and 'NoneType'"))

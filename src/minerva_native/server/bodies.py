@@ -505,7 +505,7 @@ def _checked(message: dict[str, Any], where: str) -> dict[str, Any]:
     if message["role"] == "developer":
         message = {**message, "role": "system"}
     content = message.get("content")
-    if content is None and message.get("tool_calls"):  # which templates add to others
+    if content is None and isinstance(message.get("tool_calls"), list):  # templates add it to other text
         return {**message, "content": ""}
     if content is None or isinstance(content, str):
         return message
