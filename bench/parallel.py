@@ -5,7 +5,8 @@
     single                        one stream, with n_parallel=8 against n_parallel=1
     deterministic                 eight streams, with deterministic=True against without, both in cells of their own
     rounds                        what a round of eight takes besides evaluating, in CPU time: other load matters little
-    cells                         decoding beside cells of finished sequences, and in cells of one's own, without `LLM`
+    cells                         decoding beside cells of finished sequences, and in cells of one's own, without `LLM`;
+                                  with `--threads 1` in CPU time
 
 Ratios are of tokens a second in each pair of turns: the median, the lowest and the highest.
 """
@@ -180,7 +181,13 @@ def deterministic(arguments: argparse.Namespace) -> None:
 
 
 def cells(arguments: argparse.Namespace) -> None:
-    ways = {"in one KV cache": (True, 0), "beside 3,000 cells": (True, 3000), "in cells of their own": (False, 0)}
+    ways = {
+        "in one KV cache": (True, 0),
+        "beside 400 cells": (True, 400),
+        "beside 3,000 cells": (True, 3000),
+        "in cells of their own": (False, 0),
+    }
+    clock = time.thread_time if arguments.threads == 1 else time.perf_counter
     rates: dict[tuple[str, int], list[float]] = {}
     with mn.Model.load(arguments.model) as model:
         for _ in range(arguments.pairs):
@@ -194,10 +201,10 @@ def cells(arguments: argparse.Namespace) -> None:
                     for at, sequence in enumerate(sequences):
                         sequence.extend([1000 + at] * 16)
                     for some in (sequences, sequences[:1]):
-                        before = time.perf_counter()
+                        before = clock()
                         for at in range(arguments.tokens):
                             context.extend({sequence: [500 + at] for sequence in some})
-                        rate = len(some) * arguments.tokens / (time.perf_counter() - before)
+                        rate = len(some) * arguments.tokens / (clock() - before)
                         rates.setdefault((name, len(some)), []).append(rate)
                         if not n_others:
                             for sequence in sequences[1:]:

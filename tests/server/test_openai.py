@@ -22,7 +22,7 @@ from minerva_native.server.connection import connection_class
 from minerva_native.server.guard import Access
 from minerva_native.server.models import Models
 from minerva_native.server.settings import Settings, Source
-from serving import Served
+from serving import Served, serve
 
 MODEL = "minerva-demo"
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
@@ -629,3 +629,18 @@ def test_embeddings_are_refused_at_once(served: Served) -> None:
         tries.append(caught.value.request.headers.get("x-stainless-retry-count"))
     assert caught.value.status_code == 501
     assert tries == ["0"]
+
+
+def test_no_more_finished_requests_are_kept_than_may_be_served_at_once() -> None:
+    with serve("-np", "9", "-c", "4096") as served, served.client() as client:
+
+        def cached(number: int) -> int:
+            prompt: Any = [300 + number, *range(400, 430)]
+            usage = client.completions.create(model=MODEL, prompt=prompt, max_tokens=2).usage
+            assert usage is not None
+            assert usage.prompt_tokens_details is not None
+            return usage.prompt_tokens_details.cached_tokens or 0
+
+        assert [cached(number) for number in range(10)] == [0] * 10
+        assert cached(0) == 0
+        assert cached(9) > 0

@@ -207,7 +207,8 @@ def _loaded(options: argparse.Namespace, source: Source) -> mn.LLM:
     how = {**of_batches(options), **of_context(options)}
     planned = mn.ContextOptions(
         n_ctx=_DEFAULT_N_CTX if options.ctx_size is None else options.ctx_size,
-        n_seq=min(max(options.parallel, 1) - 1 + LLM_N_SEQ, _MOST_SEQUENCES),
+        # Not more: while all are taken, each token is compared with the cells that finished requests have left.
+        n_seq=min(max(options.parallel, LLM_N_SEQ), _MOST_SEQUENCES),
         **how,
     )
     template = options.chat_template_file and Path(options.chat_template_file).read_text(encoding="utf-8")
@@ -229,6 +230,7 @@ def _loaded(options: argparse.Namespace, source: Source) -> mn.LLM:
             speculate=options.speculate,
             deterministic=options.deterministic,
             n_ctx=n_ctx or model.n_ctx_train,
+            n_seq=planned.n_seq,
             **how,
         )
     except BaseException:
