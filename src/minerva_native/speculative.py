@@ -29,6 +29,7 @@ _LONGEST_CHANGE = 16  # tokens; after more of its own, a text repeats no more
 _MOST_DRAFTED = 32  # tokens
 
 _MEASURED = 3  # passes before the first guess: what a token costs without
+_MOST_SLOW = 2  # passes that are not believed
 _MEASURED_EVERY = 8  # tokens without a guess, from then on
 _FEW_RIGHT, _FEW_WRONG = 4.0, 1.0  # guesses that are counted as right and wrong before there were any
 _FORGOTTEN = 0.1  # of the counts, with each guess
@@ -225,18 +226,25 @@ class Costs:
         self.base, self.row = fixed or (0.0, 0.0)
         self.is_fixed = fixed is not None
         self.n_measured = _MEASURED if self.is_fixed else 0
+        self._n_slow = 0  # passes of several tokens, one after another
 
-    def note(self, n_rows: int, seconds: float) -> None:
-        """Learn from a pass; one that took unusually long counts as twice what was expected."""
+    def note(self, n_rows: int, seconds: float) -> float:
+        """Learn from a pass; return its seconds, or what was expected if it seems that others had the CPU meanwhile."""
         if self.is_fixed:
-            return
+            return seconds
         self.n_measured += 1
         if self.n_measured == 1:
             self.base, self.row = 0.5 * seconds, 0.5 * seconds / n_rows
         expected = self.base + self.row * n_rows
-        error = 0.5 * (min(seconds, 2 * expected) - expected) / (1 + n_rows * n_rows)  # normalised least mean squares
+        if n_rows > 1:  # the longer a pass, the more often it is interrupted
+            self._n_slow = self._n_slow + 1 if seconds > 2 * expected else 0
+            if 0 < self._n_slow <= _MOST_SLOW:
+                return expected
+        seconds = min(seconds, 2 * expected)
+        error = 0.5 * (seconds - expected) / (1 + n_rows * n_rows)  # normalised least mean squares
         self.base = max(self.base + error, 0.0)
         self.row = max(self.row + error * n_rows, 0.01 * expected / n_rows)
+        return seconds
 
     def hope(self, share: float) -> None:
         """Take a token in a pass for a little cheaper, as nobody tries whether it is."""
@@ -391,8 +399,7 @@ class Lookahead:
             draft = []
         if not draft:
             _ = sequence.logits
-        seconds = time.perf_counter() - before
-        costs.note(n_waiting + len(draft), seconds)
+        seconds = costs.note(n_waiting + len(draft), time.perf_counter() - before)
         if not costs.is_fixed:
             self._cost = seconds - self._plain
 
@@ -447,9 +454,10 @@ class Lookahead:
         if not self._has_drafted:  # a draft model reads the prompt
             self._has_drafted = True
             return
-        self._gained -= seconds
         if n:
-            self._drafting += 0.3 * (min(seconds / n, 2 * self._drafting or seconds / n) - self._drafting)
+            seconds = min(seconds, 2 * n * self._drafting or seconds)
+            self._drafting += 0.3 * (seconds / n - self._drafting)
+        self._gained -= seconds
 
     def verify(self, draft: list[int], rows: npt.NDArray[np.float32]) -> None:
         """Take the logits after the last token and after each of a guess, which was evaluated."""
