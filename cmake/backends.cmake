@@ -58,7 +58,7 @@ endif()
 
 if(GGML_VULKAN)
   find_package(Vulkan QUIET COMPONENTS glslc)
-  find_package(SPIRV-Headers CONFIG QUIET)
+  find_package(SPIRV-Headers CONFIG QUIET HINTS "$ENV{VULKAN_SDK}")
   set(remedy "Install a Vulkan SDK of 1.3.272 or newer (https://vulkan.lunarg.com) and set VULKAN_SDK")
   set(needed "Vulkan headers of 1.3.272 or newer, SPIRV-Headers, the loader and glslc")
   if(NOT Vulkan_INCLUDE_DIR OR NOT Vulkan_LIBRARY OR NOT Vulkan_GLSLC_EXECUTABLE OR NOT SPIRV-Headers_FOUND)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ._binding import ffi, lib, text, thrown
+from ._binding import BUILD_INFO, ffi, lib, text, thrown
 from .errors import BuildError
 
 _PREFIX = "libggml-"
@@ -58,6 +58,9 @@ def load(folder: Path) -> list[ComputeBackend]:
         name = text(lib.ggml_backend_reg_name(registered))
         if name not in by_name or not by_name[name].is_loaded:
             found.append(_described(registered))
+    # In the module it registers itself only if the loader gives it an instance.
+    if "GGML_VULKAN" in BUILD_INFO["options"] and not any(backend.name == "Vulkan" for backend in found):
+        found.append(ComputeBackend("Vulkan", False, "it finds no driver: install that of your GPU"))
     if lib.ggml_backend_dev_by_type(lib.GGML_BACKEND_DEVICE_TYPE_CPU) == ffi.NULL:
         why = "; ".join(backend.why_not for backend in found if backend.name == "CPU") or "there is none"
         raise BuildError(f"no backend for the CPU can be loaded ({why}): install the package again")

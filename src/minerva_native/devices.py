@@ -3,10 +3,7 @@
 import math
 import os
 import threading
-import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,6 @@ TYPES = {
     lib.GGML_BACKEND_DEVICE_TYPE_ACCEL: "accel",
 }
 
-_COPY_TIMES, _COPY_ROUNDS = 16, 5  # to measure a device's memory
 _MAX_COPY_BYTES = 1 << 62
 
 
@@ -57,19 +53,19 @@ class Device:
         pointer = _by_name().get(self.name)
         if pointer is None:
             raise DeviceError(f"there is no device {self.name!r} here")
+        if self.type != "cpu":
+            check_not_inherited([pointer])
         free = described(pointer).memory_free_bytes
         if 2 * size_bytes > free > 0:
             raise DeviceError(f"{self.name} has {free:,} free bytes: no room for two buffers of {size_bytes:,}")
-        best = 0.0
-        with _two_tensors(pointer, size_bytes) as (backend, source, target):
-            for round_ in range(_COPY_ROUNDS + 1):
-                before = time.perf_counter()
-                for _ in range(_COPY_TIMES):
-                    lib.ggml_backend_tensor_copy_async(backend, backend, source, target)
-                lib.ggml_backend_synchronize(backend)
-                rate = 2 * size_bytes * _COPY_TIMES / (time.perf_counter() - before)
-                best = max(best, rate if round_ else 0.0)  # the first round is a warm-up
-        return best
+        rate = ffi.new("double *")
+        if lib.minerva_copy_rate(pointer, size_bytes, rate):
+            why = thrown()
+            callbacks.raise_kept()
+            raise DeviceError(f"{self.name} cannot be measured: {why}")
+        if not rate[0]:
+            raise DeviceError(f"{self.name} has no room for two buffers of {size_bytes:,} bytes")
+        return float(rate[0])
 
 
 @dataclass(frozen=True)
@@ -153,6 +149,41 @@ def gpus() -> list[Any]:
     kinds = [(pointer, described(pointer).type) for pointer in on_this_machine()]
     dedicated = [pointer for pointer, kind in kinds if kind == "gpu"]
     return dedicated or [pointer for pointer, kind in kinds if kind == "igpu"]  # if there are no others
+
+
+def check_not_inherited(pointers: list[Any]) -> None:
+    """Raise `DeviceError` if this process was forked from one that has started the drivers of these GPUs."""
+    if pointers and _is_inherited:
+        raise DeviceError(
+            f"{described(pointers[0]).name} cannot be used: this process was forked from one that has started its "
+            "driver, which does not survive that; start processes with 'spawn', or pass devices=[] for the CPU alone"
+        )
+
+
+def _after_fork() -> None:
+    global _is_inherited
+    _is_inherited = _is_initialised
+
+
+_is_inherited = False
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def is_about(pointers: list[Any], log: str) -> bool:
+    """Return whether what libllama has logged says that one of these devices failed."""
+    signs = []
+    for pointer in pointers:
+        signs += [text(lib.ggml_backend_dev_name(pointer)), text(lib.ggml_backend_dev_description(pointer))]
+        signs.append(text(lib.ggml_backend_reg_name(lib.ggml_backend_dev_backend_reg(pointer))) + " error")
+    return any(sign in log for sign in signs)
+
+
+def warn_that_nothing_fits(path: object, pointers: list[Any]) -> None:
+    """Warn that a model is on the CPU, because no layer of it fits on these devices."""
+    found = [described(pointer) for pointer in pointers]
+    free = ", ".join(f"{one.name} ({one.description}) has {one.memory_free_bytes:,} bytes free" for one in found)
+    callbacks.logger.warning("%s is on the CPU: no layer of it fits beside a context; %s", path, free)
 
 
 def placement(model: Any, n_layer: int, context: Any = ffi.NULL) -> list[Placement]:
@@ -241,13 +272,18 @@ def on_this_machine() -> list[Any]:
 
 
 def described(pointer: Any) -> Device:
-    """Return what is known of one of libllama's devices; raise `DeviceError` if it is a worker's, and that is lost."""
+    """Return what is known of one of libllama's devices; raise `DeviceError` if it is a worker's, and that is lost.
+
+    One of this machine that has failed, or was inherited by a fork, has no memory: the others are of use.
+    """
     free, total = ffi.new("size_t *"), ffi.new("size_t *")
+    is_remote = text(lib.ggml_backend_reg_name(lib.ggml_backend_dev_backend_reg(pointer))) == "RPC"
     if lib.minerva_device_memory(pointer, free, total):
         why = thrown()
         callbacks.raise_kept()
-        raise DeviceError(why)
-    is_remote = text(lib.ggml_backend_reg_name(lib.ggml_backend_dev_backend_reg(pointer))) == "RPC"
+        if is_remote:
+            raise DeviceError(why)
+        free[0] = total[0] = 0
     return Device(
         text(lib.ggml_backend_dev_name(pointer)),
         text(lib.ggml_backend_dev_description(pointer)),
@@ -255,26 +291,6 @@ def described(pointer: Any) -> Device:
         total[0],
         free[0],
     )
-
-
-@contextmanager
-def _two_tensors(device: Any, size: int) -> Iterator[tuple[Any, Any, Any]]:
-    """Give a backend on the device, and two tensors of `size` bytes in its memory."""
-    backend = lib.ggml_backend_dev_init(device, ffi.NULL)
-    context = lib.ggml_init({"mem_size": 8 * lib.ggml_tensor_overhead(), "mem_buffer": ffi.NULL, "no_alloc": True})
-    buffer = ffi.NULL
-    try:
-        tensors = [lib.ggml_new_tensor_1d(context, lib.GGML_TYPE_I8, size) for _ in range(2)]
-        buffer = lib.ggml_backend_alloc_ctx_tensors(context, backend)
-        if buffer == ffi.NULL:
-            raise DeviceError(f"the device has no room for {2 * size / 1e6:.0f} MB to measure its memory with")
-        lib.ggml_backend_tensor_memset(tensors[0], 1, 0, size)
-        yield backend, *tensors
-    finally:
-        if buffer != ffi.NULL:
-            lib.ggml_backend_buffer_free(buffer)
-        lib.ggml_free(context)
-        lib.ggml_backend_free(backend)
 
 
 def cpu_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float:

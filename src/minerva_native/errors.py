@@ -127,7 +127,7 @@ class StateError(MinervaError):
 
 
 class DeviceError(MinervaError):
-    """A device that was asked for is not there."""
+    """A device that was asked for is not there, has no room, or has failed."""
 
 
 class BackendError(MinervaError):

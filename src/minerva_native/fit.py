@@ -105,7 +105,7 @@ class _Plan:
                 return [sum(memory_used(pointer, context, device)) for device in self._pointers]
         finally:
             if context != ffi.NULL:
-                lib.llama_free(context)
+                lib.minerva_context_free(context)
 
 
 def _dry_context(model: "Model", options: ContextOptions) -> Any:
@@ -119,7 +119,7 @@ def _dry_context(model: "Model", options: ContextOptions) -> Any:
         callbacks.raise_kept()
     except BaseException:
         if context != ffi.NULL:
-            lib.llama_free(context)
+            lib.minerva_context_free(context)
         raise
     if context == ffi.NULL:
         why = thrown() or callbacks.reason(errors, "libllama gives no reason")

@@ -17,7 +17,16 @@ from ._arguments import path as as_path
 from ._binding import BUILD_INFO, callbacks, ffi, is_lost, lib, text, thrown
 from ._handle import Handle
 from .check import check_loaded, check_model
-from .devices import Placement, buffer_types, gpus, placement, select
+from .devices import (
+    Placement,
+    buffer_types,
+    check_not_inherited,
+    gpus,
+    is_about,
+    placement,
+    select,
+    warn_that_nothing_fits,
+)
 from .errors import Cancelled, DeviceError, ModelLoadError, StateError
 from .fit import check_layers, layers_that_fit
 from .gguf import GGUF, Metadata, Override, checked_overrides, open_parts
@@ -175,6 +184,8 @@ class Model:
         if isinstance(devices, str):
             raise TypeError(f"devices must be a list of names, not a str: [{devices!r}]")
         local = gpus() if devices is None else select(list(many("devices", devices)))
+        if not vocab_only:
+            check_not_inherited(local)
         # Workers come first, as in llama.cpp: what follows them is sent over the network once.
         endpoints = workers.checked(rpc)
         chosen = [*workers.connect([] if vocab_only else endpoints, rpc_timeout), *local]
@@ -220,14 +231,14 @@ class Model:
             with callbacks.captured_errors() as errors:
                 pointer = lib.minerva_model_load(files, len(names), parameters, connections)
             needed = ffi.gc(connections[0], lib.minerva_connections_free) if connections[0] != ffi.NULL else ffi.NULL
-            handle = Handle("Model", pointer, lib.llama_model_free) if pointer != ffi.NULL else None
+            handle = Handle("Model", pointer, lib.minerva_model_free) if pointer != ffi.NULL else None
             callbacks.raise_kept()
             if stopped:
                 raise Cancelled("loading was stopped by on_progress")
-            if handle is None and is_lost():
-                raise DeviceError(f"{paths[0]} cannot be loaded: {thrown()}")
             if handle is None:
                 why = thrown() or callbacks.reason(errors, "libllama gives no reason")
+                if is_lost() or is_about(local, "\n".join([why, *errors])):
+                    raise DeviceError(f"{paths[0]} cannot be loaded: {why}")
                 raise ModelLoadError(
                     f"{paths[0]} cannot be loaded ({why}): check that the file is complete and that llama.cpp "
                     f"{BUILD_INFO['llama_cpp']} knows its architecture"
@@ -254,6 +265,8 @@ class Model:
                 raise DeviceError("tensor_overrides puts more on devices than fits there beside a context")
             else:  # not even what a GPU needs to help with long prompts
                 layers, offered[0], parameters.devices = 0, ffi.NULL, offered
+            if not layers and gpu_layers == "auto":
+                warn_that_nothing_fits(paths[0], chosen)
         handle, needed = read(layers, False)
         return cls(parts, handle, layers, vocab_only, overrides, needed)
 

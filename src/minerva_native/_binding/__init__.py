@@ -10,7 +10,13 @@ try:
     from ._llama import __file__ as module
     from ._llama import ffi, lib
 except ImportError as error:
-    raise BuildError(f"the compiled binding cannot be loaded ({error}): install the package again") from error
+    import re
+
+    library = re.search(r"(\S+): cannot open shared object file|Library not loaded: (\S+)", str(error))
+    remedy = "install the package again"
+    if library:
+        remedy = f"install what has {library[1] or library[2]}, such as your GPU's driver, or a build without that GPU"
+    raise BuildError(f"the compiled binding cannot be loaded ({error}): {remedy}") from error
 
 from . import callbacks
 

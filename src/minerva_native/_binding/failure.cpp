@@ -9,6 +9,7 @@
 #include <cstring>
 #include <memory>
 #include <string>
+#include <system_error>
 #include <thread>
 
 #include <sched.h>
@@ -45,6 +46,23 @@ void touch_exceptions() {
 void note(minerva_cause cause, const char * text) {
     thrown_cause = cause;
     std::snprintf(thrown_text, sizeof thrown_text, "%s", text);
+}
+
+// What an error of Vulkan's means. Its headers are not needed for this, and may not be there.
+minerva_cause cause_of(const std::error_code & code) {
+    constexpr int out_of_host_memory = -1, out_of_device_memory = -2, device_lost = -4;
+    if (std::strcmp(code.category().name(), "vk::Result") != 0) {
+        return MINERVA_EXCEPTION;
+    }
+    switch (code.value()) {
+        case out_of_host_memory:
+        case out_of_device_memory:
+            return MINERVA_NO_MEMORY;
+        case device_lost:
+            return MINERVA_GPU_LOST;
+        default:
+            return MINERVA_EXCEPTION;
+    }
 }
 
 }  // namespace
@@ -248,11 +266,34 @@ void Call::explain() {
         note(MINERVA_NO_MEMORY, "there is not enough memory");
     } catch (const std::bad_alloc &) {
         note(MINERVA_NO_MEMORY, "there is not enough memory");
+    } catch (const std::system_error & error) {
+        note(cause_of(error.code()), error.what());
     } catch (const std::exception & error) {
         note(MINERVA_EXCEPTION, error.what());
     } catch (...) {
         note(MINERVA_EXCEPTION, "an unknown exception");
     }
+}
+
+bool can_be_done(const std::function<void()> & work) {
+    const minerva_cause cause = thrown_cause;
+    const std::string text = thrown_text;
+    bool is_done = true;
+    {
+        Call call(nullptr, false);
+        try {
+            if (!call.is_refused()) {
+                work();
+            }
+        } catch (abi::__forced_unwind &) {
+            throw;
+        } catch (const Lost &) {
+        } catch (...) {
+            is_done = false;
+        }
+    }
+    note(cause, text.c_str());
+    return is_done;
 }
 
 }  // namespace minerva

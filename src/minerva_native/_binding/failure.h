@@ -9,6 +9,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <exception>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -127,6 +128,10 @@ Result guarded(Result if_thrown, minerva_decoder * decoder, bool computes, Work 
         return if_thrown;
     }
 }
+
+// Whether something that libllama also does where nothing may be thrown can be done; also true for an RPC worker that was
+// lost, about which rpc.cpp throws nothing there, and if the interpreter is shutting down. Leaves `minerva_thrown` alone.
+bool can_be_done(const std::function<void()> & work);
 
 // A call about no context.
 template <class Result, class Work> Result guarded(Result if_thrown, Work work) {

@@ -11,6 +11,7 @@
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 using minerva::guarded;
@@ -93,6 +94,10 @@ static bool has_small_stack() {
     return left > 0 && left < MINERVA_STACK_BYTES;
 }
 
+static bool is_remote(ggml_backend_dev_t device) {
+    return std::strcmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(device)), "RPC") == 0;
+}
+
 // ---- Models, contexts and texts -------------------------------------------------------------------------------------
 
 struct llama_model * minerva_model_load(const char ** paths, size_t n_paths,
@@ -122,7 +127,7 @@ struct llama_context * minerva_context_new(struct llama_model * model, const str
         const minerva::rpc::Taking taking(is_dry ? nullptr : of_model);
         llama_context * context = llama_init_from_model(model, *parameters);
         if (context != nullptr) {
-            std::unique_ptr<llama_context, void (*)(llama_context *)> owned(context, llama_free);
+            std::unique_ptr<llama_context, void (*)(llama_context *)> owned(context, minerva_context_free);
             if (!is_dry) {
                 taking.check();
             }
@@ -130,6 +135,27 @@ struct llama_context * minerva_context_new(struct llama_model * model, const str
         }
         return context;
     });
+}
+
+void minerva_context_free(struct llama_context * context) {
+    if (minerva::can_be_done([&] { llama_synchronize(context); })) {
+        llama_free(context);
+    }
+}
+
+void minerva_model_free(struct llama_model * model) {
+    const bool do_all_answer = minerva::can_be_done([&] {
+        for (int32_t index = 0; index < llama_model_n_devices(model); ++index) {
+            ggml_backend_dev_t device = llama_model_get_device(model, index);
+            if (!is_remote(device)) {
+                size_t free_bytes = 0, total_bytes = 0;
+                ggml_backend_dev_memory(device, &free_bytes, &total_bytes);  // CUDA fails here if it fails anywhere
+            }
+        }
+    });
+    if (do_all_answer) {
+        llama_model_free(model);
+    }
 }
 
 int32_t minerva_gguf_strings(const struct gguf_context * file, int64_t key, minerva_strings * strings) {
@@ -272,6 +298,7 @@ namespace {
 
 thread_local bool is_checking = false;
 thread_local bool all_finite = true;
+thread_local std::exception_ptr not_copied;  // why a device has not given or taken a tensor
 
 struct Checking {
     explicit Checking(bool is_wanted) {
@@ -280,6 +307,23 @@ struct Checking {
     }
     ~Checking() { is_checking = false; }
 };
+
+// Runs in destructors, so nothing can be thrown.
+template <class Copy> void copy_guarded(Copy copy) {
+    try {
+        copy();
+    } catch (abi::__forced_unwind &) {
+        throw;
+    } catch (...) {
+        not_copied = std::current_exception();
+    }
+}
+
+void check_copied() {
+    if (not_copied) {
+        std::rethrow_exception(std::exchange(not_copied, nullptr));
+    }
+}
 
 // Whether the bits of every number, without the sign, are below those of a limit.
 template <class Word> bool are_below(const uint8_t * data, size_t size, Word limit) {
@@ -337,7 +381,9 @@ int64_t minerva_state_size(minerva_decoder * decoder, int32_t sequence_id, uint3
 int64_t minerva_state_read(minerva_decoder * decoder, int32_t sequence_id, uint32_t flags, uint8_t * state,
                            int64_t capacity) {
     return guarded<int64_t>(MINERVA_THREW, decoder, false, [&] {
-        return int64_t(llama_state_seq_get_data_ext(decoder->context, state, capacity, sequence_id, flags));
+        const size_t used = llama_state_seq_get_data_ext(decoder->context, state, capacity, sequence_id, flags);
+        check_copied();
+        return int64_t(used);
     });
 }
 
@@ -346,6 +392,7 @@ int64_t minerva_state_write(minerva_decoder * decoder, int32_t sequence_id, uint
     return guarded<int64_t>(MINERVA_THREW, decoder, false, [&] {
         const Checking checking(check);
         const auto used = int64_t(llama_state_seq_set_data_ext(decoder->context, state, size, sequence_id, flags));
+        check_copied();
         if (!all_finite) {
             throw std::runtime_error("it holds numbers that are not finite, which would spoil the other sequences");
         }
@@ -353,14 +400,18 @@ int64_t minerva_state_write(minerva_decoder * decoder, int32_t sequence_id, uint
     });
 }
 
-// Where libllama reads a state, the build has it call this instead of `ggml_backend_tensor_set`. That may be in a
-// destructor, so nothing can be thrown: what is not finite is left out.
+// Where libllama reads and writes states, the build has it call these instead of `ggml_backend_tensor_set` and `_get`. What
+// is not finite is left out.
 extern "C" void minerva_tensor_set(struct ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
     if (is_checking && !is_finite(*tensor, static_cast<const uint8_t *>(data), size)) {
         all_finite = false;
         return;
     }
-    ggml_backend_tensor_set(tensor, data, offset, size);
+    copy_guarded([&] { ggml_backend_tensor_set(tensor, data, offset, size); });
+}
+
+extern "C" void minerva_tensor_get(const struct ggml_tensor * tensor, void * data, size_t offset, size_t size) {
+    copy_guarded([&] { ggml_backend_tensor_get(tensor, data, offset, size); });
 }
 
 // ---- Devices --------------------------------------------------------------------------------------------------------
@@ -368,6 +419,37 @@ extern "C" void minerva_tensor_set(struct ggml_tensor * tensor, const void * dat
 int32_t minerva_device_memory(ggml_backend_dev_t device, size_t * free_bytes, size_t * total_bytes) {
     return guarded<int32_t>(MINERVA_THREW, [&] {
         ggml_backend_dev_memory(device, free_bytes, total_bytes);
+        return 0;
+    });
+}
+
+// If something is thrown, what there is stays in memory: a device that fails cannot free it either.
+int32_t minerva_copy_rate(ggml_backend_dev_t device, size_t size, double * rate) {
+    constexpr int n_rounds = 6, n_times = 16;  // the first round is a warm-up
+    return guarded<int32_t>(MINERVA_THREW, [&] {
+        *rate = 0.0;
+        ggml_backend_t backend = ggml_backend_dev_init(device, nullptr);
+        if (backend == nullptr) {
+            throw std::runtime_error("the device cannot be used");
+        }
+        ggml_context * context = ggml_init({2 * ggml_tensor_overhead(), nullptr, true});
+        ggml_tensor * source = ggml_new_tensor_1d(context, GGML_TYPE_I8, int64_t(size));
+        ggml_tensor * target = ggml_new_tensor_1d(context, GGML_TYPE_I8, int64_t(size));
+        if (ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors(context, backend)) {
+            ggml_backend_tensor_memset(source, 1, 0, size);
+            for (int round = 0; round < n_rounds; ++round) {
+                const int64_t start = llama_time_us();
+                for (int time = 0; time < n_times; ++time) {
+                    ggml_backend_tensor_copy_async(backend, backend, source, target);
+                }
+                ggml_backend_synchronize(backend);
+                const double seconds = double(std::max<int64_t>(1, llama_time_us() - start)) / 1e6;
+                *rate = std::max(*rate, round > 0 ? 2.0 * double(size) * n_times / seconds : 0.0);
+            }
+            ggml_backend_buffer_free(buffer);
+        }
+        ggml_free(context);
+        ggml_backend_free(backend);
         return 0;
     });
 }

@@ -64,6 +64,7 @@ enum minerva_cause {
     MINERVA_FAILED,     // an earlier computation has broken the context
     MINERVA_INHERITED,  // the context belongs to the process that this one was forked from
     MINERVA_LOST,       // an RPC worker cannot be reached, or not any more
+    MINERVA_GPU_LOST,   // a GPU of this machine has failed, and the driver gives it up
 };
 
 enum minerva_cause minerva_thrown_cause(void);
@@ -80,6 +81,11 @@ struct gguf_context * minerva_gguf_init(const char * path, const struct gguf_ini
 struct llama_context * minerva_context_new(struct llama_model * model, const struct llama_context_params * parameters,
                                            const minerva_connections * of_model);
 void minerva_connections_free(minerva_connections * connections);
+
+// Free a model or a context, unless a GPU that it is on does not answer any more: libllama would end the process. What was
+// thrown before can still be read.
+void minerva_model_free(struct llama_model * model);
+void minerva_context_free(struct llama_context * context);
 
 // An array of strings of a GGUF file, each as libllama reads it as a token: up to its first NUL, and "[EMPTY_n]" for an
 // empty one. Of two equal ones, `first` and `second` are the indices; -1 if there are none. `squares` and `cubes` are sums
@@ -149,6 +155,10 @@ int64_t minerva_state_write(minerva_decoder * decoder, int32_t sequence_id, uint
 
 // How much memory a device has: 0 or MINERVA_THREW.
 int32_t minerva_device_memory(ggml_backend_dev_t device, size_t * free_bytes, size_t * total_bytes);
+
+// Copy `size` bytes within a device's memory, in rounds: 0 or MINERVA_THREW. `rate`: bytes read and written per second in
+// the best round, or 0 if the device has no room for two buffers of that size.
+int32_t minerva_copy_rate(ggml_backend_dev_t device, size_t size, double * rate);
 
 // Where a model is: the device of a layer (the one after the last is the output), NULL for the CPU; and the devices that
 // it may use, NULL after the last.

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import time
 from array import array
 from dataclasses import dataclass
@@ -25,6 +26,12 @@ OK, NO_CELLS, ABORTED = 0, 1, 2  # what `llama_decode` returns; below 0 it faile
 
 _POLL_US = 50_000  # how often a long computation looks for Ctrl-C,
 _POLL_CANCEL_US = 20_000  # and for a cancel token
+
+
+_REMEDIES = {
+    lib.MINERVA_LOST: "close the model and load it again",
+    lib.MINERVA_GPU_LOST: "its GPU is lost to this process, which has to be started again to use it",
+}
 
 
 @dataclass
@@ -78,7 +85,7 @@ class Runner:
         self._watch_handle = ffi.new_handle(self._watch)
         self._abort = ffi.new("minerva_abort_state *", {"poll_interval_us": _POLL_US, "data": self._watch_handle})
         self.decoder = ffi.new("minerva_decoder *", {"abort": self._abort, "connections": model.connections})
-        self._is_lost = False  # with an RPC worker
+        self._remedy = "close it and make another"  # once it is broken
         self.handle = self._make()
         with model.raw() as pointer:
             self.has_decoder = bool(lib.llama_model_has_decoder(pointer))
@@ -108,6 +115,8 @@ class Runner:
                 if is_lost():
                     raise DeviceError(f"no context could be made: {thrown()}; close the model and load it again")
                 why = thrown() or callbacks.reason(errors, "libllama gives no reason")
+                if why.startswith("device lost"):  # as ggml's Vulkan says
+                    raise DeviceError(f"no context could be made: {why}; {_REMEDIES[lib.MINERVA_GPU_LOST]}")
                 raise ContextError(
                     f"no context could be made with n_ctx={options.n_ctx}, n_batch={options.n_batch}, n_seq={n_seq}, "
                     f"kv_type={options.kv_types}, flash_attention={options.flash_attention!r} ({why}): ask for "
@@ -117,7 +126,7 @@ class Runner:
 
             def free(pointer: Any) -> None:
                 lib.minerva_threads_free(decoder)
-                lib.llama_free(pointer)
+                lib.minerva_context_free(pointer)
 
             handle = Handle("Context", pointer, free, parent=model.raw())
             undo.callback(handle.close)
@@ -199,7 +208,7 @@ class Runner:
         if code == ABORTED:
             raise Cancelled("the computation was cancelled")
         if code == lib.MINERVA_THREW:
-            raise self.broken()
+            raise self.broken(since)
         if code == lib.MINERVA_NO_STACK:
             raise ContextError("this thread's stack is too small to compute: give it a megabyte (threading.stack_size)")
         if code:
@@ -211,11 +220,14 @@ class Runner:
         """Whether a computation has failed in a way after which libllama must not touch the context again."""
         return bool(self.decoder.failed)
 
-    def broken(self) -> BrokenContextError:
-        """Return the error for a guarded call that threw, or was refused because an earlier one did."""
-        self._is_lost |= is_lost()
-        remedy = "close the model and load it again" if self._is_lost else "close it and make another"
-        return BrokenContextError(f"this context cannot be used any more ({thrown()}): {remedy}")
+    def broken(self, since: float = math.inf) -> BrokenContextError:
+        """Return the error for a guarded call that threw, or was refused because an earlier one did.
+
+        `since`: when the call began, by `time.perf_counter`, if its log lines say more than what was thrown.
+        """
+        self._remedy = _REMEDIES.get(lib.minerva_thrown_cause(), self._remedy)
+        why = thrown() + callbacks.logged_since(since)
+        return BrokenContextError(f"this context cannot be used any more ({why}): {self._remedy}")
 
 
 class Batch:
