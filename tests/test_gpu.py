@@ -22,6 +22,7 @@ from minerva_native.model import DRAFT_PATH
 from tiny_models import TinyModel
 
 GPUS = [device for device in mn.devices() if device.type in ("gpu", "igpu")]
+IS_SOFTWARE = any("llvmpipe" in device.description for device in GPUS)  # Mesa's
 BACKENDS = ", ".join(mn.build_info()["backends"])
 
 pytestmark = [
@@ -171,7 +172,9 @@ def test_it_computes_what_the_cpu_computes(path: Path, prompt: str) -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "qwen3moe", "mamba", "jamba", "gpt2"])
 def test_kinds_of_models(tmp_path: Path, architecture: str) -> None:
-    path = TinyModel(architecture).write(tmp_path / "tiny.gguf")
+    if architecture == "qwen3moe" and IS_SOFTWARE:
+        pytest.skip("llvmpipe takes many minutes to compile the shader that chooses experts")
+    path = TinyModel(architecture, tied=architecture == "gemma2").write(tmp_path / "tiny.gguf")
     ids = list(range(20, 60))
     with mn.Model.load(path, devices=[GPUS[0].name]) as gpu, mn.Model.load(path, devices=[]) as cpu:
         assert distance(rows(gpu, ids), rows(cpu, ids)) < FROM_THE_CPU_IN_F32
@@ -296,22 +299,12 @@ def test_tokens_are_drawn_from_its_logits(context: mn.Context, ids: list[int]) -
 # What goes wrong
 
 
+@pytest.mark.skipif(IS_SOFTWARE, reason="llvmpipe has no memory of its own, and crashes if the machine has none left")
 def test_a_context_that_has_no_room_there_is_a_typed_error(deep: Path) -> None:
-    script = f"""
-        import resource
-        import minerva_native as mn
-        with mn.Model.load({str(deep)!r}, devices=[{GPUS[0].name!r}]) as model:
-            if "llvmpipe" in {GPUS[0].description!r}:  # whose memory is this machine's
-                pages = int(open("/proc/self/statm").read().split()[0])
-                resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 30),) * 2)
-            try:
-                model.context(n_ctx={TOO_LONG.n_ctx}, n_batch=64, n_threads=1)
-            except mn.ContextError as error:
-                print(error)
-            with model.context(n_ctx=64, n_threads=1) as context:
-                context.sequence().extend([5])
-    """
-    assert f"no context could be made with n_ctx={TOO_LONG.n_ctx}" in run(script)
+    with mn.Model.load(deep, devices=[GPUS[0].name]) as model:
+        with pytest.raises(mn.ContextError, match=f"no context could be made with n_ctx={TOO_LONG.n_ctx}"):
+            mn.Context(model, TOO_LONG)
+        assert len(written(model, [5, 6, 7], 4)) == 4
 
 
 @pytest.mark.parametrize("first", ["model", "context", "sequence"])
