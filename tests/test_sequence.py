@@ -541,6 +541,25 @@ def test_what_is_drawn_together_is_right_beside_guesses(tiny: mn.Model) -> None:
         assert drawn == [mn.Sampler(params)(sequence.logits) for sequence in others]
 
 
+@pytest.mark.parametrize("is_greedy", [True, False])
+def test_looking_ahead_reads_no_logits_that_are_not_in_the_buffer(
+    pair: tuple[mn.Sequence, mn.Sequence], is_greedy: bool
+) -> None:
+    params = mn.SamplingParams(seed=3, temperature=0.0 if is_greedy else 1.0)
+    drawing = [(sequence, mn.Sampler(params)) for sequence in pair]
+    look_ahead(drawing)  # nothing is evaluated
+    for sequence in pair:
+        sequence.extend(IDS[:8])
+        look_ahead(drawing)  # only those of the last one are there
+    for sequence, sampler in drawing:
+        assert draw_next(sequence, sampler, sequence.tokens) == mn.Sampler(params)(sequence.logits)
+    pair[0].context.extend({sequence: [1] for sequence in pair})
+    pair[0].context.close()
+    look_ahead(drawing)
+    with pytest.raises(mn.ClosedError):
+        draw_next(*drawing[0], pair[0].tokens)
+
+
 def test_truncating_one_sequence_does_not_change_the_other(
     pair: tuple[mn.Sequence, mn.Sequence], fresh_logits: Callable[[list[int]], Logits]
 ) -> None:

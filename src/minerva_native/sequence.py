@@ -373,6 +373,8 @@ def look_ahead(drawing: list[tuple[Sequence, Sampler]]) -> None:
         with cache.gate.enter():
             logits, rows = cache.rows()
             found = [(sequence, rows[sequence._slot]) for sequence in some if sequence._slot in rows]
+            if len(found) < 2:
+                continue
             left = survivors(logits, [row for _, row in found], chain)
             for (sequence, _), one in zip(found, left, strict=True):
                 sequence._ahead = None if one is None else (cache.stats.decode_calls, chain, one)

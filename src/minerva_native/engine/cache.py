@@ -189,11 +189,11 @@ class KVCache:
         return slot.logits
 
     def rows(self) -> tuple[Logits, dict[Slot, int]]:
-        """Return the logits in libllama's buffer, (n, n_vocab), and the rows after the last tokens of slots.
+        """Return the logits in libllama's buffer, (n, n_vocab), and the rows after the last tokens of open slots.
 
         They are to be read before the gate is left.
         """
-        rows = {slot: row for row, slot in enumerate(self._in_buffer) if slot.row is not None}
+        rows = {slot: row for row, slot in enumerate(self._in_buffer) if slot.row is not None and not slot.closed}
         return self.runner.rows(len(self._in_buffer)), rows
 
     def _keep_logits(self, slot: Slot) -> None:
