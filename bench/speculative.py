@@ -2,7 +2,8 @@
 
 Two tasks, against plain decoding in turns: a text that repeats what is in the prompt with a word changed, and a story
 that cannot be guessed, greedily. So that a small model repeats faithfully, the first is dictated by the sampler; its
-logits are computed all the same. Ratios are medians of pairs, with the smallest and the largest in brackets.
+logits are computed all the same. With `--copy` a model (SmolLM2) also copies the text by itself. Ratios are medians of
+pairs, with the smallest and the largest in brackets.
 
 With `--parallel N` the same for N requests at once, which the model answers itself: copies (for SmolLM2) and stories.
 
@@ -143,8 +144,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--llama-server", help="upstream's server, of the same source and flags")
+    parser.add_argument("--copy", action="store_true", help="a third task, for SmolLM2")
     parser.add_argument("--parallel", type=int, help="so many requests at once, up to 8")
+    parser.add_argument("--cpu-time", action="store_true", help="for use with --threads 1: other load matters little")
     arguments = parser.parse_args()
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
     model = mn.Model.load(arguments.model)
     if arguments.parallel:
         together(model, arguments.parallel, arguments.threads, arguments.pairs)
@@ -153,40 +157,48 @@ def main() -> None:
     edited = re.sub("mills", "bridges", PARAGRAPH)
     edit = tokenizer.encode(f"{PARAGRAPH}\n\nThe same with one word changed:\n\n")
     copied = tokenizer.encode(edited, add_special=False)
-    story = tokenizer.encode(STORY)
+    prompts = {"edit": edit, "story": tokenizer.encode(STORY)}
+    if arguments.copy:
+        prompts["copy"] = tokenizer.encode(COPY, parse_special=True)
     options = {"n_ctx": 2048, "n_threads": arguments.threads, "n_rs_seq": 8}
     with model.context(**options) as context, context.sequence() as sequence:
 
         def take(task: str, speculation: mn.Speculation | None) -> tuple[float, list[int]]:
-            sequence.assign(edit if task == "edit" else story)
+            sequence.assign(prompts[task])
             _ = sequence.logits
-            n_before, n = len(sequence), len(copied) if task == "edit" else 200
+            n_before, n = len(sequence), {"edit": len(copied), "copy": N_COPIED, "story": 200}[task]
             bias = {token: -math.inf for token in range(tokenizer.n_vocab) if tokenizer.is_end(token)}
             greedy = mn.Sampler(mn.SamplingParams(temperature=0.0, logit_bias=bias))
             sampler = Dictated(copied) if task == "edit" else greedy
-            before = time.perf_counter()
+            before, calls = clock(), context.stats.decode_calls
             for _ in mn.generate(sequence, sampler, max_tokens=n, speculate=speculation):
                 pass
-            return time.perf_counter() - before, sequence[n_before:]
+            passes.append(context.stats.decode_calls - calls)
+            return clock() - before, sequence[n_before:]
 
         if arguments.llama_server:
             compare(sequence, arguments.model, arguments.llama_server, arguments.threads, arguments.pairs)
             return
 
-        for task in ("edit", "story"):
-            ratios, same = [], 0
+        passes = list[int]()
+        for task in prompts:
+            ratios, same, needed = list[float](), 0, list[int]()
             for at in range(arguments.pairs + 1):
                 speculation = mn.Speculation("lookup")
                 if at % 2:
                     plain, guessed = take(task, None), take(task, speculation)
+                    n_passes = passes[-1]
                 else:
                     guessed, plain = take(task, speculation), take(task, None)
+                    n_passes = passes[-2]
                 if at:
+                    needed.append(n_passes)
                     ratios.append(plain[0] / guessed[0])
                     same += plain[1] == guessed[1]
             median = statistics.median(ratios)
             print(f"{task}: {median:.3f} [{min(ratios):.3f}, {max(ratios):.3f}] times plain decoding's speed; "
-                  f"{speculation.accepted} of {speculation.drafted} guessed tokens right, of {len(guessed[1])}; "
+                  f"{len(guessed[1])} tokens in {statistics.median(needed):g} passes, {speculation.accepted} of "
+                  f"{speculation.drafted} guesses right; "
                   f"the same text in {same} of {arguments.pairs} pairs")  # fmt: skip
 
 

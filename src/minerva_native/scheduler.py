@@ -287,7 +287,8 @@ class Scheduler:
         else:
             n_left = self._idle.with_room(partial(context.evaluate, batch, max_tokens, cancel=cancel))
         if len(writers) == len(batch) and not n_left:
-            costs.note(stats.tokens_evaluated - n_before, time.perf_counter() - before)
+            n_guessed = sum(len(found) - 1 for found in rows.values())
+            costs.note(stats.tokens_evaluated - n_before, n_guessed, time.perf_counter() - before)
         for sequence, found in rows.items():
             ahead, draft = guesses[sequence]
             ahead.verify(draft, found)

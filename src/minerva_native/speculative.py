@@ -7,6 +7,7 @@ what plain decoding gives, wherever the batch's size does not change the roundin
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, Self
 
@@ -29,7 +30,8 @@ _LONGEST_CHANGE = 16  # tokens; after more of its own, a text repeats no more
 _MOST_DRAFTED = 32  # tokens
 
 _MEASURED = 3  # passes before the first guess: what a token costs without
-_MOST_SLOW = 2  # passes that are not believed
+_UNTRIED = 24  # passes
+_REMEMBERED = 9  # passes of either kind
 _MEASURED_EVERY = 8  # tokens without a guess, from then on
 _FEW_RIGHT, _FEW_WRONG = 4.0, 1.0  # guesses that are counted as right and wrong before there were any
 _FORGOTTEN = 0.1  # of the counts, with each guess
@@ -212,6 +214,8 @@ class Guess:
 class Costs:
     """What a pass takes: some seconds, and some for each token in it. Measured while texts are written.
 
+    Whatever interrupts a pass makes it longer, so that the shorter of the last ones say what it takes.
+
     Args:
         fixed: the two, if they are not to be measured.
 
@@ -219,38 +223,53 @@ class Costs:
         base: seconds of a pass, whatever is in it.
         row: seconds of each token.
         is_fixed: whether they are not measured.
-        n_measured: passes that were measured.
+        n_measured: passes without guesses that were measured.
     """
 
     def __init__(self, fixed: tuple[float, float] | None = None):
         self.base, self.row = fixed or (0.0, 0.0)
         self.is_fixed = fixed is not None
         self.n_measured = _MEASURED if self.is_fixed else 0
-        self._n_slow = 0  # passes of several tokens, one after another
+        self._plain: deque[tuple[float, int]] = deque(maxlen=_REMEMBERED)  # seconds and tokens
+        self._rows: deque[float] = deque(maxlen=_REMEMBERED)  # seconds that a guessed token has added
+        self._n_untried = 0.0  # passes in which guesses were not worth it
 
-    def note(self, n_rows: int, seconds: float) -> float:
-        """Learn from a pass; return its seconds, or what was expected if it seems that others had the CPU meanwhile."""
+    def note(self, n_rows: int, n_guessed: int, seconds: float) -> None:
+        """Learn from a pass over `n_rows` tokens, of which `n_guessed` were guessed."""
         if self.is_fixed:
-            return seconds
-        self.n_measured += 1
-        if self.n_measured == 1:
-            self.base, self.row = 0.5 * seconds, 0.5 * seconds / n_rows
-        expected = self.base + self.row * n_rows
-        if n_rows > 1:  # the longer a pass, the more often it is interrupted
-            self._n_slow = self._n_slow + 1 if seconds > 2 * expected else 0
-            if 0 < self._n_slow <= _MOST_SLOW:
-                return expected
-        seconds = min(seconds, 2 * expected)
-        error = 0.5 * (seconds - expected) / (1 + n_rows * n_rows)  # normalised least mean squares
-        self.base = max(self.base + error, 0.0)
-        self.row = max(self.row + error * n_rows, 0.01 * expected / n_rows)
-        return seconds
+            return
+        if n_guessed:
+            self._n_untried = 0.0
+            self._rows.append((seconds - self.base - self.row * (n_rows - n_guessed)) / n_guessed)
+            row = _typical([0.5 * (self.base + self.row), *self._rows])  # of a few it takes none that are longer
+        else:
+            self.n_measured += 1
+            self._plain.append((seconds, n_rows))
+            row = self.row or 0.5 * seconds / n_rows
+        self._set_row(row)
 
     def hope(self, share: float) -> None:
-        """Take a token in a pass for a little cheaper, as nobody tries whether it is."""
-        if not self.is_fixed:
-            less = share * self.row
-            self.base, self.row = self.base + less, self.row - less
+        """Forget what guesses were measured to add, once nobody has tried them for some passes.
+
+        A longer guess may be worth it where short ones were not: it may take the first of several tokens to make a pass
+        slow. `share`: of a pass.
+        """
+        self._n_untried += share
+        if self._n_untried > _UNTRIED and not self.is_fixed:
+            self._n_untried = 0.0
+            self._rows.clear()
+            self._set_row(0.5 * (self.base + self.row))
+
+    def _set_row(self, row: float) -> None:
+        whole = _typical([seconds / n_rows for seconds, n_rows in self._plain])
+        self.row = min(max(row, 0.01 * whole), whole)
+        self.base = max(0.0, _typical([seconds - self.row * n_rows for seconds, n_rows in self._plain]))
+
+
+def _typical(seconds: Iterable[float]) -> float:
+    """Return what a quarter of the numbers is below."""
+    ordered = sorted(seconds)
+    return ordered[len(ordered) // 4]
 
 
 class Speculation:
@@ -360,8 +379,9 @@ class Lookahead:
         self._forget(1.0)
         self._is_behind = False  # whether right tokens of the last guess have to be evaluated again
         self._has_drafted, self._drafting = False, 0.0  # seconds a guessed token
+        self._drafts: deque[float] = deque(maxlen=_REMEMBERED)
         self._start, self._gained = len(sequence), 0.0
-        self._plain = self._cost = 0.0  # seconds that a token takes without a guess, and that the last guess has cost
+        self._plain = 0.0  # seconds that a token takes without a guess
 
     @property
     def is_ahead(self) -> bool:
@@ -399,9 +419,7 @@ class Lookahead:
             draft = []
         if not draft:
             _ = sequence.logits
-        seconds = costs.note(n_waiting + len(draft), time.perf_counter() - before)
-        if not costs.is_fixed:
-            self._cost = seconds - self._plain
+        costs.note(n_waiting + len(draft), len(draft), time.perf_counter() - before)
 
     def propose(self, n_texts: int = 1, n_most: int = _MOST_DRAFTED) -> list[int]:
         """Return a guess to evaluate with the last token, of at most `n_most` tokens; none if it is not worth it.
@@ -425,7 +443,7 @@ class Lookahead:
             return []
         n = self._length(evidence, n_free)
         if not n:
-            costs.hope(_REGAINED / n_texts)
+            costs.hope(1 / n_texts)
             self._forget(_REGAINED)
             return []
         before = time.perf_counter()
@@ -455,14 +473,13 @@ class Lookahead:
             self._has_drafted = True
             return
         if n:
-            seconds = min(seconds, 2 * n * self._drafting or seconds)
-            self._drafting += 0.3 * (seconds / n - self._drafting)
-        self._gained -= seconds
+            self._drafts.append(seconds / n)
+            self._drafting = _typical(self._drafts)
+            self._gained -= n * self._drafting
 
     def verify(self, draft: list[int], rows: npt.NDArray[np.float32]) -> None:
         """Take the logits after the last token and after each of a guess, which was evaluated."""
         self._draft, self._rows, self._at = draft, rows, 0
-        self._cost = len(draft) * self._counts.costs.row
         self._counts.drafted += len(draft)
 
     def append(self, token: int) -> None:
@@ -500,7 +517,7 @@ class Lookahead:
             self._sequence.truncate(self.tokens.n)
         n_again = self._sequence.n_waiting  # the memory may have gone back further
         self._is_behind = n_again > 0
-        self._gained += n_right * self._plain - self._cost - n_again * self._counts.costs.row
+        self._gained += n_right * self._plain - (n + n_again) * self._counts.costs.row
 
     def _forget(self, share: float) -> None:
         """Have what was right and wrong count less."""
