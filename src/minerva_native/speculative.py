@@ -236,7 +236,7 @@ class Costs:
 
     def note(self, n_rows: int, n_guessed: int, seconds: float) -> None:
         """Learn from a pass over `n_rows` tokens, of which `n_guessed` were guessed."""
-        if self.is_fixed:
+        if self.is_fixed or (n_guessed and not self._plain):  # by somebody who does not go by these costs
             return
         if n_guessed:
             self._n_untried = 0.0
