@@ -138,12 +138,28 @@ def together(model: mn.Model, n_parallel: int, n_threads: int, pairs: int) -> No
                   f"{same} of {len(prompts)} texts the same")  # fmt: skip
 
 
+def passes_take(sequence: mn.Sequence, clock: Callable[[], float], repetitions: int) -> None:
+    """Print how much longer a pass takes over several tokens, all with logits, than over one: the shortest of each."""
+    sequence.extend([1000 + at for at in range(200)])
+    _ = sequence.logits
+    n, seconds = len(sequence), dict[int, float]()
+    for _ in range(repetitions):
+        for n_rows in (1, 2, 5, 9, 17, 33):
+            sequence.append(999)
+            before = clock()
+            _ = sequence.logits_after([1000 + at for at in range(n_rows - 1)]) if n_rows > 1 else sequence.logits
+            seconds[n_rows] = min(clock() - before, seconds.get(n_rows, math.inf))
+            sequence.truncate(n)
+    print("; ".join(f"{n_rows} tokens: {value / seconds[1]:.2f}" for n_rows, value in seconds.items()))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--llama-server", help="upstream's server, of the same source and flags")
+    parser.add_argument("--passes", action="store_true", help="how much longer passes over several tokens take")
     parser.add_argument("--copy", action="store_true", help="a third task, for SmolLM2")
     parser.add_argument("--parallel", type=int, help="so many requests at once, up to 8")
     parser.add_argument("--cpu-time", action="store_true", help="for use with --threads 1: other load matters little")
@@ -176,6 +192,9 @@ def main() -> None:
             passes.append(context.stats.decode_calls - calls)
             return clock() - before, sequence[n_before:]
 
+        if arguments.passes:
+            passes_take(sequence, clock, arguments.pairs)
+            return
         if arguments.llama_server:
             compare(sequence, arguments.model, arguments.llama_server, arguments.threads, arguments.pairs)
             return
