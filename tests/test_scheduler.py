@@ -770,8 +770,10 @@ def test_guesses_in_shared_batches_are_drawn_as_often_as_the_model_says(
 
 
 def test_a_draft_model_keeps_the_texts_of_several_requests(demo: mn.Model, demo_draft: mn.Model) -> None:
-    with mn.LLM(demo, n_ctx=1024, n_parallel=4, speculate=demo_draft, **EXACT) as llm:
-        drafter = llm._speculate
+    with (
+        mn.DraftModel(demo_draft, n_seq=4, **EXACT) as drafter,
+        mn.LLM(demo, n_ctx=1024, n_parallel=4, speculate=drafter, **EXACT) as llm,
+    ):
         guess(llm, drafter)
         requests: list[dict[str, Any]] = [
             {"prompt": f"{STORY} {name}" + " and" * 40, "max_tokens": 30, "temperature": 0.0, "logit_bias": no_end(llm)}

@@ -245,7 +245,7 @@ class Draft:
         """Whether the next token depends on logits that are not there: a constraint may leave only one token."""
         if self.last.usage is not None:  # it is finished
             return False
-        if self.ahead is not None and self.ahead.is_ahead:
+        if self._speculation is not None and self.ahead is not None and self.ahead.is_ahead:
             return False
         if self._guide is None or self._top_logprobs:
             return True
