@@ -140,3 +140,26 @@ def test_upstreams_licence_is_in_the_package() -> None:
     licence = Path(_llama.__file__).with_name("LICENSE.llama.cpp").read_text()
     assert "MIT License" in licence
     assert "ggml authors" in licence
+
+
+LIBRARY_IS_MISSING = """
+import sys
+
+class Loader:
+    def find_spec(self, name, path=None, target=None):
+        if name == "minerva_native._binding._llama":
+            raise ImportError("libvulkan.so.1: cannot open shared object file: No such file or directory")
+
+sys.meta_path.insert(0, Loader())
+sys.argv = ["minerva", "devices"]
+import minerva_command
+sys.exit(minerva_command.main())
+"""
+
+
+def test_a_library_that_the_module_needs_and_the_machine_lacks_is_named() -> None:
+    done = subprocess.run([sys.executable, "-c", LIBRARY_IS_MISSING], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("minerva: error: the compiled binding cannot be loaded (libvulkan.so.1: cannot open")
+    assert "install what has libvulkan.so.1" in line

@@ -31,7 +31,8 @@ pytestmark = [
 ]
 
 # By how much logits may differ: the root mean square, as a multiple of their standard deviation.
-FROM_THE_CPU = 0.05  # which rounds what it multiplies with Q8_0 to 8 bits: that alone makes 0.01, on either side
+FROM_THE_CPU = 0.05  # which rounds what it multiplies with Q8_0 to 8 bits: that alone makes 0.01 to 0.02
+FROM_THE_CPU_IN_4_BITS = 0.2  # keys and values in Q4_0 make 0.14 on either, and round some the other way
 FROM_THE_CPU_IN_F32 = 0.01  # nothing is rounded, but CUDA may multiply with 10 bits of mantissa (TF32)
 FROM_ITSELF = 0.03  # a token alone takes another kernel than one in a batch, which may round as well
 
@@ -196,7 +197,8 @@ def test_options_of_the_cache(
     gpu: mn.Model, cpu: mn.Model, ids: list[int], kv_type: Any, flash_attention: Literal["auto", "on", "off"]
 ) -> None:
     options = {"kv_type": kv_type, "flash_attention": flash_attention}
-    assert distance(rows(gpu, ids, **options), rows(cpu, ids, **options)) < FROM_THE_CPU
+    tolerance = FROM_THE_CPU_IN_4_BITS if kv_type == "q4_0" else FROM_THE_CPU
+    assert distance(rows(gpu, ids, **options), rows(cpu, ids, **options)) < tolerance
 
 
 # The KV cache there

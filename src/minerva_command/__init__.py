@@ -24,8 +24,13 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
 def main() -> int:
     """Run the command line; return the exit status, as `minerva_native.cli.main` does."""
     leave_on_ctrl_c()
-    from minerva_native.cli import main as run
-
+    try:
+        from minerva_native.cli import main as run
+    except Exception as error:
+        if type(error).__name__ != "BuildError":  # which cannot be imported either
+            raise
+        print(f"minerva: error: {error}", file=sys.stderr)
+        return 1
     try:
         if signal.getsignal(signal.SIGINT) is _leave:
             signal.signal(signal.SIGINT, signal.default_int_handler)

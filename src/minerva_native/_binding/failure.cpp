@@ -277,7 +277,8 @@ void Call::explain() {
 
 bool can_be_done(const std::function<void()> & work) {
     const minerva_cause cause = thrown_cause;
-    const std::string text = thrown_text;
+    char text[sizeof thrown_text];
+    std::memcpy(text, thrown_text, sizeof text);
     bool is_done = true;
     {
         Call call(nullptr, false);
@@ -292,7 +293,7 @@ bool can_be_done(const std::function<void()> & work) {
             is_done = false;
         }
     }
-    note(cause, text.c_str());
+    note(cause, text);
     return is_done;
 }
 
