@@ -1,10 +1,11 @@
 """Compare the time of a token with that of another installed version of this package, in alternating runs.
 
-    python bench/overhead.py --against /path/to/other/bin/python --pairs 9
+    python bench/overhead.py --against /path/to/other/bin/python --pairs 9 [--model model.gguf]
 
 Each program measures, on the built-in model with one thread: `extend` by a token, a token of `generate` with a trivial
 sampler, a token each of eight sequences: all of it, and what lies outside `llama_decode`. Beside them a process that
-imports the package and ends. Printed are the medians and the ratio of each pair, this one over the other.
+imports the package, and lists the devices, and ends. With a model, `minerva bench` measures that instead, each test
+once. Printed are the medians and the ratio of each pair, this one over the other: all are times.
 """
 
 import argparse
@@ -14,8 +15,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 N_TOKENS, ROUNDS = 400, 7
+BENCH = ("-p", "512", "-n", "128", "-r", "1", "-o", "json", "-q")
 
 
 def measure() -> dict[str, float]:
@@ -61,20 +64,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", metavar="PYTHON", help="the interpreter of the other environment")
     parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--model", help="a model for `minerva bench`")
     options = parser.parse_args()
     if options.against is None:
         print(json.dumps(measure()))
         return
 
-    def run(python: str) -> dict[str, float]:
-        output = subprocess.run([python, __file__], capture_output=True, text=True, check=True).stdout
-        result: dict[str, float] = json.loads(output)
-        imports = []
+    def output(*command: str) -> Any:
+        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    def start(python: str, program: str) -> float:
+        times = []
         for _ in range(ROUNDS):
             before = time.perf_counter()
-            subprocess.run([python, "-c", "import minerva_native"], check=True)
-            imports.append(1e3 * (time.perf_counter() - before))
-        return {"import (ms)": statistics.median(imports), **result}
+            subprocess.run([python, "-c", program], check=True)
+            times.append(1e3 * (time.perf_counter() - before))
+        return statistics.median(times)
+
+    def run(python: str) -> dict[str, float]:
+        found = {
+            "import (ms)": start(python, "import minerva_native"),
+            "devices (ms)": start(python, "import minerva_native; minerva_native.devices()"),
+        }
+        if options.model is None:
+            return {**found, **output(python, __file__)}
+        bench = [python, "-m", "minerva_native", "bench", "-m", options.model, *BENCH]
+        return {**found, **{f"{test['test']} (ms)": test["avg_ns"] / 1e6 for test in output(*bench)["results"]}}
 
     pairs = []
     for number in range(options.pairs):

@@ -26,9 +26,10 @@ def definitions(gpu: str | None) -> list[str]:
     return ["GGML_NATIVE=OFF", *loaded, *([f"GGML_{gpu.upper()}=ON"] if gpu else [])]
 
 
-def build(folder: Path, defined: list[str]) -> Path:
-    """Build a wheel into a folder; return its path."""
+def build(folder: Path, defined: list[str], gpu: str | None) -> Path:
+    """Build a wheel into a folder; return its path, which names the GPU's backend."""
     settings = [f"--config-settings=cmake.define.{definition}" for definition in defined]
+    settings += [f"--config-settings=wheel.build-tag=1{gpu}"] if gpu else []
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(folder), *settings, str(ROOT)]
     subprocess.run(command, check=True)
     return next(folder.glob("*.whl"))
@@ -71,7 +72,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.out) as scratch:
-        wheel = build(Path(scratch), [*definitions(options.gpu), *options.define])
+        wheel = build(Path(scratch), [*definitions(options.gpu), *options.define], options.gpu)
         folder = options.out.resolve()
         show(repaired(wheel, folder) if sys.platform == "linux" else wheel.rename(folder / wheel.name))
 
