@@ -72,7 +72,10 @@ def taken(context: mn.Context, device: int = 1) -> int:
 def test_a_context_on_the_cpu_has_everything_here(demo: mn.Model) -> None:
     with demo.context(n_ctx=512, n_threads=1) as context:
         (cpu,) = context.placement
-        assert (cpu.device, cpu.layers, cpu.has_output, cpu.size_bytes) == ("CPU", 4, True, demo.size_bytes)
+        assert (cpu.device, cpu.layers, cpu.has_output) == ("CPU", 4, True)
+        # What the model reads and writes tokens with is there once more if this CPU wants the output rearranged.
+        (tied,) = [tensor.size_bytes for tensor in mn.GGUF(mn.DEMO_PATH).tensors if tensor.name == "token_embd.weight"]
+        assert cpu.size_bytes - demo.size_bytes in (0, tied)
         assert cpu.cache_bytes == 512 * 2048  # 4 layers, keys and values of 128 numbers in f16
         assert cpu.buffer_bytes > 0
 
