@@ -95,6 +95,8 @@ def test_every_kind_of_constraint_is_kept(sequence: mn.Sequence, seed: int) -> N
     assert set(letters) <= set("abcdef")
     choices = ["yes", "no", 'a "quoted" one\n', "ชื่อ"]
     assert text(mn.Constraint.choice(choices)) in choices
+    many = [f"number {at}" for at in range(5_000)]
+    assert text(mn.Constraint.choice(many)) in many
     assert text(mn.Constraint.lark('start: "a" b\nb: "b" | "c" "d"')) in ("ab", "acd")
     assert text(mn.Constraint.gbnf('root ::= "a" [0-9] other\nother ::= "x" | "yz"'))[2:] in ("x", "yz")
 
@@ -658,7 +660,8 @@ def test_what_is_optional_and_infinite_is_left_out(sequence: mn.Sequence) -> Non
         (lambda: mn.Constraint.lark('start: "' + "a" * 1_100_000 + '"'), "characters"),
         (lambda: mn.Constraint.lark("".join(f'r{at}: "a"\n' for at in range(6_000)) + "start: r0"), "6,001 rules"),
         (lambda: mn.Constraint.json_schema({"enum": ["a" * 1_100_000]}), "characters"),
-        (lambda: mn.Constraint.choice([f"word {at} of many" for at in range(40_000)]), r"symbols\) too big"),
+        (lambda: mn.Constraint.choice([f"word {at} of many" for at in range(40_000)]), "too big"),
+        (lambda: mn.Constraint.lark("start: " + " | ".join(f'"{at}"' for at in range(40_000))), r"symbols\) too big"),
         (
             lambda: mn.Constraint.gbnf("root ::= " + " | ".join(f'[^{at:04d}]* "x{at}"' for at in range(8_000))),
             "too big",

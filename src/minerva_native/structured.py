@@ -106,7 +106,8 @@ class Constraint:
         given = list(many("a choice", texts))
         if not given or not all(isinstance(text, str) and text for text in given):
             raise ConstraintError("a choice must be between strings that are not empty")
-        return cls.lark("start: " + " | ".join(map(json.dumps, dict.fromkeys(given))))
+        # One lexeme: alternatives of a rule are parsed each by itself, and llguidance gives up on 2,000.
+        return cls.lark("start: TEXT\nTEXT: " + " | ".join(map(json.dumps, dict.fromkeys(given))))
 
     @classmethod
     def lark(cls, grammar: str) -> Self:
