@@ -4,8 +4,9 @@
 
 Each program measures, on the built-in model with one thread: `extend` by a token, a token of `generate` with a trivial
 sampler, a token each of eight sequences: all of it, and what lies outside `llama_decode`. Beside them a process that
-imports the package, and lists the devices, and ends. With a model, `minerva bench` measures that instead, each test
-once. Printed are the medians and the ratio of each pair, this one over the other: all are times.
+imports the package, or lists the devices, and ends. With a model it is llama-bench's pp512 and tg128 of that instead,
+with one thread, and the CPU time of each, which other work on the machine changes least. Printed are the medians and
+the ratio of each pair, this one over the other: all are times.
 """
 
 import argparse
@@ -15,10 +16,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 N_TOKENS, ROUNDS = 400, 7
-BENCH = ("-p", "512", "-n", "128", "-r", "1", "-o", "json", "-q")
 
 
 def measure() -> dict[str, float]:
@@ -60,18 +59,40 @@ def measure() -> dict[str, float]:
     return found
 
 
+def measure_model(path: str) -> dict[str, float]:
+    """Return milliseconds of pp512 and tg128, the best of some rounds, by the clock and of the CPU."""
+    import minerva_native as mn
+
+    found: dict[str, list[float]] = {}
+    with mn.Model.load(path) as model, model.context(n_ctx=1024, n_threads=1, prefix_cache=False) as context:
+        sequence = context.sequence()
+
+        def prompt() -> None:
+            sequence.extend(list(range(100, 100 + 512)))
+
+        def tokens() -> None:
+            for token in range(100, 100 + 128):
+                sequence.extend([token])
+
+        for _ in range(ROUNDS):
+            for name, action in (("pp512", prompt), ("tg128", tokens)):
+                sequence.truncate(0)
+                before, cpu_before = time.perf_counter(), time.process_time()
+                action()
+                found.setdefault(f"{name} (ms)", []).append(1e3 * (time.perf_counter() - before))
+                found.setdefault(f"{name}, CPU (ms)", []).append(1e3 * (time.process_time() - cpu_before))
+    return {name: min(times) for name, times in found.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", metavar="PYTHON", help="the interpreter of the other environment")
     parser.add_argument("--pairs", type=int, default=9)
-    parser.add_argument("--model", help="a model for `minerva bench`")
+    parser.add_argument("--model", metavar="FILE", help="a model to measure instead")
     options = parser.parse_args()
     if options.against is None:
-        print(json.dumps(measure()))
+        print(json.dumps(measure() if options.model is None else measure_model(options.model)))
         return
-
-    def output(*command: str) -> Any:
-        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     def start(python: str, program: str) -> float:
         times = []
@@ -86,10 +107,9 @@ def main() -> None:
             "import (ms)": start(python, "import minerva_native"),
             "devices (ms)": start(python, "import minerva_native; minerva_native.devices()"),
         }
-        if options.model is None:
-            return {**found, **output(python, __file__)}
-        bench = [python, "-m", "minerva_native", "bench", "-m", options.model, *BENCH]
-        return {**found, **{f"{test['test']} (ms)": test["avg_ns"] / 1e6 for test in output(*bench)["results"]}}
+        given = ["--model", options.model] if options.model else []
+        output = subprocess.run([python, __file__, *given], capture_output=True, text=True, check=True).stdout
+        return {**found, **json.loads(output)}
 
     pairs = []
     for number in range(options.pairs):

@@ -105,8 +105,8 @@ def initialise() -> None:
         _is_initialised = True
     for backend in backends:
         if backend.why_not:
-            verb = "has a problem" if backend.is_loaded else "is not used"
-            warnings.warn(f"the {backend.name} backend {verb}: {backend.why_not}", RuntimeWarning, stacklevel=3)
+            state = "was loaded, but" if backend.is_loaded else "is not used:"
+            warnings.warn(f"the {backend.name} backend {state} {backend.why_not}", RuntimeWarning, stacklevel=3)
 
 
 # A fork waits for it: what is made once, and is half made, never gets ready in a child.
