@@ -79,7 +79,10 @@ def test_two_workers_hold_all_layers_and_write_what_one_process_writes(two: list
 def test_without_workers_everything_is_here() -> None:
     with mn.Model.demo(gpu_layers=0) as model:
         (cpu,) = model.placement
-        assert (cpu.device, cpu.layers, cpu.has_output, cpu.size_bytes) == ("CPU", 4, True, model.size_bytes)
+        assert (cpu.device, cpu.layers, cpu.has_output) == ("CPU", 4, True)
+        # The output matrix is there twice, also as what tokens are read with, if this CPU wants it rearranged.
+        (tied,) = [tensor.size_bytes for tensor in mn.GGUF(mn.DEMO_PATH).tensors if tensor.name == "token_embd.weight"]
+        assert cpu.size_bytes - model.size_bytes in (0, tied)
 
 
 def test_some_layers_can_stay_here(two: list[str], told: list[int]) -> None:
