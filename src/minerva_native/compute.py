@@ -1,18 +1,15 @@
 """The backends of a build: what computes on one kind of device each, in the module or in a file beside it."""
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ._binding import BUILD_INFO, ffi, lib, text, thrown
-from .errors import BuildError
+from .errors import BuildError, missing_library
 
 _PREFIX = "libggml-"
 _NAMES = {"vulkan": "Vulkan", "opencl": "OpenCL", "hip": "ROCm"}  # ggml's, if they are not the file's in capitals
-
-_MISSING = re.compile(r"\b(lib[\w.+-]+?\.so[\w.]*): cannot open shared object file|Library not loaded: (\S+)")
 
 _REMEDIES = {  # what to do about a library that is missing, by the beginning of its name
     "libvulkan": "install the Vulkan loader (Debian: libvulkan1) and the GPU's driver",
@@ -108,9 +105,8 @@ def _described(registered: Any, path: Path | None = None) -> ComputeBackend:
 
 def _explained(why: str, path: Path) -> str:
     """Return why a file was not loaded, and what to do, as a sentence without a full stop."""
-    found = _MISSING.search(why)
-    if found is None:
+    library = missing_library(why)
+    if not library:
         return f"{path.name}: {why.removeprefix(f'{path}: ')}"
-    library = Path(found[1] or found[2]).name
     remedy = next((remedy for start, remedy in _REMEDIES.items() if library.startswith(start)), "install it")
     return f"{library} is missing: {remedy}"

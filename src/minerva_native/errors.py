@@ -24,6 +24,9 @@
 An argument of the wrong type or out of range is a `TypeError` or `ValueError`, as everywhere in Python.
 """
 
+import re
+from pathlib import Path
+
 
 class MinervaError(Exception):
     """Base of every error that this package raises on its own account."""
@@ -148,3 +151,9 @@ class ClosedError(MinervaError):
 
 class Cancelled(MinervaError):
     """A long call was stopped by its caller."""
+
+
+def missing_library(why: str) -> str:
+    """Return the name of the library that the system's loader says is missing; empty if it says something else."""
+    found = re.search(r"(\S+): cannot open shared object file|Library not loaded: (\S+)", why)
+    return "" if found is None else Path(found[1] or found[2]).name

@@ -106,7 +106,7 @@ class Speculation(Protocol):
     """Guesses tokens and evaluates them ahead; `speculative.Speculation` is one."""
 
     def over(self, sequence: TokenSequence, max_tokens: int | None = None) -> "Ahead":
-        """Return the sequence with what is evaluated ahead, for so many tokens."""
+        """Return the sequence with what is evaluated ahead; it grows by at most `max_tokens` tokens."""
 
     def end(self) -> None:
         """Take back what was guessed and not drawn."""

@@ -208,9 +208,9 @@ class Sequence(AbstractSequence[int]):
     def top_scores(
         self, ids: TokenIds, n: int, cancel: CancelToken | None = None
     ) -> tuple[npt.NDArray[np.float32], list[list[tuple[int, float]]]]:
-        """Do what `score` does, and name the `n` most likely tokens in the place of each.
+        """Do what `score` does, and return the `n` most likely tokens at each position as well.
 
-        They are (id, log-probability), the best first; none where there is nothing before.
+        Those are pairs (id, log-probability), the most likely first; none at the beginning of an empty sequence.
         """
         cache, slot, n = self._cache, self._slot, integer("n", n, 0)
         with cache.gate.enter(cancel), cache.handle:

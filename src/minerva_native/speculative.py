@@ -24,7 +24,7 @@ from .tokenizer import Tokenizer
 _NGRAM = 3  # tokens that have to be the same before a guess
 _LONGEST_NGRAM = 32
 _MOST_PLACES = 8  # where a guess is looked for
-_MOST_CHANGED = 8  # tokens that are skipped where a text went another way than the one that it repeats
+_MOST_CHANGED = 8  # tokens of the repeated text that are skipped after a change
 _LONGEST_CHANGE = 16  # tokens; after more of its own, a text repeats no more
 
 _MOST_DRAFTED = 32  # tokens
@@ -54,7 +54,7 @@ class Drafter(Protocol):
 class Lookup:
     """Guesses that the text goes on as it did the last time that its end came up: prompt lookup (Saxena 2023).
 
-    Where the text went another way than the one that it repeats, a token or a few may have been changed, taken out or
+    Where the text departs from the one that it repeats, a token or a few may have been changed, taken out or
     put in: the guess is what comes after them, as soon as one token is the same again.
 
     Good for texts that repeat or quote: edits, summaries, code, answers from documents.
@@ -324,7 +324,7 @@ class Speculation:
         self.ahead: Lookahead | None = None
 
     def over(self, sequence: TokenSequence, max_tokens: int | None = None) -> "Lookahead":
-        """Return the sequence as `generate` shall see it, for so many tokens; raises what `check` does."""
+        """Return the sequence as `generate` sees it, which grows by at most `max_tokens`; raise what `check` does."""
         self.check(sequence.context)
         self.ahead = Lookahead(sequence, self._drafter, self, max_tokens)
         return self.ahead

@@ -3,25 +3,22 @@
 from pathlib import Path
 from typing import Any
 
-from minerva_native.errors import BuildError
+from minerva_native.errors import BuildError, missing_library
 
 try:
     from ._build_info import BUILD_INFO
     from ._llama import __file__ as module
     from ._llama import ffi, lib
 except ImportError as error:
-    import re
-
-    library = re.search(r"(\S+): cannot open shared object file|Library not loaded: (\S+)", str(error))
     remedy = "install the package again"
-    if library:
-        remedy = f"install what has {library[1] or library[2]}, such as your GPU's driver, or a build without that GPU"
+    if library := missing_library(str(error)):
+        remedy = f"install what has {library}, such as your GPU's driver, or a build without that GPU"
     raise BuildError(f"the compiled binding cannot be loaded ({error}): {remedy}") from error
 
 from . import callbacks
 
 FOLDER = Path(module).parent
-"""Where the compiled module is, and what was built with it."""
+"""The folder of the compiled module, and of the backends that are files of their own."""
 
 __all__ = ["BUILD_INFO", "FOLDER", "callbacks", "ffi", "is_lost", "lib", "text", "thrown"]
 
