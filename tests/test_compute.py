@@ -24,6 +24,7 @@ static struct ggml_backend_reg backend = {VERSION, {name, count, 0, 0}, 0};
 const char * minerva_backend_source(void) { return SOURCE; }
 ggml_backend_reg_t minerva_backend_init(const void * host) { (void) host; return IS_FOUND ? &backend : 0; }
 int ggml_backend_score(void) { return SCORE; }
+_Bool minerva_backend_suits(void) { return SUITS; }
 
 #if defined(NEEDS)
 int needed(void);
@@ -68,6 +69,7 @@ def make(compiler: str, folder: Path, llama_cpp_source: Path) -> Make:
             "SOURCE": f'"{text(lib.ggml_commit())}"',
             "IS_FOUND": 1,
             "SCORE": 1,
+            "SUITS": 1,
             **different,
         }
         source = folder / "fake.c"
@@ -133,6 +135,15 @@ def test_the_variant_with_the_highest_score_is_loaded(make: Make, folder: Path) 
     for variant, score in {"old": 1, "new": 3, "newer": 2, "foreign": 0}.items():
         make(f"libggml-fake-{variant}.so", SCORE=score, NAME='"FAKE"')
     assert described(folder, "FAKE")[:3] == ["True", "libggml-fake-new.so", "new"]
+
+
+def test_a_variant_built_with_more_than_this_cpu_has_is_not_loaded(make: Make, folder: Path) -> None:
+    make("libggml-fake-more.so", SCORE=3, SUITS=0, NAME='"FAKE"')
+    make("libggml-fake-less.so", SCORE=2, NAME='"FAKE"')
+    assert described(folder, "FAKE")[:3] == ["True", "libggml-fake-less.so", "less"]
+    (folder / "libggml-fake-less.so").unlink()  # of one alone it is said
+    loaded, _, _, why = described(folder, "FAKE")
+    assert (loaded, why) == ("False", "libggml-fake-more.so: it needs instructions that this CPU does not have")
 
 
 def test_a_variant_that_cannot_be_loaded_gives_way_to_the_next_and_is_named(make: Make, folder: Path) -> None:

@@ -36,6 +36,14 @@ void minerva_while_waiting(void) {
 }
 
 #if defined(MINERVA_CPU)
+MINERVA_EXPORTED bool minerva_backend_suits(void) {
+#if defined(__AVX512FP16__)  // which ggml's score does not ask for
+    return __builtin_cpu_supports("avx512fp16") != 0;
+#else
+    return true;
+#endif
+}
+
 MINERVA_EXPORTED bool minerva_backend_has_dot(enum ggml_type type) {
     return ggml_get_type_traits_cpu(type)->vec_dot != nullptr;
 }

@@ -25,7 +25,9 @@ typedef const char * (*minerva_backend_source_t)(void);
 // Returns NULL if there is nothing to compute on.
 typedef ggml_backend_reg_t (*minerva_backend_init_t)(const minerva_host * host);
 
-// Of a backend for the CPU alone.
+// Of a backend for the CPU alone: whether the CPU has what the build added to ggml's variant, and whether a type can be
+// multiplied.
+typedef bool (*minerva_backend_suits_t)(void);
 typedef bool (*minerva_backend_has_dot_t)(enum ggml_type type);
 
 #ifdef __cplusplus

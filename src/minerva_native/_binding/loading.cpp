@@ -40,6 +40,16 @@ template <class Function> Function found(void * library, const char * name) {
     return reinterpret_cast<Function>(dlsym(library, name));
 }
 
+// How well a library's variant suits this CPU; 0 if it needs instructions that are not there.
+int32_t score_of(void * library) {
+    const auto suits = found<minerva_backend_suits_t>(library, "minerva_backend_suits");
+    const auto score = found<ggml_backend_score_t>(library, "ggml_backend_score");
+    if (suits != nullptr && !suits()) {
+        return 0;
+    }
+    return score != nullptr ? score() : 1;
+}
+
 #if defined(GGML_BACKEND_DL)
 minerva_backend_has_dot_t has_dot = [](enum ggml_type) { return false; };
 #else
@@ -71,9 +81,7 @@ const minerva::Cpu & minerva::cpu() {
 
 int32_t minerva_backend_score(const char * path) {
     return minerva::guarded<int32_t>(MINERVA_THREW, [&] {
-        const Library library = opened(path);
-        const auto score = found<ggml_backend_score_t>(library.get(), "ggml_backend_score");
-        return score != nullptr ? score() : 1;
+        return score_of(opened(path).get());
     });
 }
 
@@ -90,8 +98,7 @@ ggml_backend_reg_t minerva_backend_load(const char * path) {
             throw std::runtime_error(std::string("it was built from llama.cpp ") + source() + ", and this module from " +
                                      ggml_commit());
         }
-        const auto score = found<ggml_backend_score_t>(library, "ggml_backend_score");
-        if (score != nullptr && score() == 0) {
+        if (score_of(library) == 0) {
             throw std::runtime_error("it needs instructions that this CPU does not have");
         }
         ggml_backend_reg_t backend = init(&host);
