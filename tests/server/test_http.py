@@ -148,6 +148,7 @@ def test_the_description_of_the_api_holds(http: httpx.Client) -> None:
             message = {"role": "user", "content": "Hello"}
             assert validator.is_valid({"messages": [message], "temperature": 0.5, "logit_bias": {"5": 1}})
             assert not validator.is_valid({"messages": [message], "temperature": "hot"})
+            assert not validator.is_valid({"messages": [{"content": "Hello"}]})
             assert not validator.is_valid({})
 
 

@@ -37,7 +37,10 @@ SAMPLING = {
 
 Count = Annotated[int, Meta(ge=1, le=128)]
 Limit = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
-Messages = Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=4096)]
+Message = Annotated[
+    dict[str, Any], Meta(extra_json_schema={"properties": {"role": {"type": "string"}}, "required": ["role"]})
+]
+Messages = Annotated[list[Message], Meta(min_length=1, max_length=4096)]
 Tools = Annotated[list[dict[str, Any]], Meta(max_length=512)]
 Stop = Annotated[str, Meta(max_length=4096)]
 Stops = Stop | Annotated[list[Stop], Meta(max_length=64)]
