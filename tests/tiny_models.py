@@ -18,7 +18,7 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float32]
 Shape = tuple[int, ...]
 Tensor = tuple[str, Shape]
-Key = int | float | bool | str | list[int] | list[float] | list[str]
+Key = int | float | bool | str | list[int] | list[float] | list[str] | list[bool]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class TinyModel:
     ssm_group: int = 2
     n_buckets: int = 32  # of relative positions
     lora_rank: int = 16  # of RWKV's small matrices
+    n_mtp: int = 0  # heads for multi-token prediction, in layers after the others
 
     @property
     def head_size(self) -> int:
@@ -83,7 +84,8 @@ def common_hyperparameters(model: TinyModel) -> dict[str, Key]:
     return {
         "context_length": model.n_ctx_train,
         "embedding_length": model.n_embd,
-        "block_count": model.n_layer,
+        "block_count": model.n_layer + model.n_mtp,
+        **({"nextn_predict_layers": model.n_mtp} if model.n_mtp else {}),
         "attention.layer_norm_rms_epsilon": model.rms_epsilon,
         "vocab_size": len(TOKENS),
     }
@@ -109,6 +111,19 @@ def qwen3moe_hyperparameters(model: TinyModel) -> dict[str, Key]:
         **llama_hyperparameters(model),
         "expert_count": model.n_expert,
         "expert_used_count": model.n_expert_used,
+        "expert_feed_forward_length": model.n_ff,
+    }
+
+
+def glm4moe_hyperparameters(model: TinyModel) -> dict[str, Key]:
+    return {**qwen3moe_hyperparameters(model), "expert_shared_count": 1, "leading_dense_block_count": 1}
+
+
+def mimo2_hyperparameters(model: TinyModel) -> dict[str, Key]:
+    is_window = [not attends(layer) for layer in range(model.n_layer + model.n_mtp)]
+    return {
+        **gemma2_hyperparameters(model),
+        "attention.sliding_window_pattern": is_window,
         "expert_feed_forward_length": model.n_ff,
     }
 
@@ -236,6 +251,28 @@ def qwen3moe_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
     yield from feed_forward(model, f"blk.{layer}", "_exps", model.n_expert)
 
 
+def glm4moe_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
+    prefix = f"blk.{layer}"
+    yield f"{prefix}.attn_norm.weight", (model.n_embd,)
+    yield from attention(model, prefix)
+    if layer > 0:
+        yield f"{prefix}.ffn_gate_inp.weight", (model.n_expert, model.n_embd)
+        yield f"{prefix}.exp_probs_b.bias", (model.n_expert,)
+        yield from list(feed_forward(model, prefix, "_exps", model.n_expert))[1:]
+        yield from list(feed_forward(model, prefix, "_shexp"))[1:]
+    else:
+        yield from list(feed_forward(model, prefix))[1:]
+    yield f"{prefix}.post_attention_norm.weight", (model.n_embd,)
+
+
+def mimo2_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
+    wide = (model.n_head + 2 * model.n_head_kv) * model.head_size
+    yield f"blk.{layer}.attn_norm.weight", (model.n_embd,)
+    yield f"blk.{layer}.attn_qkv.weight", (wide, model.n_embd)
+    yield f"blk.{layer}.attn_output.weight", (model.n_embd, model.n_head * model.head_size)
+    yield from feed_forward(model, f"blk.{layer}")
+
+
 def mamba_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
     yield f"blk.{layer}.attn_norm.weight", (model.n_embd,)
     yield f"blk.{layer}.ssm_in.weight", (2 * model.ssm_inner, model.n_embd)
@@ -262,7 +299,7 @@ def jamba_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
 
 def qwen35_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
     prefix, key, value = f"blk.{layer}", model.ssm_group * model.ssm_state, model.ssm_dt_rank * model.ssm_state
-    if attends(layer):  # with a gate for each number of the queries
+    if attends(layer) or layer >= model.n_layer:  # with a gate for each number of the queries
         for name, shape in qwen3_attention(model, layer):
             yield name, (2 * shape[0], *shape[1:]) if name.endswith("attn_q.weight") else shape
     else:
@@ -368,8 +405,12 @@ def rwkv7_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
 
 def decoder(layer_tensors: Callable[[TinyModel, int], Iterator[Tensor]], model: TinyModel) -> Iterator[Tensor]:
     yield "token_embd.weight", (len(TOKENS), model.n_embd)
-    for layer in range(model.n_layer):
+    for layer in range(model.n_layer + model.n_mtp):
         yield from layer_tensors(model, layer)
+        if layer >= model.n_layer:
+            yield f"blk.{layer}.nextn.eh_proj.weight", (model.n_embd, 2 * model.n_embd)
+            for name in ("enorm", "hnorm", "shared_head_norm"):
+                yield f"blk.{layer}.nextn.{name}.weight", (model.n_embd,)
     yield "output_norm.weight", (model.n_embd,)
     if not model.tied:
         yield "output.weight", (len(TOKENS), model.n_embd)
@@ -408,6 +449,8 @@ ARCHITECTURES = {
     "llama": Architecture(llama_hyperparameters, partial(decoder, llama_layer)),
     "gemma2": Architecture(gemma2_hyperparameters, partial(decoder, gemma2_layer), GEMMA_SCALES),
     "qwen3moe": Architecture(qwen3moe_hyperparameters, partial(decoder, qwen3moe_layer)),
+    "glm4moe": Architecture(glm4moe_hyperparameters, partial(decoder, glm4moe_layer)),
+    "mimo2": Architecture(mimo2_hyperparameters, partial(decoder, mimo2_layer)),
     "mamba": Architecture(mamba_hyperparameters, partial(decoder, mamba_layer), SSM_SCALES),
     "jamba": Architecture(jamba_hyperparameters, partial(decoder, jamba_layer), SSM_SCALES),
     "gpt2": Architecture(gpt2_hyperparameters, gpt2_tensors),

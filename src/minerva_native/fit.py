@@ -1,5 +1,6 @@
 """How many layers fit: libllama's own dry allocation says what each number of them would take of every device."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ._binding import callbacks, ffi, is_lost, lib, thrown
 from .devices import Device, described, memory_used
 from .errors import ContextError, DeviceError, OptionError
-from .options import ContextOptions, context_parameters
+from .options import ContextOptions, context_parameters, head_parameters
 
 if TYPE_CHECKING:
     from .model import Model
@@ -92,35 +93,39 @@ class _Plan:
         return None if fits < 0 else fits
 
     def _needs(self, model: "Model") -> list[int]:
-        context = ffi.NULL
-        if self._options is not None:
-            try:
-                context = _dry_context(model, self._options)
-            except (ContextError, OptionError):
-                if self._is_needed:
-                    raise
-                self._options = None
-        try:
+        with contextlib.ExitStack() as made:
+            context = head = ffi.NULL
+            if self._options is not None:
+                try:
+                    options = _resolved(model, self._options)
+                    context = _dry_context(model, context_parameters(options), made)
+                    if options.mtp:
+                        head = _dry_context(model, head_parameters(options), made)
+                except (ContextError, OptionError):
+                    if self._is_needed:
+                        raise
+                    self._options = None
             with model.raw() as pointer:
-                return [sum(memory_used(pointer, context, device)) for device in self._pointers]
-        finally:
-            if context != ffi.NULL:
-                lib.minerva_context_free(context)
+                needs = [sum(memory_used(pointer, context, device)) for device in self._pointers]
+                if head != ffi.NULL:
+                    of_head = [sum(memory_used(pointer, head, device)[1:]) for device in self._pointers]
+                    needs = [need + more for need, more in zip(needs, of_head, strict=True)]
+                return needs
 
 
-def _dry_context(model: "Model", options: ContextOptions) -> Any:
-    """Return a `llama_context *` of a dry model, which cannot compute."""
+def _resolved(model: "Model", options: ContextOptions) -> ContextOptions:
     if model.has_learned_positions:  # or it is warned of twice that there are no more
         options = dataclasses.replace(options, n_ctx=min(options.n_ctx, max(2, model.n_ctx_train)))
-    parameters = context_parameters(options.resolve(model))
+    return options.resolve(model)
+
+
+def _dry_context(model: "Model", parameters: Any, made: contextlib.ExitStack) -> Any:
+    """Return a `llama_context *` of a dry model, which cannot compute; it is freed when `made` is left."""
     with model.raw() as pointer, callbacks.captured_errors() as errors:
         context = lib.minerva_context_new(pointer, parameters, model.connections)
-    try:
-        callbacks.raise_kept()
-    except BaseException:
-        if context != ffi.NULL:
-            lib.minerva_context_free(context)
-        raise
+    if context != ffi.NULL:
+        made.callback(lib.minerva_context_free, context)
+    callbacks.raise_kept()
     if context == ffi.NULL:
         why = thrown() or callbacks.reason(errors, "libllama gives no reason")
         if is_lost():

@@ -134,8 +134,9 @@ class LLM:
             again; True for the usual one (see `PromptFiles`). What people write is in those files, for this user alone
             to read. None, the default, writes nothing.
         cache_bytes: how large that directory may become; what was not used for longest is removed. 4 GiB by default.
-        speculate: guesses tokens, to evaluate several in one pass. "lookup" guesses that the text repeats, a smaller
-            `Model` of the same vocabulary writes drafts; or a function of the tokens and a number for so many guesses.
+        speculate: guesses tokens, to evaluate several in one pass. "lookup" guesses that the text repeats, "mtp" loads
+            the model's own MTP head and has it guess, a smaller `Model` of the same vocabulary writes drafts; or a
+            function of the tokens and a number for so many guesses.
         deterministic: make what is computed for a request depend on nothing else, neither on what is served beside it
             nor on what was before. Each sequence is evaluated by itself and has its share of the `n_ctx` tokens, and
             nothing is reused between requests: slower, but equal to the last bit.
@@ -193,6 +194,10 @@ class LLM:
                 raise ValueError(
                     "a draft model has no place beside deterministic=True: what it drafts for a text depends on others"
                 )
+        if isinstance(speculate, str) and speculate == "mtp":
+            defaults["mtp"] = True
+            if not isinstance(model, Model):
+                loading.setdefault("load_mtp", True)
         context_options = ContextOptions(**{**defaults, **options})
         if context_options.n_seq < n_parallel:
             raise ValueError(f"n_seq={context_options.n_seq} is too few for n_parallel={n_parallel}")

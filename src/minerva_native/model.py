@@ -27,7 +27,7 @@ from .devices import (
     select,
     warn_that_nothing_fits,
 )
-from .errors import Cancelled, DeviceError, ModelLoadError, StateError
+from .errors import Cancelled, DeviceError, ModelLoadError, OptionError, StateError
 from .fit import check_layers, layers_that_fit
 from .gguf import GGUF, Metadata, Override, checked_overrides, open_parts
 from .options import ContextOptions
@@ -58,6 +58,14 @@ _LOAD_MODES = {  # by `mmap` and `mlock`
 _EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"  # as llama.cpp's --cpu-moe has it
 _LONGEST_PATTERN = 1000  # compiling one takes stack
 
+MTP_ARCHITECTURES = frozenset(
+    {
+        *("bailingmoe3", "cohere2moe", "deepseek2", "deepseek32", "deepseek4", "glm-dsa", "glm4moe", "hy_v3", "mimo2"),
+        *("nemotron_h_moe", "qwen35", "qwen35moe", "qwen3next", "step35"),
+    }
+)
+"""Architectures whose heads for multi-token prediction libllama has a graph for."""
+
 _SAMPLES, _SAMPLE_BYTES = 256, 4096  # of the model's file, for its fingerprint
 
 _P = ParamSpec("_P")
@@ -86,6 +94,7 @@ class Model:
 
     connections: Any  # libllama's, to the RPC workers that have layers of it
     kv_overrides: dict[str, Override]  # what `Model.load` was told to use instead of the file's metadata
+    load_mtp: bool  # whether its MTP heads were loaded
 
     def __init__(
         self,
@@ -95,9 +104,10 @@ class Model:
         vocab_only: bool,
         kv_overrides: dict[str, Override],
         connections: Any = ffi.NULL,
+        load_mtp: bool = False,
     ):
         self.path, self._parts, self._handle, self.vocab_only = parts[0].path, parts, handle, vocab_only
-        self.kv_overrides, self.connections = kv_overrides, connections
+        self.kv_overrides, self.connections, self.load_mtp = kv_overrides, connections, load_mtp
         self._contexts: weakref.WeakSet[Context] = weakref.WeakSet()
         self.tokenizer = Tokenizer(handle, parts[0].metadata)
         with handle as pointer:  # a context with YaRN changes libllama's own number
@@ -124,6 +134,7 @@ class Model:
         mmap: bool = True,
         mlock: bool = False,
         kv_overrides: Mapping[str, Override] | None = None,
+        load_mtp: bool = False,
         vocab_only: bool = False,
         check: bool = True,
         on_progress: Callable[[float], object] | None = None,
@@ -155,6 +166,8 @@ class Model:
                 then warns of.
             kv_overrides: values to use instead of those in the file's metadata, as in
                 {"tokenizer.ggml.add_bos_token": False}.
+            load_mtp: load the model's heads for multi-token prediction too, for a context with `mtp=True` to draft with
+                (see `n_mtp_layers`).
             vocab_only: load no weights; the model then only tokenizes.
             check: refuse files that contradict themselves, on which libllama may end the process; pass False only for
                 files that you trust.
@@ -165,7 +178,7 @@ class Model:
             ModelLoadError: there is no model in that file.
             DeviceError: a GPU was asked for that is not there, `gpu_layers` is more than fits, or an RPC worker cannot
                 be reached.
-            OptionError, ContextError: the model cannot have the context that `context` is about.
+            OptionError, ContextError: the model cannot have the context that `context` is about, or has no MTP head.
             Cancelled: `on_progress` returned False.
             TypeError, ValueError: an argument is of the wrong type or out of range.
         """
@@ -173,13 +186,16 @@ class Model:
         if not paths:
             raise ValueError("path must name a file")
         mmap, mlock, vocab_only = flag("mmap", mmap), flag("mlock", mlock), flag("vocab_only", vocab_only)
-        check = flag("check", check)
+        load_mtp, check = flag("load_mtp", load_mtp), flag("check", check)
         overrides = checked_overrides(kv_overrides)
         function("on_progress", on_progress)
         parts = open_parts(paths[0], paths[1:])
         if overrides:
             overrides = parts[0].override(overrides)
         facts = check_model(parts, vocab_only) if check else None
+        if load_mtp and not _n_mtp_layers(parts):
+            architecture = parts[0].metadata.get("general.architecture", "")
+            raise OptionError(f"{paths[0].name} ({architecture}) has no MTP head that libllama can draft with")
         parameters = ffi.new("struct llama_model_params *", lib.llama_model_default_params())
         if isinstance(devices, str):
             raise TypeError(f"devices must be a list of names, not a str: [{devices!r}]")
@@ -218,7 +234,7 @@ class Model:
         offered = ffi.new("ggml_backend_dev_t[]", [*chosen, ffi.NULL])
         parameters.devices = ffi.NULL if devices is None and not endpoints else offered
         mmap = mmap and all(part.can_be_mapped for part in parts)
-        parameters.vocab_only = vocab_only
+        parameters.vocab_only, parameters.load_mtp = vocab_only, load_mtp
         parameters.progress_callback = lib.minerva_progress
         parameters.progress_callback_user_data = watcher
         names = [ffi.new("char[]", os.fsencode(one)) for one in paths]
@@ -252,7 +268,7 @@ class Model:
         def dry_run(layers: int) -> Iterator[Model]:
             handle, needed = read(layers, True)
             try:
-                yield Model(parts, handle, layers, vocab_only, overrides, needed)
+                yield Model(parts, handle, layers, vocab_only, overrides, needed, load_mtp)
             finally:
                 handle.close()
 
@@ -268,7 +284,7 @@ class Model:
             if not layers and gpu_layers == "auto":
                 warn_that_nothing_fits(paths[0], chosen)
         handle, needed = read(layers, False)
-        return cls(parts, handle, layers, vocab_only, overrides, needed)
+        return cls(parts, handle, layers, vocab_only, overrides, needed, load_mtp)
 
     @classmethod
     def demo(cls, *, gpu_layers: Literal["auto"] | int = "auto") -> Self:
@@ -412,6 +428,11 @@ class Model:
         return self._fact(lib.llama_model_n_layer, "block_count")
 
     @property
+    def n_mtp_layers(self) -> int:
+        """How many heads for multi-token prediction (MTP, NextN) the file has that can draft; 0 for most models."""
+        return _n_mtp_layers(self._parts)
+
+    @property
     def n_ctx_train(self) -> int:
         """The context length in tokens that the model was trained on."""
         return int(max(self.hyperparameter("context_length"))) if self.vocab_only else self._n_ctx_train
@@ -539,6 +560,18 @@ def _check_pattern(pattern: object, tensors: Sequence[str]) -> None:
         is_found |= code == 1
     if not is_found:
         raise ValueError(f"{pattern!r} in tensor_overrides matches no tensor of the model")
+
+
+def _n_mtp_layers(parts: Sequence[GGUF]) -> int:
+    """Return how many MTP heads libllama can draft with."""
+    metadata = parts[0].metadata
+    architecture = str(metadata.get("general.architecture", ""))
+    n_layer, n_heads = (metadata.get(f"{architecture}.{key}") for key in ("block_count", "nextn_predict_layers"))
+    if architecture not in MTP_ARCHITECTURES or not isinstance(n_layer, int) or not isinstance(n_heads, int):
+        return 0
+    heads = range(n_layer - n_heads, n_layer)
+    has_all = all(any(part.has_tensor(f"blk.{head}.nextn.eh_proj.weight") for part in parts) for head in heads)
+    return n_heads if 0 < n_heads < n_layer and has_all else 0
 
 
 def _overrides(values: Mapping[str, Override]) -> Any:

@@ -96,6 +96,8 @@ class ContextOptions:
         n_rs_seq: how many snapshots to keep of each sequence's recurrent state, after the last tokens of a batch, so
             that as many tokens can be forgotten without a checkpoint. States then take 1 + n_rs_seq times the memory.
             It is cut to `n_ubatch` - 2, and to 0 if libllama has no snapshots for the architecture.
+        mtp: have the model's own MTP head read whatever is evaluated, in a context of its own beside this one, so that
+            it can draft (`Speculation("mtp")`). The model has to be loaded with `load_mtp=True`.
         rope_scaling_type: how positions beyond the training are scaled: "none", "linear", "yarn" or "longrope". None
             for this and for the next seven means as the model's file says.
         rope_freq_base: the base of RoPE's frequencies, above 0.
@@ -126,6 +128,7 @@ class ContextOptions:
     checkpoint_interval: int = 512
     checkpoint_bytes: int = 1 << 30
     n_rs_seq: int = 0
+    mtp: bool = False
     rope_scaling_type: Literal["none", "linear", "yarn", "longrope"] | None = None
     rope_freq_base: float | None = None
     rope_freq_scale: float | None = None
@@ -153,7 +156,7 @@ class ContextOptions:
             if getattr(self, name) is not None:
                 self._set(name, integer(name, getattr(self, name), 1, lib.GGML_MAX_N_THREADS))
         self._check_rope()
-        for name in ("kv_unified", "swa_full", "prefix_cache"):
+        for name in ("kv_unified", "swa_full", "prefix_cache", "mtp"):
             self._set(name, flag(name, getattr(self, name)))
         if isinstance(self.kv_type, list):
             self._set("kv_type", tuple(self.kv_type))
@@ -233,6 +236,7 @@ class ContextOptions:
             n_threads_batch=self.n_threads_batch or n_threads,
             kv_type=self.kv_types,
         )
+        _check_mtp(model, resolved)
         _check_sequences(model, resolved)
         _check_values(model, resolved)
         _check_heads(model, resolved)
@@ -263,10 +267,26 @@ def context_parameters(options: ContextOptions) -> Any:
     return parameters
 
 
+def head_parameters(options: ContextOptions) -> Any:
+    """Return the same for the context of the model's MTP head, which has room for the same tokens."""
+    parameters = context_parameters(options)
+    parameters.ctx_type, parameters.n_rs_seq = lib.LLAMA_CONTEXT_TYPE_MTP, 0
+    return parameters
+
+
 def ggml_type(name: str) -> int:
     """Return ggml's number of an element type."""
     number: int = getattr(lib, f"GGML_TYPE_{name.upper()}")
     return number
+
+
+def _check_mtp(model: "Model", options: ContextOptions) -> None:
+    """Refuse an MTP head that is not there."""
+    if options.mtp and not model.load_mtp:
+        name = f"{model.path.name} ({model.architecture})"
+        if not model.n_mtp_layers:
+            raise OptionError(f"{name} has no MTP head that libllama can draft with")
+        raise OptionError(f"{name} was loaded without its MTP head: give load_mtp=True to Model.load")
 
 
 def _check_sequences(model: "Model", options: ContextOptions) -> None:

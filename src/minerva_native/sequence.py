@@ -393,6 +393,13 @@ def draw_next(sequence: Sequence, sampler: Sampler, tokens: "Tokens") -> int:
         return sampler(cache.peek(slot), tokens)
 
 
+def draft_next(sequence: Sequence, n: int) -> list[int]:
+    """Return up to `n` tokens that the model's own MTP head guesses after a sequence, whose last token waits."""
+    cache = sequence._cache
+    with cache.gate.enter(), cache.handle:
+        return cache.draft(sequence._slot, n)
+
+
 # For `Context`, on its fast path: C functions, where properties would be Python calls.
 slot_of: Callable[[Sequence], Slot] = operator.attrgetter("_slot")
 context_of: Callable[[Sequence], "Context"] = operator.attrgetter("_context")

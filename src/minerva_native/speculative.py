@@ -19,6 +19,7 @@ from .context import Context
 from .errors import ContextFullError, OptionError
 from .model import Model
 from .sequence import Sequence as TokenSequence
+from .sequence import draft_next
 from .tokenizer import Tokenizer
 
 _NGRAM = 3  # tokens that have to be the same before a guess
@@ -28,6 +29,8 @@ _MOST_CHANGED = 8  # tokens of the repeated text that are skipped after a change
 _LONGEST_CHANGE = 16  # tokens; after more of its own, a text repeats no more
 
 _MOST_DRAFTED = 32  # tokens
+
+_HEADS_OF_OTHERS = frozenset({"dflash", "eagle3", "gemma4-assistant"})  # files that hold a head of another model
 
 _MEASURED = 3  # passes before the first guess: what a token costs without
 _UNTRIED = 24  # passes
@@ -160,12 +163,20 @@ class DraftModel:
         model: the smaller model.
         n_ctx: of its context; what it cannot hold it does not guess.
         options: others of its context.
+
+    Raises:
+        OptionError: the model is one that drafts from another's hidden states, such as EAGLE-3.
     """
 
     def __init__(self, model: Model, n_ctx: int = 4096, **options: Any):
         if not isinstance(model, Model):
             raise TypeError(f"a draft model must be a Model, not {what(model)}")
         self.model = model
+        if model.architecture in _HEADS_OF_OTHERS:
+            raise OptionError(
+                f"{model.path.name} ({model.architecture}) drafts from another model's hidden states, which only a "
+                'model\'s own MTP head is given here (speculate="mtp"): use "lookup" or a model that writes by itself'
+            )
         n_ctx = min(integer("n_ctx", n_ctx, 1), model.n_ctx_train)
         self.context: Context = model.context(n_ctx=n_ctx, **options)
         self._sequence = self.context.sequence()
@@ -198,6 +209,25 @@ class DraftModel:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class OwnHead:
+    """Guesses what the model's own MTP head says: one pass over a layer or so for each token.
+
+    The head was trained with the model to guess, from the model's hidden state and the token after it, the token after
+    that (multi-token prediction: DeepSeek-V3, arXiv:2412.19437), and goes on from its own guesses. If a model has
+    several heads, the i-th guesses the i-th token, and there are no more guesses than heads.
+
+    Args:
+        sequence: of a context with `mtp=True`.
+    """
+
+    def __init__(self, sequence: TokenSequence):
+        self._sequence = sequence
+
+    def draft(self, tokens: Sequence[int], n: int) -> list[int]:
+        """Return what the head says comes next; nothing if it has not read what comes before."""
+        return draft_next(self._sequence, n)
 
 
 class Guess:
@@ -283,7 +313,8 @@ class Speculation:
     generation ends or its iterator is closed; do not change the sequence before that.
 
     Args:
-        drafter: "lookup", a `DraftModel`, another `Drafter`, or a function of the tokens and a number for a guess.
+        drafter: "lookup"; "mtp" for the model's own head, in a context with `mtp=True`; a `DraftModel`, another
+            `Drafter`, or a function of the tokens and a number for a guess.
         max_loss: the share of the time that guesses may cost; infinity to guess whether it pays or not, and to go by
             counts alone, whatever is measured.
         costs: what passes take, if others are measuring that.
@@ -293,7 +324,6 @@ class Speculation:
         accepted: how many of them were right.
 
     Raises:
-        OptionError: the drafter is "mtp", for which libllama's interface lacks something.
         TypeError, ValueError: it is nothing that drafts.
     """
 
@@ -303,21 +333,7 @@ class Speculation:
         max_loss: float = 0.01,
         costs: Costs | None = None,
     ):
-        if isinstance(drafter, str):
-            if drafter == "mtp":
-                raise OptionError(
-                    "a model's own MTP head cannot draft: llama.h does not give out the hidden states that it starts "
-                    'from; use "lookup" or a smaller model'
-                )
-            if drafter != "lookup":
-                raise ValueError(f'speculate must be "lookup", a model or a function, not {drafter!r}')
-            drafter = Lookup()
-        elif isinstance(drafter, Lookup):
-            drafter = drafter.copy()  # each text has its own
-        self._drafter: Drafter = drafter if hasattr(drafter, "draft") else Guess(drafter)
-        if not hasattr(drafter, "draft") and not callable(drafter):
-            hint = "; for a model, DraftModel(model)" if isinstance(drafter, Model) else ""
-            raise TypeError(f'speculate must be "lookup", a drafter or a function, not {what(drafter)}{hint}')
+        self._drafter = _drafter_of(drafter)
         self.max_loss = number("max_loss", max_loss)
         self.costs = costs or Costs(FIXED if self.max_loss == math.inf else None)
         self.drafted = self.accepted = 0
@@ -326,18 +342,21 @@ class Speculation:
     def over(self, sequence: TokenSequence, max_tokens: int | None = None) -> "Lookahead":
         """Return the sequence as `generate` sees it, which grows by at most `max_tokens`; raise what `check` does."""
         self.check(sequence.context)
-        self.ahead = Lookahead(sequence, self._drafter, self, max_tokens)
+        self.ahead = Lookahead(sequence, self._drafter or OwnHead(sequence), self, max_tokens)
         return self.ahead
 
     def check(self, context: Context) -> None:
         """Say whether it works with a context.
 
         Raises:
-            OptionError: the context shifts when it is full, or its memory forgets by checkpoints and may not keep any.
+            OptionError: the context shifts when it is full, or its memory forgets by checkpoints and may not keep any;
+                or the model's MTP head is to draft, and the context has none.
             ValueError: the draft model has another vocabulary.
         """
         if isinstance(self._drafter, DraftModel):
             self._drafter.check(context.model.tokenizer)
+        if self._drafter is None and not context.options.mtp:
+            raise OptionError('speculation with "mtp" needs a context with mtp=True, which this one was made without')
         if context.options.on_full != "error":
             raise OptionError(f"speculation needs a context with on_full='error', not {context.options.on_full!r}")
         if not context.memory.can_truncate and not context.memory.n_rollback and not context.options.checkpoint_bytes:
@@ -350,6 +369,23 @@ class Speculation:
         """Take back what was guessed and not drawn."""
         if self.ahead is not None and not self.ahead.closed:
             self.ahead.settle()
+
+
+def _drafter_of(given: Any) -> Drafter | None:
+    """Return what drafts as it was asked for; None for the model's own head, which drafts for one sequence."""
+    if isinstance(given, str):
+        if given not in ("lookup", "mtp"):
+            raise ValueError(f'speculate must be "lookup", "mtp", a model or a function, not {given!r}')
+        return Lookup() if given == "lookup" else None
+    if isinstance(given, Lookup):
+        return given.copy()  # each text has its own
+    if hasattr(given, "draft"):
+        drafter: Drafter = given
+        return drafter
+    if not callable(given):
+        hint = "; for a model, DraftModel(model)" if isinstance(given, Model) else ""
+        raise TypeError(f'speculate must be "lookup", "mtp", a drafter or a function, not {what(given)}{hint}')
+    return Guess(given)
 
 
 class Lookahead:

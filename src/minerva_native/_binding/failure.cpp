@@ -1,6 +1,7 @@
 #include "failure.h"
 
 #include "ggml_workers.h"
+#include "head.h"
 
 #include <algorithm>
 #include <chrono>
@@ -333,7 +334,7 @@ void minerva_end(int64_t timeout_us) {
 }
 
 int32_t minerva_threads_set(minerva_decoder * decoder, int32_t n_threads, int32_t n_threads_batch) {
-    return minerva::guarded<int32_t>(MINERVA_THREW, decoder, false, [&] {
+    const int32_t code = minerva::guarded<int32_t>(MINERVA_THREW, decoder, false, [&] {
         auto * team = static_cast<minerva::Team *>(decoder->threads);
         const int wanted = std::max(n_threads, n_threads_batch);
         if (team == nullptr || team->size() < wanted) {
@@ -344,6 +345,11 @@ int32_t minerva_threads_set(minerva_decoder * decoder, int32_t n_threads, int32_
         llama_set_n_threads(decoder->context, n_threads, n_threads_batch);
         return 0;
     });
+    if (code != 0 || decoder->head == nullptr) {
+        return code;
+    }
+    // Threads of its own: if they are ended because something failed there, the decoder's go on.
+    return minerva_threads_set(&decoder->head->decoder, n_threads, n_threads_batch);
 }
 
 void minerva_threads_free(minerva_decoder * decoder) {

@@ -1,4 +1,5 @@
 #include "failure.h"
+#include "head.h"
 
 #include <llama-ext.h>
 #include <llama-model.h>
@@ -89,7 +90,7 @@ size_t minerva_stack_left(void) {
     return end != 0 && here > end ? here - end : 0;
 }
 
-static bool has_small_stack() {
+bool minerva_has_small_stack(void) {
     const size_t left = minerva_stack_left();
     return left > 0 && left < MINERVA_STACK_BYTES;
 }
@@ -120,7 +121,7 @@ struct gguf_context * minerva_gguf_init(const char * path, const struct gguf_ini
 struct llama_context * minerva_context_new(struct llama_model * model, const struct llama_context_params * parameters,
                                            const minerva_connections * of_model) {
     return guarded<llama_context *>(nullptr, [&] {
-        if (has_small_stack()) {
+        if (minerva_has_small_stack()) {
             throw std::runtime_error("this thread's stack is too small: give it a megabyte (threading.stack_size)");
         }
         const bool is_dry = model->hparams.no_alloc;  // there are no weights that a worker could have lost
@@ -202,13 +203,14 @@ int32_t minerva_token_to_piece(const struct llama_vocab * vocab, int32_t token, 
 // ---- Decoding -------------------------------------------------------------------------------------------------------
 
 int32_t minerva_decode(minerva_decoder * decoder, struct llama_batch * batch) {
-    if (has_small_stack()) {
+    if (minerva_has_small_stack()) {
         return MINERVA_NO_STACK;
     }
     return guarded<int32_t>(MINERVA_THREW, decoder, true, [&] {
         const int32_t code = llama_decode(decoder->context, *batch);
         if (code == 0) {
             decoder->logits = llama_get_logits_ith(decoder->context, -1);  // waits for the result
+            minerva::follow(decoder, *batch);
         }
         return code;
     });
@@ -245,7 +247,7 @@ int32_t minerva_decode_each(minerva_decoder * decoder, int32_t count, const int3
 }
 
 int32_t minerva_encode(minerva_decoder * decoder, int32_t count, const int32_t * tokens, int32_t n_seq) {
-    if (has_small_stack()) {
+    if (minerva_has_small_stack()) {
         return MINERVA_NO_STACK;
     }
     return guarded<int32_t>(MINERVA_THREW, decoder, true, [&] {
@@ -269,6 +271,7 @@ int32_t minerva_encode(minerva_decoder * decoder, int32_t count, const int32_t *
 
 int32_t minerva_memory_clear(minerva_decoder * decoder) {
     return guarded<int32_t>(MINERVA_THREW, decoder, true, [&] {
+        minerva::head_clear(decoder);
         llama_memory_clear(llama_get_memory(decoder->context), true);
         return 0;
     });
@@ -276,6 +279,7 @@ int32_t minerva_memory_clear(minerva_decoder * decoder) {
 
 int32_t minerva_memory_seq_rm(minerva_decoder * decoder, int32_t sequence_id, int32_t start, int32_t stop) {
     return guarded<int32_t>(MINERVA_THREW, decoder, true, [&] {
+        minerva::head_forget(decoder, sequence_id, start, stop);
         return llama_memory_seq_rm(llama_get_memory(decoder->context), sequence_id, start, stop) ? 1 : 0;
     });
 }
@@ -283,6 +287,7 @@ int32_t minerva_memory_seq_rm(minerva_decoder * decoder, int32_t sequence_id, in
 int32_t minerva_memory_seq_cp(minerva_decoder * decoder, int32_t source_id, int32_t target_id) {
     return guarded<int32_t>(MINERVA_THREW, decoder, true, [&] {
         llama_memory_seq_cp(llama_get_memory(decoder->context), source_id, target_id, -1, -1);
+        minerva::head_copy(decoder, source_id, target_id);
         return 0;
     });
 }
@@ -391,6 +396,9 @@ int64_t minerva_state_write(minerva_decoder * decoder, int32_t sequence_id, uint
                             int64_t size, bool check) {
     return guarded<int64_t>(MINERVA_THREW, decoder, false, [&] {
         const Checking checking(check);
+        if ((flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0) {
+            minerva::head_forget(decoder, sequence_id, -1, -1);
+        }
         const auto used = int64_t(llama_state_seq_set_data_ext(decoder->context, state, size, sequence_id, flags));
         check_copied();
         if (!all_finite) {

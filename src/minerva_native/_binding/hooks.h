@@ -110,6 +110,8 @@ int32_t minerva_token_to_piece(const struct llama_vocab * vocab, int32_t token, 
 // ---- Decoding -------------------------------------------------------------------------------------------------------
 // Between two tokens the CPU's caches are cold and each call from Python is slow, so a step is a single call.
 
+typedef struct minerva_head minerva_head;  // see below
+
 typedef struct {
     struct llama_context * context;
     float * logits;  // after the last token of the last batch; the memory is libllama's
@@ -118,6 +120,7 @@ typedef struct {
     char why[512];   // and this was thrown
     minerva_abort_state * abort;               // what asks a call that waits for an RPC worker to stop, or NULL
     const minerva_connections * connections;  // those of its model, or NULL
+    minerva_head * head;                       // what drafts for it, or NULL
 } minerva_decoder;
 
 // Give a context worker threads of its own, and take them away, which has to come before `llama_free`. A single token is
@@ -135,6 +138,26 @@ int32_t minerva_decode_each(minerva_decoder * decoder, int32_t count, const int3
 
 // An encoder reads a text as the only one of all `n_seq` sequences (`llama_encode`).
 int32_t minerva_encode(minerva_decoder * decoder, int32_t count, const int32_t * tokens, int32_t n_seq);
+
+// ---- MTP heads ------------------------------------------------------------------------------------------------------
+// A model's own head guesses the token after the next one from that and the hidden state before it. It computes in a
+// context of its own (`LLAMA_CONTEXT_TYPE_MTP`), which does all that the decoder does: evaluate, forget, copy. It shares
+// the decoder's number of threads. What fails there ends the guesses, and nothing else.
+
+#define MINERVA_MOST_DRAFTED 32
+
+// Give a decoder a head, whose context it then owns: 0 or MINERVA_THREW. It comes before anything is evaluated, and before
+// `minerva_threads_set`.
+int32_t minerva_head_new(minerva_decoder * decoder, struct llama_context * context);
+void minerva_head_free(minerva_decoder * decoder);
+
+// Have the head copy a sequence whose state was read and written, not copied by `minerva_memory_seq_cp`.
+void minerva_head_copy(minerva_decoder * decoder, int32_t source_id, int32_t target_id);
+
+// Write up to `n` tokens that may follow one which is about to be evaluated at this position, and return how many: none if
+// the hidden state before it is not known.
+int32_t minerva_head_draft(minerva_decoder * decoder, int32_t sequence_id, int32_t token, int32_t position, int32_t n,
+                           int32_t * drafts);
 
 // ---- Memory and states ----------------------------------------------------------------------------------------------
 
@@ -211,6 +234,9 @@ int32_t minerva_rpc_serve(int fd, const char * endpoint, int32_t n_threads, int3
 
 // How many bytes of stack the calling thread has left; 0 if the system does not say.
 size_t minerva_stack_left(void);
+
+// Whether that is too little to compute with.
+bool minerva_has_small_stack(void);
 
 #ifdef __cplusplus
 }

@@ -94,7 +94,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_context(parser)
     template = "a file with a chat template, for models whose own is missing or wrong"
     add("--chat-template-file", type=file_name, metavar="FILE", help=template)
-    add("--speculate", choices=("lookup",), help="guess that texts repeat, and verify several tokens in one pass")
+    guess = "guess tokens and verify several in one pass: that texts repeat, or what the model's own MTP head says"
+    add("--speculate", choices=("lookup", "mtp"), help=guess)
     alone = "answers depend on their request alone, to the last bit: slower, and each has its share of the context"
     add("--deterministic", action="store_true", help=alone)
     cache = "keep prompts on disk, so that they need not be evaluated again after a restart; what people write is in it"
@@ -204,7 +205,7 @@ def _loaded(options: argparse.Namespace, source: Source) -> mn.LLM:
     """Load a model."""
     from .progress import loading
 
-    how = {**of_batches(options), **of_context(options)}
+    how = {**of_batches(options), **of_context(options), "mtp": options.speculate == "mtp"}
     planned = mn.ContextOptions(
         n_ctx=_DEFAULT_N_CTX if options.ctx_size is None else options.ctx_size,
         # Not more: while all are taken, each token is compared with the cells that finished requests have left.
@@ -218,6 +219,7 @@ def _loaded(options: argparse.Namespace, source: Source) -> mn.LLM:
             gpu_layers=options.gpu_layers,
             context=planned,
             on_progress=on_progress,
+            load_mtp=options.speculate == "mtp",
             **of_loading(options),
         )
     try:

@@ -646,6 +646,13 @@ class KVCache:
                 slot.cut(len(slot.tokens) - len(guesses[slot]))
         return rows.found
 
+    def draft(self, slot: Slot, n: int) -> list[int]:
+        """Return up to `n` tokens that the model's MTP head guesses after the one that waits; none if it cannot."""
+        slot.check_open()
+        if slot.n_waiting != 1 or not slot.in_sync or slot.id < 0 or n < 1:
+            return []
+        return self.runner.draft(slot.tokens[-1], slot.n_cached, slot.id, n)
+
     def _add_guess(self, slot: Slot, ids: Ids, rows: "_Rows", undo: "_Rollback", is_alone: bool) -> None:
         """Add a guess to the list, so that evaluating it gives the logits before and after each token."""
         slot.check_open()

@@ -171,7 +171,10 @@ class Cells:
         """Let an empty sequence hold what another does: the same cells, or copies if each has its own."""
         if not self.facts.can_share:  # libllama's own copy is of the whole buffer, and only made by the next decode
             state = self.read(source_id)
-            return state is not None and not self.write(target_id, state)
+            if state is None or self.write(target_id, state):
+                return False
+            lib.minerva_head_copy(self._decoder, source_id, target_id)
+            return True
         if source_id in self._rolled_back:  # a copy would share the state from which it has yet to go back
             state = self.read(source_id, partial=True)
             if state is None or self.write(source_id, state, partial=True):

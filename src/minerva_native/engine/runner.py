@@ -14,7 +14,7 @@ import numpy.typing as npt
 from .._binding import callbacks, ffi, is_lost, lib, thrown
 from .._handle import Handle
 from ..errors import BrokenContextError, Cancelled, ContextError, DecodeError, DeviceError
-from ..options import ContextOptions, context_parameters
+from ..options import ContextOptions, context_parameters, head_parameters
 from .gate import CancelToken, check
 
 if TYPE_CHECKING:
@@ -101,30 +101,18 @@ class Runner:
         self._rows: Logits = np.empty((0, 0), np.float32)  # and the same of several rows, of which this is the last
 
     def _make(self) -> Handle:
-        model, options, n_seq = self.model, self.options, self.options.n_seq
+        model, options = self.model, self.options
         n_threads = options.n_threads or 1
         n_threads_batch = options.n_threads_batch or n_threads
         parameters = context_parameters(options)
         parameters.abort_callback = lib.minerva_abort
         parameters.abort_callback_data = self._abort
         with model.raw() as model_pointer, contextlib.ExitStack() as undo:
-            with callbacks.captured_errors() as errors:
-                pointer = lib.minerva_context_new(model_pointer, parameters, model.connections)
-            if pointer == ffi.NULL:
-                callbacks.raise_kept()
-                if is_lost():
-                    raise DeviceError(f"no context could be made: {thrown()}; close the model and load it again")
-                why = thrown() or callbacks.reason(errors, "libllama gives no reason")
-                if why.startswith("device lost"):  # as ggml's Vulkan says
-                    raise DeviceError(f"no context could be made: {why}; {_REMEDIES[lib.MINERVA_GPU_LOST]}")
-                raise ContextError(
-                    f"no context could be made with n_ctx={options.n_ctx}, n_batch={options.n_batch}, n_seq={n_seq}, "
-                    f"kv_type={options.kv_types}, flash_attention={options.flash_attention!r} ({why}): ask for "
-                    "less, or another type"
-                )
+            pointer = self._new_context(model_pointer, parameters)
             decoder = self.decoder
 
             def free(pointer: Any) -> None:
+                lib.minerva_head_free(decoder)
                 lib.minerva_threads_free(decoder)
                 lib.minerva_context_free(pointer)
 
@@ -132,10 +120,48 @@ class Runner:
             undo.callback(handle.close)
             callbacks.raise_kept()
             decoder.context = pointer
+            if options.mtp:
+                self._add_head(model_pointer)
             # Without threads of its own, libllama starts some for every graph that it computes.
             self.set_threads(n_threads, n_threads_batch)
             undo.pop_all()
             return handle
+
+    def _new_context(self, model: Any, parameters: Any) -> Any:
+        """Return a `llama_context *`."""
+        options = self.options
+        with callbacks.captured_errors() as errors:
+            pointer = lib.minerva_context_new(model, parameters, self.model.connections)
+        if pointer != ffi.NULL:
+            return pointer
+        callbacks.raise_kept()
+        of_head = " for the model's MTP head" if parameters.ctx_type == lib.LLAMA_CONTEXT_TYPE_MTP else ""
+        if is_lost():
+            raise DeviceError(f"no context could be made{of_head}: {thrown()}; close the model and load it again")
+        why = thrown() or callbacks.reason(errors, "libllama gives no reason")
+        if why.startswith("device lost"):  # as ggml's Vulkan says
+            raise DeviceError(f"no context could be made{of_head}: {why}; {_REMEDIES[lib.MINERVA_GPU_LOST]}")
+        raise ContextError(
+            f"no context could be made{of_head} with n_ctx={options.n_ctx}, n_batch={options.n_batch}, "
+            f"n_seq={options.n_seq}, kv_type={options.kv_types}, flash_attention={options.flash_attention!r} ({why}): "
+            "ask for less, or another type"
+        )
+
+    def _add_head(self, model: Any) -> None:
+        """Give the decoder the model's MTP head, which from then on reads whatever is evaluated."""
+        parameters = head_parameters(self.options)
+        parameters.abort_callback, parameters.abort_callback_data = lib.minerva_abort, self._abort
+        pointer = self._new_context(model, parameters)
+        if lib.minerva_head_new(self.decoder, pointer):
+            lib.minerva_context_free(pointer)
+            raise ContextError(f"the model's MTP head cannot be used: {thrown()}")
+
+    def draft(self, token: int, position: int, sequence_id: int, n: int) -> list[int]:
+        """Return up to `n` tokens that the head guesses after one that is evaluated next."""
+        drafts = ffi.new("int32_t[]", min(n, lib.MINERVA_MOST_DRAFTED))
+        count = lib.minerva_head_draft(self.decoder, sequence_id, token, position, len(drafts), drafts)
+        callbacks.raise_kept()
+        return ffi.unpack(drafts, count) if count else []
 
     def set_threads(self, n: int, batch: int) -> None:
         """Compute a single token with `n` threads and several with `batch`; raise `ContextError` if it cannot be."""
