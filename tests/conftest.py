@@ -76,13 +76,13 @@ def demo_draft() -> Iterator[mn.Model]:
 
 @pytest.fixture(scope="session")
 def load_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TinyModel], mn.Model]:
-    """A function that makes and loads a tiny random model, on the CPU."""
+    """A function that makes and loads a tiny random model, with its heads if it has some, on the CPU."""
     folder = tmp_path_factory.mktemp("tiny-models")
 
     @functools.cache
     def load(wanted: TinyModel) -> mn.Model:
         path = wanted.write(folder / f"{len(list(folder.iterdir()))}-{wanted.architecture}.gguf")
-        return mn.Model.load(path, gpu_layers=0)
+        return mn.Model.load(path, gpu_layers=0, load_mtp=wanted.n_mtp > 0)
 
     return load
 

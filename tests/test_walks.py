@@ -24,6 +24,7 @@ from minerva_native._binding import ffi, lib
 from minerva_native.engine.pool import count_cells
 from minerva_native.engine.runner import Batch
 from minerva_native.sequence import slot_of
+from minerva_native.speculative import OwnHead
 from tiny_models import TinyModel
 
 Logits = npt.NDArray[np.float32]
@@ -64,6 +65,11 @@ KINDS = {
     ),
     "hybrid with snapshots, delta net": Kind(TinyModel("qwen35"), {"n_rs_seq": 4}),
     "hybrid with snapshots, Mamba 2": Kind(TinyModel("nemotron_h", n_layer=4), {"n_rs_seq": 4}),
+    "attention with an MTP head": Kind(TinyModel("glm4moe", n_mtp=1), {"mtp": True, "kv_type": "f32"}),
+    "small window with a chain of MTP heads": Kind(
+        TinyModel("mimo2", n_mtp=2), {"mtp": True, "swa_full": False, "n_ctx": 300}
+    ),
+    "hybrid with snapshots and an MTP head": Kind(TinyModel("qwen35", n_mtp=1), {"mtp": True, "n_rs_seq": 4}),
     "encoder-decoder": Kind(TinyModel("t5")),
 }
 
@@ -283,6 +289,25 @@ class Walk(stateful.RuleBasedStateMachine):
         if after and self.attempt(lambda: sequence.extend(after), text) is not None:
             text.extend(after)
         text.waits |= not after and text.shifts is None
+
+    @stateful.precondition(lambda self: self.context.options.mtp)
+    @stateful.rule(data=st.data(), n=st.integers(1, 6), n_right=st.integers(0, 6))
+    def guess_by_head(self, data: st.DataObject, n: int, n_right: int) -> None:
+        sequence, text = self.pick(data)
+        if not text.tokens or len(text.tokens) + 1 + n > MAX_TOKENS or self.look(sequence, text) is None:
+            return
+        if self.attempt(lambda: sequence.append(41), text) is None:
+            return
+        text.extend([41])
+        ids = OwnHead(sequence).draft(sequence.tokens, n)
+        assert list(sequence) == text.tokens
+        if not ids or self.attempt(lambda: sequence.logits_after(ids), text) is None:
+            text.waits = True
+            return
+        text.extend(ids)
+        sequence.rewind(n_wrong := max(0, len(ids) - n_right))
+        text.cut(len(text.tokens) - n_wrong, self.can_truncate)
+        text.waits = n_wrong > 0 and text.shifts is None
 
     @stateful.precondition(lambda self: self.context.options.on_full == "error" and len(self.texts) > 1)
     @stateful.rule(data=st.data(), ids=st.lists(FEW, min_size=2, max_size=7), n_right=st.integers(0, 4))

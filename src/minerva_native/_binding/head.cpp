@@ -205,16 +205,16 @@ void minerva_head_free(minerva_decoder * decoder) {
 
 int32_t minerva_head_draft(minerva_decoder * decoder, int32_t sequence_id, int32_t token, int32_t position, int32_t n,
                            int32_t * drafts) {
-    int32_t count = 0;
-    if (!has_head(decoder) || minerva_has_small_stack()) {
-        return count;
+    if (decoder->head == nullptr || minerva_has_small_stack()) {
+        return 0;
     }
+    int32_t count = 0;
     minerva_head & head = *decoder->head;
     llama_context * context = head.decoder.context;
     const int32_t n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(context)));
     const bool is_chain = head.n_layers > 1;
     n = std::min({n, is_chain ? head.n_layers : MINERVA_MOST_DRAFTED, int32_t(llama_n_batch(context))});
-    done(head, [&](llama_memory_t memory) {
+    const bool is_done = done(head, [&](llama_memory_t memory) {
         const float * known = head.states[sequence_id].before(position, head.width);
         if (known == nullptr) {
             return;
@@ -243,5 +243,5 @@ int32_t minerva_head_draft(minerva_decoder * decoder, int32_t sequence_id, int32
         }
         llama_memory_seq_rm(memory, sequence_id, position, -1);
     });
-    return count;
+    return is_done ? count : MINERVA_THREW;
 }

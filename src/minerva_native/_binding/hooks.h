@@ -155,7 +155,7 @@ void minerva_head_free(minerva_decoder * decoder);
 void minerva_head_copy(minerva_decoder * decoder, int32_t source_id, int32_t target_id);
 
 // Write up to `n` tokens that may follow one which is about to be evaluated at this position, and return how many: none if
-// the hidden state before it is not known.
+// the hidden state before it is not known. MINERVA_THREW, once and for all, if something failed in the head's context.
 int32_t minerva_head_draft(minerva_decoder * decoder, int32_t sequence_id, int32_t token, int32_t position, int32_t n,
                            int32_t * drafts);
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import math
 import time
 from array import array
@@ -19,6 +20,8 @@ from .gate import CancelToken, check
 
 if TYPE_CHECKING:
     from ..model import Model
+
+_logger = logging.getLogger("minerva_native")
 
 Logits = npt.NDArray[np.float32]
 
@@ -86,6 +89,7 @@ class Runner:
         self._abort = ffi.new("minerva_abort_state *", {"poll_interval_us": _POLL_US, "data": self._watch_handle})
         self.decoder = ffi.new("minerva_decoder *", {"abort": self._abort, "connections": model.connections})
         self._remedy = "close it and make another"  # once it is broken
+        self._head_has_failed = False
         self.handle = self._make()
         with model.raw() as pointer:
             self.has_decoder = bool(lib.llama_model_has_decoder(pointer))
@@ -160,8 +164,15 @@ class Runner:
         """Return up to `n` tokens that the head guesses after one that is evaluated next."""
         drafts = ffi.new("int32_t[]", min(n, lib.MINERVA_MOST_DRAFTED))
         count = lib.minerva_head_draft(self.decoder, sequence_id, token, position, len(drafts), drafts)
+        why = thrown() if count == lib.MINERVA_THREW else ""
         callbacks.raise_kept()
-        return ffi.unpack(drafts, count) if count else []
+        if count < 0:
+            if not self._head_has_failed:
+                _logger.warning("the model's MTP head has failed, and drafts no more in this context: %s", why)
+            self._head_has_failed = True
+            return []
+        drafted: list[int] = ffi.unpack(drafts, count)
+        return drafted
 
     def set_threads(self, n: int, batch: int) -> None:
         """Compute a single token with `n` threads and several with `batch`; raise `ContextError` if it cannot be."""
