@@ -367,6 +367,7 @@ CALLS: dict[str, Call] = {
             "mmap": True,
             "mlock": False,
             "kv_overrides": None,
+            "load_mtp": False,
             "vocab_only": True,
             "check": True,
             "on_progress": None,

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import re
 import select
 import signal
@@ -24,6 +25,7 @@ from workers import tale
 
 pytestmark = pytest.mark.skipif("RPC" not in mn.build_info()["backends"], reason="this build has no RPC")
 
+GREEDY = mn.SamplingParams.greedy()
 SMALL = mn.ContextOptions(n_ctx=512, n_batch=64, n_threads=1)
 
 
@@ -133,6 +135,38 @@ def test_a_dry_run_is_right_to_the_byte(two: list[str], has_free: Callable[..., 
         mn.DeviceError, match=f"would need {needed:,} bytes, and has 0 free; ask for at most gpu_layers=0"
     ):
         load()
+
+
+def test_a_head_is_planned_for(two: list[str], has_free: Callable[..., None], tmp_path: Path) -> None:
+    path = TinyModel("glm4moe", n_mtp=1).write(tmp_path / "headed.gguf")
+    options = dataclasses.replace(SMALL, mtp=True)
+    load = partial(mn.Model.load, path, rpc=two[:1], load_mtp=True, context=options)
+    with load() as model:
+        assert (model.n_layer, model.n_blocks, model.gpu_layers) == (3, 4, 5)
+        with mn.Context(model, SMALL) as context:
+            without = taken(context)
+        with mn.Context(model, options) as context, context.sequence() as sequence:
+            needed = taken(context)
+            sequence.extend(list(range(40, 60)))
+            speculation = mn.Speculation("mtp", max_loss=math.inf)
+            tokens = [step.token for step in mn.generate(sequence, GREEDY, max_tokens=20, speculate=speculation)]
+            assert speculation.drafted > 0
+    assert needed > without
+    has_free(needed)
+    with load(gpu_layers=-1) as model:
+        assert model.gpu_layers == 5
+    has_free(needed - 1)
+    with pytest.raises(mn.DeviceError, match=f"would need {needed:,} bytes"):
+        load(gpu_layers=-1)
+    with load() as model:
+        assert model.gpu_layers == 4
+    with (
+        mn.Model.load(path, gpu_layers=0) as model,
+        model.context(n_ctx=512) as context,
+        context.sequence() as sequence,
+    ):
+        sequence.extend(list(range(40, 60)))
+        assert tokens == [step.token for step in mn.generate(sequence, GREEDY, max_tokens=20)]
 
 
 def test_all_layers_are_tried_first(two: list[str], dry_runs: list[int], has_free: Callable[..., None]) -> None:

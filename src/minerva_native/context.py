@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._arguments import file_path, flag, function, integer, many, what
-from ._binding import lib
+from ._binding import ffi, lib
 from .devices import Placement, placement
 from .engine import state
 from .engine.cache import KVCache
@@ -116,7 +116,8 @@ class Context:
     def placement(self) -> list[Placement]:
         """What of the model and of this context is on which device: the CPU first, then the others that have some."""
         with self._cache.gate.enter(), self._cache.handle as context, self._model.raw() as model:
-            return placement(model, self._model.n_layer, context)
+            head = lib.minerva_head_context(self._cache.runner.decoder)
+            return placement(model, self._model.n_layer, [context] if head == ffi.NULL else [context, head])
 
     @property
     def memory(self) -> Memory:

@@ -4,6 +4,7 @@ import math
 import os
 import threading
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,8 +187,8 @@ def warn_that_nothing_fits(path: object, pointers: list[Any]) -> None:
     callbacks.logger.warning("%s is on the CPU: no layer of it fits beside a context; %s", path, free)
 
 
-def placement(model: Any, n_layer: int, context: Any = ffi.NULL) -> list[Placement]:
-    """Return what of a loaded `llama_model *`, and of a `llama_context *` of it, is where; the CPU is first."""
+def placement(model: Any, n_layer: int, contexts: Sequence[Any] = ()) -> list[Placement]:
+    """Return what of a loaded `llama_model *`, and of `llama_context *`s of it, is where; the CPU is first."""
     owners = [lib.minerva_layer_device(model, layer) for layer in range(n_layer + 1)]
     pointers, found = [ffi.NULL], []
     while (pointer := lib.minerva_model_device(model, len(pointers) - 1)) != ffi.NULL:
@@ -200,20 +201,23 @@ def placement(model: Any, n_layer: int, context: Any = ffi.NULL) -> list[Placeme
                 text(lib.ggml_backend_dev_description(pointer)),
             )
         layers = sum(owner == pointer for owner in owners[:-1])
-        part = Placement(name, description, layers, owners[-1] == pointer, *memory_used(model, context, pointer))
+        part = Placement(name, description, layers, owners[-1] == pointer, *memory_used(model, contexts, pointer))
         if pointer == ffi.NULL or part.layers or part.has_output or part.size_bytes or part.cache_bytes:
             found.append(part)
     return found
 
 
-def memory_used(model: Any, context: Any, device: Any) -> tuple[int, int, int]:
-    """Return the bytes that weights, cache and buffers take of a device, or would take if they are a dry run's."""
+def memory_used(model: Any, contexts: Sequence[Any], device: Any) -> tuple[int, int, int]:
+    """Return the bytes that weights, caches and buffers take of a device, or would take if they are a dry run's."""
     use = ffi.new("minerva_memory_use *")
-    if lib.minerva_memory_used(model, context, device, use):
-        why = thrown()
-        callbacks.raise_kept()
-        raise DeviceError(why)
-    return use.weights, use.context, use.compute
+    cache = buffers = 0
+    for context in contexts or [ffi.NULL]:
+        if lib.minerva_memory_used(model, context, device, use):
+            why = thrown()
+            callbacks.raise_kept()
+            raise DeviceError(why)
+        cache, buffers = cache + use.context, buffers + use.compute
+    return use.weights, cache, buffers
 
 
 def buffer_types(pointers: list[Any]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class _Plan:
     not used.
 
     Attributes:
-        n_layer: how many layers the model has, known after the first dry run.
+        n_layer: how many layers the model has, those of MTP heads included, known after the first dry run.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class _Plan:
     def lack(self, layers: int) -> tuple[Device, int] | None:
         """Return the first device that has no room for its part, and how much that takes; None if all have."""
         with callbacks.rehearsal(), self._dry_run(layers) as model:
-            self.n_layer = model.n_layer
+            self.n_layer = model.n_blocks
             needs = self._needs(model)
         # Read late, because a driver takes memory when a device is first used.
         self._devices = self._devices or [described(pointer) for pointer in self._pointers]
@@ -94,23 +94,19 @@ class _Plan:
 
     def _needs(self, model: "Model") -> list[int]:
         with contextlib.ExitStack() as made:
-            context = head = ffi.NULL
+            contexts = []
             if self._options is not None:
                 try:
                     options = _resolved(model, self._options)
-                    context = _dry_context(model, context_parameters(options), made)
+                    contexts.append(_dry_context(model, context_parameters(options), made))
                     if options.mtp:
-                        head = _dry_context(model, head_parameters(options), made)
+                        contexts.append(_dry_context(model, head_parameters(options), made))
                 except (ContextError, OptionError):
                     if self._is_needed:
                         raise
                     self._options = None
             with model.raw() as pointer:
-                needs = [sum(memory_used(pointer, context, device)) for device in self._pointers]
-                if head != ffi.NULL:
-                    of_head = [sum(memory_used(pointer, head, device)[1:]) for device in self._pointers]
-                    needs = [need + more for need, more in zip(needs, of_head, strict=True)]
-                return needs
+                return [sum(memory_used(pointer, contexts, device)) for device in self._pointers]
 
 
 def _resolved(model: "Model", options: ContextOptions) -> ContextOptions:

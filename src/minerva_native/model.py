@@ -113,7 +113,8 @@ class Model:
         with handle as pointer:  # a context with YaRN changes libllama's own number
             self._n_ctx_train = int(lib.llama_model_n_ctx_train(pointer))
         self._fingerprint: str | None = None  # of the file, once a sequence is saved or restored
-        self.gpu_layers = min(gpu_layers, self.n_layer + 1) if gpu_layers >= 0 else self.n_layer + 1
+        most = self.n_blocks + 1
+        self.gpu_layers = min(gpu_layers, most) if gpu_layers >= 0 else most
 
     @classmethod
     def load(
@@ -143,8 +144,9 @@ class Model:
 
         Args:
             path: the file; of a split model the first one, or all of them in order if they are not named as usual.
-            gpu_layers: how many layers to put on GPUs; the output counts as one, and -1 is all. "auto" is as many as
-                fit in their free memory with a context, less 1 GiB of each; none without a GPU. See `context`.
+            gpu_layers: how many layers to put on GPUs; the output counts as one, an MTP head too (see `n_blocks`), and
+                -1 is all. "auto" is as many as fit in their free memory with a context, less 1 GiB of each; none
+                without a GPU. See `context`.
             devices: names from `minerva_native.devices()`; all by default, none for the CPU alone.
             rpc: the RPC workers that take layers too, as "host:port" (see `rpc_worker`). What they are sent is neither
                 encrypted nor authenticated.
@@ -426,6 +428,14 @@ class Model:
     def n_layer(self) -> int:
         """The depth of the model."""
         return self._fact(lib.llama_model_n_layer, "block_count")
+
+    @property
+    def n_blocks(self) -> int:
+        """How many layers the file has: those of the model, and those of its MTP heads, whether they are loaded or not.
+
+        `gpu_layers` counts all of them, from the last one to the first.
+        """
+        return int(max(self.hyperparameter("block_count", self.n_layer)))
 
     @property
     def n_mtp_layers(self) -> int:

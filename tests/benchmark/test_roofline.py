@@ -53,6 +53,25 @@ def test_an_encoder_is_not_read_again(load_tiny: Load) -> None:
     assert roofline.weights_touched(load_tiny(shape)).total == pytest.approx(touched(shape, share))
 
 
+def test_heads_that_predict_more_tokens_are_not_read(load_tiny: Load) -> None:
+    shape = TinyModel("mimo2", n_layer=3, n_mtp=2)
+    model = load_tiny(shape)
+
+    def share(name: str) -> float:
+        if name == "token_embd.weight":
+            return 1 / len(TOKENS)
+        return 0 if name.startswith(("blk.3.", "blk.4.")) else 1
+
+    whole = roofline.weights_touched(model)
+    assert whole.total == pytest.approx(touched(shape, share))
+    try:
+        model.gpu_layers = 4  # the output, the heads, and the last layer
+        on_gpu = touched(shape, lambda name: share(name) * name.startswith(("output", "blk.2.")))
+        assert roofline.weights_touched(model).gpu == pytest.approx(on_gpu)
+    finally:
+        model.gpu_layers = 0
+
+
 def test_weights_are_on_the_device_of_their_layer(load_tiny: Load) -> None:
     shape = TinyModel(n_layer=3)
     model = load_tiny(shape)

@@ -194,6 +194,10 @@ void minerva_head_copy(minerva_decoder * decoder, int32_t source_id, int32_t tar
     minerva::head_copy(decoder, source_id, target_id);
 }
 
+struct llama_context * minerva_head_context(const minerva_decoder * decoder) {
+    return decoder->head != nullptr ? decoder->head->decoder.context : nullptr;
+}
+
 void minerva_head_free(minerva_decoder * decoder) {
     const std::unique_ptr<minerva_head> head(decoder->head);
     decoder->head = nullptr;

@@ -150,6 +150,7 @@ int32_t minerva_encode(minerva_decoder * decoder, int32_t count, const int32_t *
 // `minerva_threads_set`.
 int32_t minerva_head_new(minerva_decoder * decoder, struct llama_context * context);
 void minerva_head_free(minerva_decoder * decoder);
+struct llama_context * minerva_head_context(const minerva_decoder * decoder);  // or NULL
 
 // Have the head copy a sequence whose state was read and written, not copied by `minerva_memory_seq_cp`.
 void minerva_head_copy(minerva_decoder * decoder, int32_t source_id, int32_t target_id);

@@ -47,14 +47,13 @@ def weights_touched(model: mn.Model) -> Weights:
     gguf.close()
     tied = not any(tensor.name == "output.weight" for tensor in tensors)
     n_expert, n_used = (max(model.hyperparameter(key)) for key in ("expert_count", "expert_used_count"))
-    n_layer = model.n_layer - int(max(model.hyperparameter("nextn_predict_layers")))
-    first_on_gpu = model.n_layer + 1 - model.gpu_layers  # the output counts as the layer after the last
+    first_on_gpu = model.n_blocks + 1 - model.gpu_layers  # the output counts as the layer after the last
     cpu = gpu = 0.0
     for tensor in tensors:
         parts = tensor.name.split(".")
-        layer = int(parts[parts.index("blk") + 1]) if "blk" in parts else model.n_layer
+        layer = int(parts[parts.index("blk") + 1]) if "blk" in parts else model.n_blocks
         size = float(tensor.size_bytes)
-        if parts[0] == "enc" or n_layer <= layer < model.n_layer:
+        if parts[0] == "enc" or model.n_layer <= layer < model.n_blocks:
             continue
         if parts[0].endswith(("_embd", "_types")) and not (parts[0] == "token_embd" and tied):
             size, layer = size / tensor.shape[-1], -1  # rows are looked up on the CPU
