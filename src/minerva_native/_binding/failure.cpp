@@ -138,10 +138,30 @@ bool Team::is_inherited() const {
 
 void Team::stop() {
     failed_ = true;  // releases those that wait for others
+    wake();
     if (ggml_threadpool * pool = is_inherited() ? nullptr : pool_) {
         pool_ = nullptr;
         cpu().threadpool_free(pool);  // joins them
     }
+}
+
+void Team::rest() {
+    is_resting_ = size_ > 1;
+}
+
+void Team::wake() {
+    if (is_resting()) {
+        {
+            std::lock_guard lock(mutex_);
+            is_resting_ = false;
+        }
+        woken_.notify_all();
+    }
+}
+
+void Team::sleep() {
+    std::unique_lock lock(mutex_);
+    woken_.wait(lock, [this] { return !is_resting_; });
 }
 
 void Team::rethrow() {
@@ -197,6 +217,18 @@ void * Team::work(void * data) {
         team.failed_ = true;
     }
     return result;
+}
+
+void rest(minerva_decoder * decoder) {
+    if (auto * team = static_cast<Team *>(decoder->threads)) {
+        team->rest();
+    }
+}
+
+void wake(minerva_decoder * decoder) {
+    if (auto * team = static_cast<Team *>(decoder->threads)) {
+        team->wake();
+    }
 }
 
 // ---- Calls ----------------------------------------------------------------------------------------------------------
@@ -376,6 +408,13 @@ void minerva_while_waiting(void) {
         sched_yield();
         if (team != nullptr && team->is_inherited()) {
             throw std::runtime_error("a callback has forked this process, which has none of the threads that computed");
+        }
+    }
+    if (team != nullptr && team->is_resting()) {
+        if (minerva::is_worker) {
+            team->sleep();
+        } else {  // somebody has let it compute without having woken it
+            team->wake();
         }
     }
     if (team == nullptr || !team->has_failed()) {

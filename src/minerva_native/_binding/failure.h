@@ -57,6 +57,13 @@ class Team {
     bool has_failed() const { return failed_.load(std::memory_order_relaxed); }
     bool is_inherited() const;  // by the child of a fork, which has none of the threads
 
+    // Between two computations ggml's workers turn in a loop for a while, which a team that computes next would feel. While
+    // a team rests they sleep there; `wake` comes before it computes again.
+    void rest();
+    void wake();
+    void sleep();  // for a worker, if the team rests
+    bool is_resting() const { return is_resting_.load(std::memory_order_relaxed); }
+
     // For the thread that computes. No worker runs any more when it returns, so the stack may be unwound.
     void stop();
     [[noreturn]] void rethrow();  // what a worker has thrown
@@ -77,9 +84,15 @@ class Team {
     std::mutex mutex_;
     std::condition_variable begun_;
     bool has_begun_ = false;
+    std::atomic<bool> is_resting_{false};
+    std::condition_variable woken_;
     std::vector<pthread_t> started_;
     std::exception_ptr cause_;
 };
+
+// Have the threads of a decoder rest, or wake them.
+void rest(minerva_decoder * decoder);
+void wake(minerva_decoder * decoder);
 
 // A guarded call, on this thread. The context of a computation that fails is unusable afterwards: its graph, its memory
 // and its threads may be in any state.

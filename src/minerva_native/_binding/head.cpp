@@ -23,6 +23,7 @@ bool has_head(const minerva_decoder * decoder) {
 template <class Work> bool done(minerva_head & head, Work work) {
     return guarded<int32_t>(MINERVA_THREW, &head.decoder, true, [&] {
                work(llama_get_memory(head.decoder.context));
+               minerva::rest(&head.decoder);
                return 0;
            }) == 0;
 }
@@ -70,6 +71,7 @@ class Batch {
         batch.seq_id = of_each.data();
         batch.logits = outputs_.data();
         int32_t code = 0;
+        minerva::wake(&head_.decoder);
         for (int32_t layer = first; layer <= last && code == 0; ++layer) {
             for (size_t index = 0; index < count; ++index) {
                 if (index == 0 || ids_[index] != ids_[index - 1]) {
@@ -126,6 +128,7 @@ void minerva::follow(minerva_decoder * decoder, const llama_batch & batch) {
         return;
     }
     const auto id = [&](int32_t index) { return batch.seq_id[index][0]; };
+    rest(decoder);
     done(head, [&](llama_memory_t memory) {
         Batch read(head);
         for (int32_t index = 0; index < batch.n_tokens; ++index) {

@@ -207,6 +207,7 @@ int32_t minerva_decode(minerva_decoder * decoder, struct llama_batch * batch) {
         return MINERVA_NO_STACK;
     }
     return guarded<int32_t>(MINERVA_THREW, decoder, true, [&] {
+        minerva::wake(decoder);
         const int32_t code = llama_decode(decoder->context, *batch);
         if (code == 0) {
             decoder->logits = llama_get_logits_ith(decoder->context, -1);  // waits for the result
@@ -261,6 +262,7 @@ int32_t minerva_encode(minerva_decoder * decoder, int32_t count, const int32_t *
         batch.pos = positions.data();
         batch.n_seq_id = sizes.data();
         batch.seq_id = of_each.data();
+        minerva::wake(decoder);
         const int32_t code = llama_encode(decoder->context, batch);
         llama_synchronize(decoder->context);
         return code;
