@@ -21,8 +21,9 @@ from tiny_models import ARCHITECTURES, END, END_OF_TURN, TinyModel, draw
 Load = Callable[[TinyModel], mn.Model]
 
 OPTIONS: dict[str, Any] = {"n_ctx": 512, "n_threads": 1, "kv_type": "f32", "flash_attention": "off"}
-GREEDY = mn.SamplingParams.greedy()
-DRAWN = mn.SamplingParams(temperature=0.4, seed=7, logit_bias=dict.fromkeys((END, END_OF_TURN), -math.inf))
+WITHOUT_END = dict.fromkeys((END, END_OF_TURN), -math.inf)
+GREEDY = mn.SamplingParams(temperature=0, logit_bias=WITHOUT_END)
+DRAWN = mn.SamplingParams(temperature=0.4, seed=7, logit_bias=WITHOUT_END)
 PROMPT = list(range(60, 90))
 
 
@@ -40,6 +41,9 @@ KINDS = {
     "a chain of heads, small window": Kind(TinyModel("mimo2", n_mtp=3), {"swa_full": False}),
     "hybrid with checkpoints": Kind(TinyModel("qwen35", n_mtp=1)),
     "hybrid with snapshots": Kind(TinyModel("qwen35", n_mtp=1), {"n_rs_seq": 6}),
+    "compressed keys": Kind(TinyModel("deepseek2", n_mtp=1)),
+    "small window": Kind(TinyModel("cohere2moe", n_mtp=1), {"swa_full": False}),
+    "hybrid with experts": Kind(TinyModel("qwen35moe", n_mtp=1), {"n_rs_seq": 6}),
 }
 
 
@@ -105,23 +109,30 @@ RIGHT = {
     "a chain of heads": Kind(Echo("mimo2", n_mtp=3)),
     "hybrid with snapshots": Kind(Echo("qwen35", n_mtp=1), {"n_rs_seq": 6}),
     "hybrid with checkpoints": Kind(Echo("qwen35", n_mtp=1)),
+    "cohere2moe": Kind(Echo("cohere2moe", n_mtp=1)),
+    "deepseek2": Kind(Echo("deepseek2", n_mtp=1)),
+    "hy_v3": Kind(Echo("hy_v3", n_mtp=2)),
+    "qwen35moe": Kind(Echo("qwen35moe", n_mtp=1), {"n_rs_seq": 6}),
+    "qwen3next": Kind(Echo("qwen3next", n_mtp=1)),
+    "step35": Kind(Echo("step35", n_mtp=3)),
 }
 
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_head_that_is_always_right_saves_passes(load_tiny: Load, name: str) -> None:
-    model = load_tiny(RIGHT[name].model)
-    plain, n = plainly(model, GREEDY), 100
+    made, n = RIGHT[name].model, 100
+    model = load_tiny(made)
+    plain = plainly(model, GREEDY)
     with model.context(mtp=True, **OPTIONS, **RIGHT[name].options) as context, context.sequence() as sequence:
         sequence.extend(PROMPT)
         speculation = mn.Speculation("mtp", max_loss=math.inf)
         assert written(sequence, GREEDY, n, speculate=speculation) == plain
-        most = 3 if name == "a chain of heads" else 6 if name == "hybrid with snapshots" else 32
+        most = made.n_mtp if made.n_mtp > 1 else context.options.n_rs_seq or lib.MINERVA_MOST_DRAFTED
         assert speculation.accepted == speculation.drafted
         n_passes = context.stats.decode_calls - 1
         # Each pass gives what was guessed, and one token more.
         assert n_passes + speculation.accepted in (n - 1, n)
-        assert n / (most + 1) <= n_passes < n / 3
+        assert (n - 1) / (most + 1) <= n_passes < n / 2
         assert context.stats.tokens_evaluated in (len(PROMPT) + n - 1, len(PROMPT) + n)
         assert context.stats.tokens_reevaluated == 0
 
@@ -278,7 +289,7 @@ def test_an_llm_drafts_for_several_requests_at_once(load_tiny: Load, name: str) 
         model, speculate="mtp", n_parallel=4, template="{{ messages[0].content }}", **OPTIONS, **made.options
     ) as llm:
         for _ in range(2):  # the second time most of it is cached
-            answers = llm.map(prompts, max_tokens=40, temperature=0, progress=False)
+            answers = llm.map(prompts, max_tokens=40, temperature=0, logit_bias=WITHOUT_END, progress=False)
             assert [answer.tokens for answer in answers] == plain
         answer = llm.complete(prompts[0], n=3, max_tokens=40, temperature=0.4, seed=5)
         assert [len(choice.tokens) <= 40 for choice in answer.choices] == [True] * 3
@@ -292,7 +303,7 @@ def test_a_server_full_of_requests_parks_some_and_gives_the_same_texts(load_tiny
     prompts = [[*PROMPT[:20], 70 + at] for at in range(6)]
     plain = [plainly(model, GREEDY, 60, prompt) for prompt in prompts]
     with mn.LLM(model, speculate="mtp", n_parallel=6, template="", **{**OPTIONS, "n_ctx": 256}) as llm:
-        answers = llm.map(prompts, max_tokens=60, temperature=0, progress=False)
+        answers = llm.map(prompts, max_tokens=60, temperature=0, logit_bias=WITHOUT_END, progress=False)
         assert [answer.tokens for answer in answers] == plain
 
 
@@ -313,7 +324,7 @@ def test_a_prompt_from_the_disk_is_continued_alike(load_tiny: Load, tmp_path: Pa
     plain = plainly(model, GREEDY, 60, prompt)
     for process in range(2):
         with mn.LLM(model, speculate="mtp", cache_dir=tmp_path, template="", **OPTIONS) as llm:
-            answer = llm.complete(prompt, max_tokens=60, temperature=0)
+            answer = llm.complete(prompt, max_tokens=60, temperature=0, logit_bias=WITHOUT_END)
             assert answer.tokens == plain
             assert (answer.usage.cached_tokens > 250) == (process > 0)
 

@@ -45,6 +45,7 @@ class TinyModel:
     ssm_group: int = 2
     n_buckets: int = 32  # of relative positions
     lora_rank: int = 16  # of RWKV's small matrices
+    kv_rank: int = 32  # of DeepSeek's compressed keys and values
     n_mtp: int = 0  # heads for multi-token prediction, in layers after the others
 
     @property
@@ -128,6 +129,29 @@ def mimo2_hyperparameters(model: TinyModel) -> dict[str, Key]:
     }
 
 
+def hy_v3_hyperparameters(model: TinyModel) -> dict[str, Key]:
+    return {**llama_hyperparameters(model), "expert_feed_forward_length": model.n_ff}
+
+
+def cohere2moe_hyperparameters(model: TinyModel) -> dict[str, Key]:
+    return {**glm4moe_hyperparameters(model), "attention.sliding_window": model.sliding_window, "logit_scale": 1.0}
+
+
+def deepseek2_hyperparameters(model: TinyModel) -> dict[str, Key]:
+    size, rank = model.head_size, model.kv_rank
+    return {
+        **glm4moe_hyperparameters(model),
+        "attention.head_count_kv": 1,
+        "attention.q_lora_rank": 2 * rank,
+        "attention.kv_lora_rank": rank,
+        "attention.key_length": rank + size // 2,
+        "attention.value_length": rank,
+        "attention.key_length_mla": size + size // 2,
+        "attention.value_length_mla": size,
+        "rope.dimension_count": size // 2,
+    }
+
+
 def gpt2_hyperparameters(model: TinyModel) -> dict[str, Key]:
     return {
         **common_hyperparameters(model),
@@ -182,6 +206,10 @@ def qwen35_hyperparameters(model: TinyModel) -> dict[str, Key]:
         "rope.dimension_sections": [half - 2 * (half // 3), half // 3, half // 3, 0],
         "full_attention_interval": 2,  # see `attends`
     }
+
+
+def qwen35moe_hyperparameters(model: TinyModel) -> dict[str, Key]:
+    return {**qwen3moe_hyperparameters(model), **qwen35_hyperparameters(model)}
 
 
 def nemotron_hyperparameters(model: TinyModel) -> dict[str, Key]:
@@ -251,18 +279,54 @@ def qwen3moe_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
     yield from feed_forward(model, f"blk.{layer}", "_exps", model.n_expert)
 
 
-def glm4moe_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
+def experts(model: TinyModel, prefix: str) -> Iterator[Tensor]:
+    """Yield what chooses experts, the experts, and one more that every token has; no norm."""
+    yield f"{prefix}.ffn_gate_inp.weight", (model.n_expert, model.n_embd)
+    for kind, *n_expert in ("_exps", model.n_expert), ("_shexp",):
+        yield from (tensor for tensor in feed_forward(model, prefix, kind, *n_expert) if "norm" not in tensor[0])
+
+
+def experts_after_the_first(model: TinyModel, layer: int, has_bias: bool = True) -> Iterator[Tensor]:
     prefix = f"blk.{layer}"
-    yield f"{prefix}.attn_norm.weight", (model.n_embd,)
-    yield from attention(model, prefix)
     if layer > 0:
-        yield f"{prefix}.ffn_gate_inp.weight", (model.n_expert, model.n_embd)
-        yield f"{prefix}.exp_probs_b.bias", (model.n_expert,)
-        yield from list(feed_forward(model, prefix, "_exps", model.n_expert))[1:]
-        yield from list(feed_forward(model, prefix, "_shexp"))[1:]
+        yield from experts(model, prefix)
+        if has_bias:
+            yield f"{prefix}.exp_probs_b.bias", (model.n_expert,)
     else:
-        yield from list(feed_forward(model, prefix))[1:]
-    yield f"{prefix}.post_attention_norm.weight", (model.n_embd,)
+        yield from (tensor for tensor in feed_forward(model, prefix) if "norm" not in tensor[0])
+
+
+def glm4moe_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
+    yield f"blk.{layer}.attn_norm.weight", (model.n_embd,)
+    yield from attention(model, f"blk.{layer}")
+    yield from experts_after_the_first(model, layer)
+    yield f"blk.{layer}.post_attention_norm.weight", (model.n_embd,)
+
+
+def cohere2moe_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
+    yield f"blk.{layer}.attn_norm.weight", (model.n_embd,)
+    yield from attention(model, f"blk.{layer}")
+    yield from experts_after_the_first(model, layer, has_bias=False)
+
+
+def deepseek2_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
+    prefix, size, rank, n_head = f"blk.{layer}", model.head_size, model.kv_rank, model.n_head
+    yield f"{prefix}.attn_norm.weight", (model.n_embd,)
+    yield f"{prefix}.attn_q_a.weight", (2 * rank, model.n_embd)
+    yield f"{prefix}.attn_q_a_norm.weight", (2 * rank,)
+    yield f"{prefix}.attn_q_b.weight", (n_head * (size + size // 2), 2 * rank)
+    yield f"{prefix}.attn_kv_a_mqa.weight", (rank + size // 2, model.n_embd)
+    yield f"{prefix}.attn_kv_a_norm.weight", (rank,)
+    yield f"{prefix}.attn_k_b.weight", (n_head, rank, size)
+    yield f"{prefix}.attn_v_b.weight", (n_head, size, rank)
+    yield f"{prefix}.attn_output.weight", (model.n_embd, n_head * size)
+    yield f"{prefix}.ffn_norm.weight", (model.n_embd,)
+    yield from experts_after_the_first(model, layer)
+
+
+def hy_v3_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
+    yield from qwen3_attention(model, layer)
+    yield from feed_forward(model, f"blk.{layer}")
 
 
 def mimo2_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
@@ -315,6 +379,22 @@ def qwen35_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
         yield f"{prefix}.ssm_out.weight", (model.n_embd, value)
     for name, shape in feed_forward(model, prefix):
         yield name.replace("ffn_norm", "post_attention_norm"), shape
+
+
+def qwen35moe_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
+    for name, shape in qwen35_layer(model, layer):
+        if ".ffn_" not in name:
+            yield name, shape
+    yield from experts(model, f"blk.{layer}")
+    yield f"blk.{layer}.ffn_gate_inp_shexp.weight", (model.n_embd,)
+
+
+def qwen3next_layer(model: TinyModel, layer: int) -> Iterator[Tensor]:
+    for name, shape in qwen35moe_layer(model, layer):
+        if name.endswith("ssm_alpha.weight"):
+            yield name.replace("ssm_alpha", "ssm_ba"), (2 * shape[0], shape[1])
+        elif not name.endswith("ssm_beta.weight"):
+            yield name, shape
 
 
 def feeds_forward(model: TinyModel, layer: int) -> bool:
@@ -451,12 +531,18 @@ ARCHITECTURES = {
     "qwen3moe": Architecture(qwen3moe_hyperparameters, partial(decoder, qwen3moe_layer)),
     "glm4moe": Architecture(glm4moe_hyperparameters, partial(decoder, glm4moe_layer)),
     "mimo2": Architecture(mimo2_hyperparameters, partial(decoder, mimo2_layer)),
+    "step35": Architecture(mimo2_hyperparameters, partial(decoder, llama_layer)),
+    "hy_v3": Architecture(hy_v3_hyperparameters, partial(decoder, hy_v3_layer)),
+    "cohere2moe": Architecture(cohere2moe_hyperparameters, partial(decoder, cohere2moe_layer)),
+    "deepseek2": Architecture(deepseek2_hyperparameters, partial(decoder, deepseek2_layer)),
     "mamba": Architecture(mamba_hyperparameters, partial(decoder, mamba_layer), SSM_SCALES),
     "jamba": Architecture(jamba_hyperparameters, partial(decoder, jamba_layer), SSM_SCALES),
     "gpt2": Architecture(gpt2_hyperparameters, gpt2_tensors),
     "smollm3": Architecture(llama_hyperparameters, partial(decoder, llama_layer)),
     "lfm2": Architecture(lfm2_hyperparameters, lfm2_tensors),
     "qwen35": Architecture(qwen35_hyperparameters, partial(decoder, qwen35_layer), SSM_SCALES),
+    "qwen35moe": Architecture(qwen35moe_hyperparameters, partial(decoder, qwen35moe_layer), SSM_SCALES),
+    "qwen3next": Architecture(qwen35moe_hyperparameters, partial(decoder, qwen3next_layer), SSM_SCALES),
     "nemotron_h": Architecture(nemotron_hyperparameters, partial(decoder, nemotron_layer), SSM_SCALES),
     "rwkv7": Architecture(rwkv7_hyperparameters, rwkv7_tensors, RWKV_SCALES),
     "t5": Architecture(t5_hyperparameters, t5_tensors, T5_SCALES),
