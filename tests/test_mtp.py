@@ -160,41 +160,53 @@ def fresh(context: mn.Context, tokens: list[int]) -> list[int]:
         sequence.extend(tokens[:-1])
         sequence.append(tokens[-1])
         found = drafts(sequence)
-        assert len(found) == 4
+        assert len(found) in (3, 4)
         return found
 
 
-def test_drafts_follow_the_text_through_all_that_is_done_to_it(context: mn.Context) -> None:
-    sequence = context.sequence()
-    sequence.extend(PROMPT)
-    sequence.append(40)
-    assert drafts(sequence) == fresh(context, list(sequence))
-    assert drafts(sequence) == fresh(context, list(sequence))  # what it drafted is gone again
-    sequence.extend([41, 42])
-    sequence.append(43)
-    assert drafts(sequence) == fresh(context, list(sequence))
-    sequence.logits_after([7, 8, 9, 10, 11])
-    sequence.rewind(3)
-    sequence.append(44)
-    assert drafts(sequence) == fresh(context, list(sequence))
-    fork = sequence.fork(len(sequence) - 2)
-    fork.append(45)
-    assert drafts(fork) == fresh(context, list(fork))
-    assert drafts(sequence) == fresh(context, list(sequence))
-    context.extend({sequence: [50, 51], fork: [52]})
-    for one, token in (sequence, 46), (fork, 47):
-        one.append(token)
-    context.evaluate([sequence, fork])
-    for one, token in (sequence, 48), (fork, 49):
-        one.append(token)
-        assert drafts(one) == fresh(context, list(one))
-    tokens = list(sequence)
-    sequence.close()
-    again = context.sequence()
-    again.extend(tokens[:-1])  # from what the closed one has left
-    assert context.stats.tokens_reused > 0
-    again.append(tokens[-1])
-    assert drafts(again) == fresh(context, tokens)
+def agree(sequence: mn.Sequence, token: int) -> None:
+    """Assert that with one more token the head guesses what it would if nothing had been done to the text."""
+    _ = sequence.logits
+    sequence.append(token)
+    assert drafts(sequence) == fresh(sequence.context, list(sequence))
+    assert drafts(sequence) == fresh(sequence.context, list(sequence))  # what it drafted is gone again
+
+
+FOLLOWED = [name for name in KINDS if name != "cells of its own"]  # where prefixes are copied: see below
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_drafts_follow_the_text_through_all_that_is_done_to_it(load_tiny: Load, name: str) -> None:
+    made = KINDS[name]
+    with load_tiny(made.model).context(mtp=True, n_seq=4, **OPTIONS, **made.options) as context:
+        sequence = context.sequence()
+        sequence.extend(PROMPT)
+        agree(sequence, 40)
+        sequence.extend([41, 42])
+        agree(sequence, 43)
+        sequence.logits_after([7, 8, 9, 10, 11])
+        sequence.rewind(3)
+        agree(sequence, 44)
+        fork = sequence.fork(len(sequence) - 2)
+        agree(fork, 45)
+        agree(sequence, 46)
+        context.extend({sequence: [50, 51], fork: [52]})
+        for one in sequence, fork:
+            one.append(47)
+        context.evaluate([sequence, fork])
+        agree(fork, 48)
+        agree(sequence, 49)
+        context.logits_after({sequence: [70, 71], fork: [72, 73, 74]})
+        sequence.rewind(1)
+        fork.rewind(2)
+        agree(fork, 53)
+        agree(sequence, 54)
+        tokens = list(sequence)
+        sequence.close()
+        again = context.sequence()
+        again.extend(tokens)  # from what the closed one has left
+        assert context.stats.tokens_reused > 0
+        agree(again, 55)
 
 
 def test_forks_in_cells_of_their_own_have_what_the_head_knows(context: mn.Context) -> None:
@@ -203,8 +215,7 @@ def test_forks_in_cells_of_their_own_have_what_the_head_knows(context: mn.Contex
         sequence.extend(PROMPT)
         fork = sequence.fork()
         for one, token in (sequence, 41), (fork, 42):
-            one.append(token)
-            assert drafts(one) == fresh(context, list(one))
+            agree(one, token)
 
 
 def test_a_head_that_lacks_the_beginning_drafts_from_what_it_has(context: mn.Context, tmp_path: Path) -> None:
