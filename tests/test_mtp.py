@@ -1,6 +1,13 @@
 """Guesses of a model's own MTP head: the same text, and the head knows what the decoder knows."""
 
+import json
 import math
+import re
+import select
+import signal
+import subprocess
+import sys
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,8 +22,9 @@ import pytest
 import minerva_native as mn
 from engine_room import open_up
 from minerva_native._binding import lib
+from minerva_native.cli import main
 from minerva_native.speculative import OwnHead
-from tiny_models import ARCHITECTURES, END, END_OF_TURN, TinyModel, draw
+from tiny_models import ARCHITECTURES, END, END_OF_TURN, TOKENS, VOCABULARY, TinyModel, draw, write_gguf
 
 Load = Callable[[TinyModel], mn.Model]
 
@@ -381,3 +389,53 @@ def test_what_has_no_head_says_so(tmp_path: Path, demo: mn.Model, load_tiny: Loa
         sequence.extend([5])
         with pytest.raises(mn.OptionError, match="needs a context with mtp=True"):
             next(mn.generate(sequence, speculate=mn.Speculation("mtp")))
+
+
+@pytest.mark.parametrize("architecture", ["dflash", "eagle3", "gemma4-assistant"])
+def test_heads_that_are_files_of_their_own_are_refused(tmp_path: Path, demo: mn.Model, architecture: str) -> None:
+    sizes = {"context_length": 64, "embedding_length": 64, "block_count": 1, "vocab_size": len(TOKENS)}
+    keys = {f"{architecture}.{key}": size for key, size in sizes.items()}
+    path = write_gguf(tmp_path / "drafter.gguf", architecture, {**keys, **VOCABULARY})
+    with mn.Model.load(path, vocab_only=True) as drafter:
+        with pytest.raises(
+            mn.OptionError, match=rf"drafter.gguf \({architecture}\) drafts from another model's hidden"
+        ):
+            mn.DraftModel(drafter)
+        with pytest.raises(mn.OptionError, match="drafts from another"):
+            mn.LLM(demo, speculate=drafter, n_ctx=64)
+
+
+def test_a_server_drafts_with_the_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("starlette")
+    path = Echo("glm4moe", n_mtp=1).write(tmp_path / "headed.gguf")
+    command = [sys.executable, "-m", "minerva_native", "serve", "--port", "0", "--json", "--speculate", "mtp"]
+    command += ["-m", str(path), "-ngl", "0", "-c", "2048", "-t", "1", "--deterministic"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert server.stdout is not None
+    try:
+        assert select.select([server.stdout], [], [], 60)[0], "the server does not start"
+        started = json.loads(server.stdout.readline())
+
+        def asked(path: str, body: dict[str, Any] | None = None) -> str:
+            headers = {"Authorization": f"Bearer {started['token']}", "Content-Type": "application/json"}
+            data = None if body is None else json.dumps(body).encode()
+            with urllib.request.urlopen(
+                urllib.request.Request(started["url"] + path, data, headers), timeout=60
+            ) as reply:
+                return str(reply.read().decode())
+
+        asked("/completion", {"prompt": PROMPT, "n_predict": 60, "temperature": 0, "ignore_eos": True})
+        drafted, accepted = (
+            re.findall(rf"^minerva_{name}_tokens_total\{{.*\}} (.+)$", asked("/metrics"), re.M)
+            for name in ("drafted", "accepted")
+        )
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(30)
+        server.stdout.close()
+    assert drafted == accepted
+    assert sum(map(float, drafted)) > 0
+    assert main(["serve", "--port", "0", "-q", "--speculate", "mtp", "-ngl", "0"]) == 1
+    assert capsys.readouterr().err == (
+        "minerva: error: minerva-demo.gguf (llama) has no MTP head that libllama can draft with\n"
+    )
