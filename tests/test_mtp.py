@@ -348,7 +348,9 @@ def test_a_prompt_from_the_disk_is_continued_alike(load_tiny: Load, tmp_path: Pa
             assert (answer.usage.cached_tokens > 250) == (process > 0)
 
 
-def test_a_model_is_loaded_with_its_head_if_it_is_asked_for(tmp_path: Path, demo: mn.Model) -> None:
+def test_a_model_is_loaded_with_its_head_if_it_is_asked_for(
+    tmp_path: Path, demo: mn.Model, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = TinyModel("glm4moe", n_mtp=1).write(tmp_path / "headed.gguf")
     with mn.LLM(path, speculate="mtp", template="", gpu_layers=0, **OPTIONS) as llm:
         assert llm.model.load_mtp
@@ -364,7 +366,9 @@ def test_a_model_is_loaded_with_its_head_if_it_is_asked_for(tmp_path: Path, demo
         with pytest.raises(mn.OptionError, match="was loaded without"):
             mn.LLM(model, speculate="mtp")
     with mn.Model.load(path, vocab_only=True) as model:
-        assert model.n_mtp_layers == 1
+        assert (model.n_layer, model.n_blocks, model.n_mtp_layers) == (3, 4, 1)
+    assert main(["info", "-m", str(path)]) == 0
+    assert "3, and 1 that can draft (MTP)" in capsys.readouterr().out
 
 
 def test_what_has_no_head_says_so(tmp_path: Path, demo: mn.Model, load_tiny: Load) -> None:
@@ -385,7 +389,7 @@ def test_what_has_no_head_says_so(tmp_path: Path, demo: mn.Model, load_tiny: Loa
     two = TinyModel("qwen35", n_mtp=2).write(tmp_path / "two.gguf")
     with mn.Model.load(two, load_mtp=True, gpu_layers=0) as loaded, pytest.raises(mn.ContextError, match="MTP head"):
         loaded.context(mtp=True)
-    with load_tiny(model).context(**OPTIONS) as context, context.sequence() as sequence:
+    with load_tiny(TinyModel("glm4moe", n_mtp=1)).context(**OPTIONS) as context, context.sequence() as sequence:
         sequence.extend([5])
         with pytest.raises(mn.OptionError, match="needs a context with mtp=True"):
             next(mn.generate(sequence, speculate=mn.Speculation("mtp")))

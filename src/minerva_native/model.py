@@ -426,8 +426,9 @@ class Model:
 
     @property
     def n_layer(self) -> int:
-        """The depth of the model."""
-        return self._fact(lib.llama_model_n_layer, "block_count")
+        """The depth of the model, without its MTP heads."""
+        n_heads = int(max(self.hyperparameter("nextn_predict_layers")))
+        return self.n_blocks - n_heads if self.vocab_only else self._fact(lib.llama_model_n_layer)
 
     @property
     def n_blocks(self) -> int:
@@ -435,7 +436,7 @@ class Model:
 
         `gpu_layers` counts all of them, from the last one to the first.
         """
-        return int(max(self.hyperparameter("block_count", self.n_layer)))
+        return int(max(self.hyperparameter("block_count")))
 
     @property
     def n_mtp_layers(self) -> int:

@@ -47,6 +47,7 @@ def model_facts(model: mn.Model) -> dict[str, Any]:
         "size_bytes": model.size_bytes,
         "n_embd": model.n_embd,
         "n_layer": model.n_layer,
+        "n_mtp_layers": model.n_mtp_layers,
         "n_ctx_train": model.n_ctx_train,
         "n_vocab": model.tokenizer.n_vocab,
         "vocabulary": model.tokenizer.type,
@@ -55,13 +56,14 @@ def model_facts(model: mn.Model) -> dict[str, Any]:
 
 def for_people(facts: Mapping[str, Any]) -> dict[str, str]:
     """Return the properties of a model with their units."""
+    n_heads = facts["n_mtp_layers"]
     return {
         "path": facts["path"],
         "architecture": facts["architecture"],
         "quantisation": facts["file_type"],
         "weights": f"{size(facts['size_bytes'])}, {count(facts['n_params'])} parameters",
         "width": f"{facts['n_embd']:,}",
-        "layers": f"{facts['n_layer']:,}",
+        "layers": f"{facts['n_layer']:,}" + (f", and {n_heads} that can draft (MTP)" if n_heads else ""),
         "trained context": f"{facts['n_ctx_train']:,} tokens",
         "vocabulary": f"{facts['n_vocab']:,} tokens, {facts['vocabulary']}",
     }
