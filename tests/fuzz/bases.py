@@ -54,6 +54,9 @@ MODELS = {
     "gemma2": replace(SMALL, architecture="gemma2", tied=True),
     "llama-tied": replace(SMALL, tied=True),
     "rwkv7": replace(SMALL, architecture="rwkv7", n_embd=128),  # heads of 64
+    "mtp-glm4moe": replace(SMALL, architecture="glm4moe", n_mtp=1),
+    "mtp-mimo2": replace(SMALL, architecture="mimo2", n_mtp=2),
+    "mtp-qwen35": replace(SMALL, architecture="qwen35", n_mtp=1),
 }
 TENSOR_TYPES = ("f16", "bf16", "q8_0", "q4_0", "q5_1", "q2_K", "q4_K", "q6_K", "iq4_nl", "iq4_xs", "tq2_0", "mxfp4")
 SAVED = {

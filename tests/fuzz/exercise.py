@@ -1,6 +1,7 @@
 """What is done with every mutant: all that a program does with a model, with arguments that are right."""
 
 import contextlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -82,7 +83,10 @@ def use_vocabulary(path: Path, how: Way, at: Report) -> None:
 
 def use_weights(path: Path, how: Way, at: Report) -> None:
     errors: list[mn.MinervaError] = []
-    with mn.Model.load(path, gpu_layers=0, mmap=how.mmap, check=how.check) as model:
+    file = mn.GGUF(path)
+    has_head = any(".nextn." in tensor.name for tensor in file.tensors)
+    file.close()
+    with mn.Model.load(path, gpu_layers=0, mmap=how.mmap, check=how.check, load_mtp=has_head) as model:
         at("describe")
         describe(model)
         use_tokenizer(model.tokenizer, at)
@@ -91,7 +95,9 @@ def use_weights(path: Path, how: Way, at: Report) -> None:
         for n_threads in 1, how.n_threads:
             at(f"context of {n_threads} threads")
             try:
-                with model.context(n_ctx=bases.N_CTX, n_batch=16, n_seq=3, n_threads=n_threads) as context:
+                with model.context(
+                    n_ctx=bases.N_CTX, n_batch=16, n_seq=3, n_threads=n_threads, mtp=has_head
+                ) as context:
                     use_context(context, path.with_suffix(".saved"), at)
             except mn.MinervaError as error:
                 errors.append(error)
@@ -182,8 +188,10 @@ def compute_all(context: mn.Context, saved: Path, at: Report) -> None:
         sequence.extend(prompt[:2])
         _ = sequence.logits
         at("generate")
+        params = mn.SamplingParams(temperature=0.8, seed=1)
+        speculation = mn.Speculation("mtp", math.inf) if context.options.mtp else None
         with contextlib.suppress(mn.SamplingError):  # weights that are no numbers
-            for _ in mn.generate(sequence, mn.SamplingParams(temperature=0.8, seed=1), max_tokens=3):
+            for _ in mn.generate(sequence, params, max_tokens=3, speculate=speculation):
                 pass
         at("save")
         sequence.save(saved)
