@@ -23,6 +23,7 @@ import minerva_native as mn
 from engine_room import open_up
 from minerva_native._binding import lib
 from minerva_native.cli import main
+from minerva_native.model import MTP_ARCHITECTURES
 from minerva_native.speculative import OwnHead
 from tiny_models import ARCHITECTURES, END, END_OF_TURN, TOKENS, VOCABULARY, TinyModel, draw, write_gguf
 
@@ -393,6 +394,12 @@ def test_what_has_no_head_says_so(tmp_path: Path, demo: mn.Model, load_tiny: Loa
         sequence.extend([5])
         with pytest.raises(mn.OptionError, match="needs a context with mtp=True"):
             next(mn.generate(sequence, speculate=mn.Speculation("mtp")))
+
+
+def test_the_architectures_are_those_of_the_pinned_source(llama_cpp_source: Path) -> None:
+    files = (llama_cpp_source / "src" / "models").glob("*.cpp")
+    with_graph = {path.stem.replace("-", "") for path in files if "graph_mtp::graph_mtp(" in path.read_text()}
+    assert with_graph == {re.sub("[-_]", "", name) for name in MTP_ARCHITECTURES}
 
 
 @pytest.mark.parametrize("architecture", ["dflash", "eagle3", "gemma4-assistant"])

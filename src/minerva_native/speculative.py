@@ -342,7 +342,8 @@ class Speculation:
     def over(self, sequence: TokenSequence, max_tokens: int | None = None) -> "Lookahead":
         """Return the sequence as `generate` sees it, which grows by at most `max_tokens`; raise what `check` does."""
         self.check(sequence.context)
-        self.ahead = Lookahead(sequence, self._drafter or OwnHead(sequence), self, max_tokens)
+        drafter = OwnHead(sequence) if self._drafter is None else self._drafter
+        self.ahead = Lookahead(sequence, drafter, self, max_tokens)
         return self.ahead
 
     def check(self, context: Context) -> None:

@@ -651,6 +651,8 @@ class KVCache:
         slot.check_open()
         if slot.n_waiting != 1 or not slot.in_sync or slot.id < 0 or n < 1:
             return []
+        if self.runner.was_cancelled:
+            self.runner.begin()
         return self.runner.draft(slot.tokens[-1], slot.n_cached, slot.id, n)
 
     def _add_guess(self, slot: Slot, ids: Ids, rows: "_Rows", undo: "_Rollback", is_alone: bool) -> None:

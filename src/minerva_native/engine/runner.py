@@ -155,7 +155,8 @@ class Runner:
         """Give the decoder the model's MTP head, which from then on reads whatever is evaluated."""
         parameters = head_parameters(self.options)
         parameters.abort_callback, parameters.abort_callback_data = lib.minerva_abort, self._abort
-        pointer = self._new_context(model, parameters)
+        with callbacks.rehearsal():  # of what the options are warned of, the other context has warned
+            pointer = self._new_context(model, parameters)
         if lib.minerva_head_new(self.decoder, pointer):
             lib.minerva_context_free(pointer)
             raise ContextError(f"the model's MTP head cannot be used: {thrown()}")
