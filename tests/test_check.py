@@ -313,6 +313,16 @@ NUMBERS: dict[str, tuple[TinyModel, dict[str, Key | None], str]] = {
         {"~.rope.dimension_sections": [8, -8, 0, 0]},
         r"llama.rope.dimension_sections is \[8, -8, 0, 0\]: expected from 0 on",
     ),
+    "an interval of attention layers to divide by": (
+        TinyModel("qwen35"),
+        {"~.full_attention_interval": 0},
+        "qwen35.full_attention_interval is 0: expected at least 1",
+    ),
+    "states larger than what computes them": (
+        TinyModel("qwen35moe"),
+        {"~.ssm.inner_size": 1 << 24},
+        "qwen35moe.ssm.inner_size is 16777216: expected 128, as ssm.time_step_rank is 8 and ssm.state_size is 16",
+    ),
     "a negative epsilon": (
         LLAMA,
         {"~.attention.layer_norm_rms_epsilon": -1.0},

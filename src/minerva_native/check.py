@@ -331,7 +331,18 @@ def _check_numbers(facts: Facts) -> None:
         facts.require("attention.sliding_window", window, 0 <= window <= most, f"from 0 to {most}")
 
 
+# Whose states are of the size that ssm.inner_size says, and whose tensors are not.
+_DELTA_NETS = ("qwen3next", "qwen35", "qwen35moe")
+
+
 def _check_recurrence(facts: Facts) -> None:
+    for every in facts.each("full_attention_interval"):  # libllama divides by it
+        is_used = facts.architecture in (*_DELTA_NETS, "minimax-01")
+        facts.require("full_attention_interval", every, every > 0 or not is_used, "at least 1")
+    if facts.architecture in _DELTA_NETS:
+        inner, rank, state = (facts.number(f"ssm.{name}", 0) for name in ("inner_size", "time_step_rank", "state_size"))
+        expected = f"{rank * state}, as ssm.time_step_rank is {rank} and ssm.state_size is {state}"
+        facts.require("ssm.inner_size", inner, inner == rank * state, expected)
     scalars = any(name.endswith(".ssm_a") and shape[0] == 1 for name, (_, (_, shape, *_)) in facts.tensors.items())
     if scalars:  # Mamba-2, whose states come in groups
         groups = facts.number("ssm.group_count", 0)
