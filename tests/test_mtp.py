@@ -227,6 +227,17 @@ def test_forks_in_cells_of_their_own_have_what_the_head_knows(context: mn.Contex
             agree(one, token)
 
 
+def test_threads_of_both_contexts_take_turns(load_tiny: Load) -> None:
+    model = load_tiny(Echo("glm4moe", n_mtp=1, share=0.1))
+    plain = plainly(model, GREEDY)
+    with model.context(mtp=True, **{**OPTIONS, "n_threads": 3}) as context, context.sequence() as sequence:
+        sequence.extend(PROMPT)
+        for n_threads in (3, 1, 5, 2):  # more threads than before are others
+            context.set_threads(n_threads)
+            assert written(sequence, GREEDY, speculate=mn.Speculation("mtp", math.inf)) == plain
+            sequence.truncate(len(PROMPT))
+
+
 def test_a_head_that_lacks_the_beginning_drafts_from_what_it_has(context: mn.Context, tmp_path: Path) -> None:
     sequence = context.sequence()
     sequence.extend(PROMPT)
