@@ -158,17 +158,6 @@ void minerva::head_forget(minerva_decoder * decoder, int32_t sequence_id, int32_
     done(head, [&](llama_memory_t memory) { llama_memory_seq_rm(memory, sequence_id, from, -1); });
 }
 
-void minerva::head_copy(minerva_decoder * decoder, int32_t source_id, int32_t target_id) {
-    if (!has_head(decoder)) {
-        return;
-    }
-    minerva_head & head = *decoder->head;
-    done(head, [&](llama_memory_t memory) {
-        head.states[target_id] = States(head.states[source_id]);
-        llama_memory_seq_cp(memory, source_id, target_id, -1, -1);
-    });
-}
-
 void minerva::head_clear(minerva_decoder * decoder) {
     if (!has_head(decoder)) {
         return;
@@ -194,7 +183,14 @@ int32_t minerva_head_new(minerva_decoder * decoder, struct llama_context * conte
 }
 
 void minerva_head_copy(minerva_decoder * decoder, int32_t source_id, int32_t target_id) {
-    minerva::head_copy(decoder, source_id, target_id);
+    if (!has_head(decoder)) {
+        return;
+    }
+    minerva_head & head = *decoder->head;
+    done(head, [&](llama_memory_t memory) {
+        head.states[target_id] = States(head.states[source_id]);
+        llama_memory_seq_cp(memory, source_id, target_id, -1, -1);
+    });
 }
 
 struct llama_context * minerva_head_context(const minerva_decoder * decoder) {

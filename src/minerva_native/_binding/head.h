@@ -41,8 +41,8 @@ namespace minerva {
 // After a batch was evaluated: the head reads the same tokens, with the hidden states that came of it.
 void follow(minerva_decoder * decoder, const llama_batch & batch);
 
+// `minerva_head_copy` is in hooks.h.
 void head_forget(minerva_decoder * decoder, int32_t sequence_id, int32_t start, int32_t stop);
-void head_copy(minerva_decoder * decoder, int32_t source_id, int32_t target_id);
 void head_clear(minerva_decoder * decoder);
 
 }  // namespace minerva

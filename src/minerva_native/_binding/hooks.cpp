@@ -289,7 +289,7 @@ int32_t minerva_memory_seq_rm(minerva_decoder * decoder, int32_t sequence_id, in
 int32_t minerva_memory_seq_cp(minerva_decoder * decoder, int32_t source_id, int32_t target_id) {
     return guarded<int32_t>(MINERVA_THREW, decoder, true, [&] {
         llama_memory_seq_cp(llama_get_memory(decoder->context), source_id, target_id, -1, -1);
-        minerva::head_copy(decoder, source_id, target_id);
+        minerva_head_copy(decoder, source_id, target_id);
         return 0;
     });
 }

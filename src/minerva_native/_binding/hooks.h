@@ -152,7 +152,7 @@ int32_t minerva_head_new(minerva_decoder * decoder, struct llama_context * conte
 void minerva_head_free(minerva_decoder * decoder);
 struct llama_context * minerva_head_context(const minerva_decoder * decoder);  // or NULL
 
-// Have the head copy a sequence whose state was read and written, not copied by `minerva_memory_seq_cp`.
+// Have the head copy a sequence. `minerva_memory_seq_cp` does; it is for one whose state was read and written instead.
 void minerva_head_copy(minerva_decoder * decoder, int32_t source_id, int32_t target_id);
 
 // Write up to `n` tokens that may follow one which is about to be evaluated at this position, and return how many: none if
