@@ -9,23 +9,21 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 import minerva_native as mn
+from echo_models import Echo
 from engine_room import open_up
 from minerva_native._binding import lib
 from minerva_native.cli import main
 from minerva_native.model import MTP_ARCHITECTURES
 from minerva_native.speculative import OwnHead
-from tiny_models import ARCHITECTURES, END, END_OF_TURN, TOKENS, VOCABULARY, TinyModel, draw, write_gguf
+from tiny_models import END, END_OF_TURN, TOKENS, VOCABULARY, TinyModel, write_gguf
 
 Load = Callable[[TinyModel], mn.Model]
 
@@ -54,31 +52,6 @@ KINDS = {
     "small window": Kind(TinyModel("cohere2moe", n_mtp=1), {"swa_full": False}),
     "hybrid with experts": Kind(TinyModel("qwen35moe", n_mtp=1), {"n_rs_seq": 6}),
 }
-
-
-@dataclass(frozen=True)
-class Echo(TinyModel):
-    """A model whose heads see all that the model does, as far as its layers add nothing to the token's embedding.
-
-    Without `share` a token depends on the one before alone, and the heads pass that one's embedding on.
-    """
-
-    share: float = 0.0  # of what random layers of the model would add
-
-    @cached_property
-    def weights(self) -> dict[str, npt.NDArray[np.float32]]:
-        rng, row = np.random.default_rng(self.seed), ARCHITECTURES[self.architecture]
-        weights = {name: draw(rng, name, shape, row.scales) for name, shape in row.tensors(self)}
-        heads = range(self.n_layer, self.n_layer + self.n_mtp)
-        for name, weight in weights.items():
-            is_of_head = any(name.startswith(f"blk.{head}.") for head in heads)
-            if "attn_output" in name or "ffn_down" in name or "ssm_out" in name:
-                weight *= 0.0 if is_of_head else self.share
-            elif "eh_proj" in name:
-                weight[:] = np.eye(self.n_embd, 2 * self.n_embd)
-            elif "enorm" in name or "output_norm" in name or "shared_head_norm" in name:
-                weight[:] = 1.0
-        return weights
 
 
 @pytest.fixture(params=KINDS)

@@ -1,15 +1,25 @@
-"""What MTP heads draft, against an implementation in numpy, in double precision."""
+"""What MTP heads draft, against an implementation in numpy, in double precision, and against upstream's llama-server.
 
+`MINERVA_TOOLS` names the folder of llama-server (see CONTRIBUTING.md).
+"""
+
+import json
+import math
+import os
+import urllib.request
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 import minerva_native as mn
+from echo_models import Echo
 from minerva_native.speculative import OwnHead
-from tiny_models import TinyModel, attends
+from tiny_models import END, END_OF_TURN, TinyModel, attends
+from upstream import llama_server
 
 from .test_forward_pass import Doubles, feed_forward, rms_norm, softmax
 
@@ -109,3 +119,83 @@ def test_drafts_are_those_of_the_reference(
                 sequence.append(int(ids[n - 1]))
                 drafted = OwnHead(sequence).draft(sequence.tokens, N_DRAFTED)
                 assert drafted == reference.drafts(ids[:n], N_DRAFTED)
+
+
+LLAMA_SERVER = Path(os.environ.get("MINERVA_TOOLS", "")) / "llama-server"
+N_WRITTEN = 200
+ENDS = [END, END_OF_TURN]
+PROMPT = list(range(60, 90))
+
+WITH_HEADS = {
+    "cohere2moe": Echo("cohere2moe", n_mtp=1, share=0.05),
+    "deepseek2": Echo("deepseek2", n_mtp=1, share=0.05),
+    "glm4moe": Echo("glm4moe", n_mtp=1, share=0.05),
+    "hy_v3": Echo("hy_v3", n_mtp=2, share=0.05),
+    "mimo2": Echo("mimo2", n_mtp=3, share=0.05),
+    "qwen35": Echo("qwen35", n_mtp=1, share=0.05),
+    "qwen35moe": Echo("qwen35moe", n_mtp=1, share=0.05),
+    "qwen3next": Echo("qwen3next", n_mtp=1, share=0.05),
+    "step35": Echo("step35", n_mtp=3, share=0.05),
+    "random": TinyModel("glm4moe", n_mtp=1),
+}
+
+
+class Written(NamedTuple):
+    """A greedy text, how many of its tokens were drafted, and how many of these were right."""
+
+    tokens: list[int]
+    drafted: int
+    accepted: int
+
+
+def by_upstream(path: Path) -> Written:
+    options = ["-c", "512", "-np", "1", "-ngl", "0", "-fa", "off", "--no-warmup", "--spec-type", "draft-mtp"]
+    options += ["--spec-draft-n-max", str(N_DRAFTED)]
+    for name in ("-ctk", "-ctv", "-ctkd", "-ctvd"):
+        options += [name, "f32"]
+    body = {"prompt": PROMPT, "n_predict": N_WRITTEN, "samplers": ["top_k"], "top_k": 1, "return_tokens": True}
+    body["logit_bias"] = [[token, False] for token in ENDS]
+    with llama_server(str(LLAMA_SERVER), str(path), 1, *options) as address:
+        request = urllib.request.Request(
+            f"http://{address}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=120) as reply:
+            answer = json.load(reply)
+    timings = answer["timings"]
+    return Written(answer["tokens"], timings["draft_n"], timings["draft_n_accepted"])
+
+
+def by_hand(model: mn.Model) -> Written:
+    """Draft as many tokens each time, and take those that are right."""
+
+    def best(row: npt.NDArray[np.float32]) -> int:
+        return int(np.where(np.isin(np.arange(len(row)), ENDS), -math.inf, row).argmax())
+
+    options: dict[str, Any] = {"n_ctx": 512, "n_threads": 1, "kv_type": "f32", "flash_attention": "off", "n_rs_seq": 4}
+    drafted = accepted = 0
+    with model.context(mtp=True, **options) as context, context.sequence() as sequence:
+        sequence.extend(PROMPT)
+        found = [best(sequence.logits)]
+        sequence.append(found[-1])
+        while len(found) < N_WRITTEN:
+            start, n = len(sequence), min(N_DRAFTED, N_WRITTEN - len(found) - 1)
+            drafts = OwnHead(sequence).draft(sequence.tokens, n) if n else []
+            drafted += len(drafts)
+            n_right = 0
+            for row in sequence.logits_after(drafts):
+                found.append(best(row))
+                if drafts[n_right : n_right + 1] != found[-1:]:
+                    break
+                n_right += 1
+            accepted += n_right
+            sequence.truncate(start + n_right)
+            sequence.append(found[-1])
+    return Written(found, drafted, accepted)
+
+
+@pytest.mark.skipif("MINERVA_TOOLS" not in os.environ or not LLAMA_SERVER.exists(), reason="there is no llama-server")
+@pytest.mark.parametrize("name", WITH_HEADS)
+def test_llama_server_writes_drafts_and_accepts_the_same(tmp_path: Path, name: str) -> None:
+    path = WITH_HEADS[name].write(tmp_path / "headed.gguf")
+    with mn.Model.load(path, load_mtp=True, gpu_layers=0) as model:
+        assert by_hand(model) == by_upstream(path)
