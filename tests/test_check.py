@@ -420,6 +420,16 @@ TENSORS: dict[str, tuple[TinyModel, Callable[[Arrays], object], str]] = {
         lambda weights: weights.pop("blk.1.ffn_up_exps.weight"),
         "tensor 'blk.1.ffn_up_exps.weight' is missing: expected all tensors of the layer",
     ),
+    "no queries in a layer with a state": (
+        TinyModel("qwen35"),
+        lambda weights: weights.pop("blk.0.attn_qkv.weight"),
+        "tensor 'blk.0.attn_qkv.weight' is missing: expected all tensors of the layer",
+    ),
+    "no gate in a layer with a state": (
+        TinyModel("qwen3next"),
+        lambda weights: weights.pop("blk.2.attn_gate.weight"),
+        "tensor 'blk.2.attn_gate.weight' is missing: expected all tensors of the layer",
+    ),
     "no positions in an encoder": (
         T5,
         lambda weights: weights.pop("enc.blk.0.attn_rel_b.weight"),

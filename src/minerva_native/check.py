@@ -60,6 +60,9 @@ _AT_LEAST_ONE = {
     ".ffn_up_chexps": ("experts_per_group",),
 }
 
+# Whose states are of the size that ssm.inner_size says, and whose tensors are not.
+_DELTA_NETS = ("qwen3next", "qwen35", "qwen35moe")
+
 # Tensors of several dimensions that are used element by element, which ggml can only do with f32; and tables of ids.
 _ELEMENTWISE = re.compile(r"norm|\.ssm_a$|\.ssm_conv1d|\.shortconv\.conv\.|\.time_mix_(lerp_|first)")
 _IDS = re.compile(r"^d2t$|tid2eid|masked_embd_ordering")
@@ -311,6 +314,8 @@ def _check_layer(facts: Facts, prefix: str) -> None:
         lacks = missing("ffn_down_exps") or (missing("ffn_gate_up_exps") and missing("ffn_up_exps"))
     if not lacks and facts.architecture in ("phi3", "pockettts"):
         lacks = missing("attn_qkv") and missing("attn_q", "attn_k", "attn_v")
+    if not lacks and facts.architecture in _DELTA_NETS and not missing("ssm_conv1d"):
+        lacks = missing("ssm_in") and missing("attn_qkv", "attn_gate")
     if lacks:
         facts.refuse(f"tensor '{prefix}{lacks}.weight'", "is missing", "all tensors of the layer")
 
@@ -329,10 +334,6 @@ def _check_numbers(facts: Facts) -> None:
     most = max(_LARGEST_WINDOW, facts.number("context_length", 0))
     for window in facts.each("attention.sliding_window"):
         facts.require("attention.sliding_window", window, 0 <= window <= most, f"from 0 to {most}")
-
-
-# Whose states are of the size that ssm.inner_size says, and whose tensors are not.
-_DELTA_NETS = ("qwen3next", "qwen35", "qwen35moe")
 
 
 def _check_recurrence(facts: Facts) -> None:
