@@ -257,6 +257,32 @@ def test_an_impossible_context_is_refused_before_weights_are_loaded(two: list[st
         mn.Model.load(mn.DEMO_PATH, rpc=two, context=options)
 
 
+def test_a_context_that_a_device_cannot_have_leaves_it_fewer_layers(
+    two: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    most = 3
+    original = fit.dry_context
+
+    def limited(model: mn.Model, *arguments: Any) -> Any:  # as Vulkan refuses a cache beyond its largest buffer
+        if model.gpu_layers > most:
+            raise mn.ContextError("the model cannot have a context with these options (too large)")
+        return original(model, *arguments)
+
+    monkeypatch.setattr(fit, "MARGIN_BYTES", 0)
+    monkeypatch.setattr(fit, "dry_context", limited)
+    load = partial(mn.Model.load, mn.DEMO_PATH, rpc=two[:1], context=SMALL)
+    for most in (3, 0):
+        with load() as model:
+            assert model.gpu_layers == most
+    assert "no layer of it fits beside a context" in caplog.text
+    most = -1  # it is not about a device
+    with pytest.raises(mn.ContextError, match="too large"):
+        load()
+    most = 3
+    with pytest.raises(mn.ContextError, match="too large"):
+        load(gpu_layers=4)
+
+
 def test_a_plan_warns_of_nothing(two: list[str], caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     mn.Model.load(TinyModel("gpt2").write(tmp_path / "gpt2.gguf"), rpc=two).close()  # it has 512 positions
     options = dataclasses.replace(SMALL, n_ctx=4096)  # more than the model was trained on

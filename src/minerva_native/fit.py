@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 MARGIN_BYTES = 1 << 30
 """What `gpu_layers="auto"` leaves free of each device, as llama.cpp does: for others, and for what a driver takes."""
 
+_IMPOSSIBLE = 1 << 62  # bytes
+
 DryRun = Callable[[int], "AbstractContextManager[Model]"]
 """Lends the model with so many layers on the devices, -1 for all, as it would be: it has no memory for its weights."""
 
@@ -74,7 +76,12 @@ class _Plan:
         """Return the first device that has no room for its part, and how much that takes; None if all have."""
         with callbacks.rehearsal(), self._dry_run(layers) as model:
             self.n_layer = model.n_blocks
-            needs = self._needs(model)
+            try:
+                needs = self._needs(model)
+            except ContextError:  # a cache larger than a device's largest buffer, say: fewer layers may do, or none
+                if not self._is_automatic or not layers:
+                    raise
+                needs = [_IMPOSSIBLE] * len(self._pointers)
         # Read late, because a driver takes memory when a device is first used.
         self._devices = self._devices or [described(pointer) for pointer in self._pointers]
         margin = MARGIN_BYTES if self._is_automatic else 0
@@ -98,9 +105,9 @@ class _Plan:
             if self._options is not None:
                 try:
                     options = _resolved(model, self._options)
-                    contexts.append(_dry_context(model, context_parameters(options), made))
+                    contexts.append(dry_context(model, context_parameters(options), made))
                     if options.mtp:
-                        contexts.append(_dry_context(model, head_parameters(options), made))
+                        contexts.append(dry_context(model, head_parameters(options), made))
                 except (ContextError, OptionError):
                     if self._is_needed:
                         raise
@@ -115,7 +122,7 @@ def _resolved(model: "Model", options: ContextOptions) -> ContextOptions:
     return options.resolve(model)
 
 
-def _dry_context(model: "Model", parameters: Any, made: contextlib.ExitStack) -> Any:
+def dry_context(model: "Model", parameters: Any, made: contextlib.ExitStack) -> Any:
     """Return a `llama_context *` of a dry model, which cannot compute; it is freed when `made` is left."""
     with model.raw() as pointer, callbacks.captured_errors() as errors:
         context = lib.minerva_context_new(pointer, parameters, model.connections)
