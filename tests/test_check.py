@@ -323,6 +323,11 @@ NUMBERS: dict[str, tuple[TinyModel, dict[str, Key | None], str]] = {
         {"~.ssm.inner_size": 1 << 24},
         "qwen35moe.ssm.inner_size is 16777216: expected 128, as ssm.time_step_rank is 8 and ssm.state_size is 16",
     ),
+    "no experts to divide by": (
+        TinyModel("qwen35moe"),
+        {"~.expert_count": None, "~.expert_used_count": None},
+        "qwen35moe.expert_count is 0: expected at least 1",
+    ),
     "a negative epsilon": (
         LLAMA,
         {"~.attention.layer_norm_rms_epsilon": -1.0},

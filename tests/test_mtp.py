@@ -371,6 +371,9 @@ def test_what_has_no_head_says_so(tmp_path: Path, demo: mn.Model, load_tiny: Loa
     model.__dict__["weights"] = weights  # as files have it whose heads are in another file
     with pytest.raises(mn.OptionError, match="has no MTP head"):
         mn.Model.load(model.write(tmp_path / "trunk.gguf"), load_mtp=True)
+    path = TinyModel("glm4moe", n_mtp=1).write(tmp_path / "wide.gguf")
+    with pytest.raises(mn.OptionError, match="has no MTP head"):  # libllama would read more than there is
+        mn.Model.load(path, load_mtp=True, kv_overrides={"glm4moe.embedding_length_out": 1 << 24})
     two = TinyModel("qwen35", n_mtp=2).write(tmp_path / "two.gguf")
     with mn.Model.load(two, load_mtp=True, gpu_layers=0) as loaded, pytest.raises(mn.ContextError, match="MTP head"):
         loaded.context(mtp=True)

@@ -362,6 +362,8 @@ def _check_experts(facts: Facts) -> None:
     used = facts.by_layer("expert_used_count", [0])
     most = max(used, default=0)
     facts.require("expert_count", n, 0 <= n <= MAX_EXPERTS, f"from 0 to {MAX_EXPERTS}")
+    if facts.architecture in ("qwen35moe", "qwen4exp"):  # where libllama divides by those that are used
+        facts.require("expert_count", n, n > 0, "at least 1")
     expected = f"from {min(n, 1)} to the {n} of {facts.key('expert_count')}"
     facts.require("expert_used_count", most, min(used, default=0) >= 0 and min(n, 1) <= most <= n, expected)
     facts.require("expert_group_count", groups, 0 <= groups < max(n, 1), f"less than the {n} experts")

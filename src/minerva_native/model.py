@@ -577,8 +577,13 @@ def _n_mtp_layers(parts: Sequence[GGUF]) -> int:
     """Return how many MTP heads libllama can draft with."""
     metadata = parts[0].metadata
     architecture = str(metadata.get("general.architecture", ""))
-    n_layer, n_heads = (metadata.get(f"{architecture}.{key}") for key in ("block_count", "nextn_predict_layers"))
+    n_layer, n_heads, width, width_out = (
+        metadata.get(f"{architecture}.{key}")
+        for key in ("block_count", "nextn_predict_layers", "embedding_length", "embedding_length_out")
+    )
     if architecture not in MTP_ARCHITECTURES or not isinstance(n_layer, int) or not isinstance(n_heads, int):
+        return 0
+    if width_out not in (None, 0, width) and architecture != "deepseek4":  # which gives hidden states of another width
         return 0
     heads = range(n_layer - n_heads, n_layer)
     has_all = all(any(part.has_tensor(f"blk.{head}.nextn.eh_proj.weight") for part in parts) for head in heads)
