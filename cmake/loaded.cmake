@@ -24,7 +24,31 @@ macro(add_library name)
   _add_library(${name} ${minerva_arguments})
 endmacro()
 
+# Upstream has its library depend on every backend, and so would build variants that the compiler cannot make. The module
+# depends on those that are installed with it.
+macro(add_dependencies name)
+  if(NOT "${name}" STREQUAL "ggml")
+    _add_dependencies(${name} ${ARGN})
+  endif()
+endmacro()
+
 include(CheckCXXCompilerFlag)
+include(CheckCXXSourceCompiles)
+
+# Set `result` to whether the compiler knows the instructions of a variant of the CPU's backend.
+function(minerva_compiler_knows backend result)
+  get_target_property(options ${backend} COMPILE_OPTIONS)
+  list(FILTER options INCLUDE REGEX "^-m")
+  list(JOIN options " " CMAKE_REQUIRED_FLAGS)
+  string(MAKE_C_IDENTIFIER "MINERVA_HAS_${backend}" known)
+  check_cxx_source_compiles("int main() { return 0; }" ${known})
+  if(NOT ${known})
+    message(STATUS "${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION} does not know ${CMAKE_REQUIRED_FLAGS}: "
+      "${backend} is left out")
+  endif()
+  set(${result} "${${known}}" PARENT_SCOPE)
+endfunction()
+
 check_cxx_compiler_flag(-mavx512fp16 MINERVA_HAS_AVX512FP16)
 
 # Make what upstream has as modules into this package's backends, and name them in `minerva_backends`.
@@ -35,7 +59,11 @@ macro(minerva_finish_backends)
   endif()
   set(minerva_backends "")
   foreach(backend IN LISTS GGML_AVAILABLE_BACKENDS)  # in the cache: some may be an earlier configuration's
-    if(TARGET ${backend} AND NOT backend STREQUAL "ggml-rpc")
+    set(known TRUE)
+    if(TARGET ${backend} AND backend MATCHES "^ggml-cpu-")
+      minerva_compiler_knows(${backend} known)
+    endif()
+    if(TARGET ${backend} AND known AND NOT backend STREQUAL "ggml-rpc")
       list(APPEND minerva_backends ${backend})
       target_sources(${backend} PRIVATE "${binding_dir}/backend.cpp")
       target_include_directories(${backend} PRIVATE "${binding_dir}" "${llama_dir}/ggml/src")

@@ -102,6 +102,28 @@ def test_backends_in_files_share_no_library_with_the_module(tmp_path: Path) -> N
     assert "upstream sees ON; ggml-base: STATIC_LIBRARY;ggml-rpc: STATIC_LIBRARY;ggml-cpu: MODULE_LIBRARY" in output
 
 
+def test_a_variant_that_the_compiler_does_not_know_is_left_out(tmp_path: Path) -> None:
+    folder = stand_in(
+        tmp_path,
+        """
+        file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/empty.c" "")
+        foreach(library llama ggml ggml-base ggml-rpc ggml-cpu-old ggml-cpu-new)
+          add_library(${library} "${CMAKE_CURRENT_BINARY_DIR}/empty.c")
+        endforeach()
+        target_compile_options(ggml-cpu-new PRIVATE -march=of-tomorrow)
+        add_dependencies(ggml ggml-cpu-old ggml-cpu-new)
+        set(GGML_AVAILABLE_BACKENDS ggml-rpc ggml-cpu-old ggml-cpu-new CACHE INTERNAL "")
+        get_target_property(waits_for ggml MANUALLY_ADDED_DEPENDENCIES)
+        message(STATUS "ggml depends on ${waits_for}")
+        """,
+    )
+    settings = [f"cmake.define.{name}" for name in (f"MINERVA_LLAMA_CPP_DIR={folder}", "GGML_BACKEND_DL=ON")]
+    output = failed_build(tmp_path, *settings)
+    assert "does not know -march=of-tomorrow: ggml-cpu-new is left out" in output
+    assert "ggml-cpu-old is left out" not in output
+    assert "ggml depends on waits_for-NOTFOUND" in output
+
+
 def old_vulkan(sdk: Path) -> list[str]:
     """Make headers without what the pin needs, and all else; return the settings that name them."""
     (sdk / "vulkan").mkdir(parents=True)
