@@ -340,6 +340,7 @@ def test_the_interpreter_ends_while_daemon_threads_are_in_libllama(number: int) 
 
 
 SMALL_STACK = """
+    import os
     import threading
     import minerva_native as mn
 
@@ -354,7 +355,7 @@ SMALL_STACK = """
             except mn.ContextError as error:
                 print(error)
 
-    threading.stack_size(65536)
+    threading.stack_size(max(65536, os.sysconf("SC_THREAD_STACK_MIN")))  # which is 131072 on arm64
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
