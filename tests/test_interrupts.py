@@ -22,6 +22,29 @@ class Interrupt(Exception):
     """What the handler raises."""
 
 
+class Later:
+    """A cancel token that is set once it was looked at so many times."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def is_set(self) -> bool:
+        """Return whether to stop."""
+        self.n -= 1
+        return self.n < 0
+
+
+def test_who_stops_a_computation_is_told_of_no_error(demo: mn.Model, caplog: pytest.LogCaptureFixture) -> None:
+    with demo.context(n_ctx=2048, n_threads=1) as context, context.sequence() as sequence:
+        for n in range(6):  # the first before anything computes
+            with caplog.at_level("DEBUG", "minerva_native"), pytest.raises(mn.Cancelled):
+                sequence.extend([100] * 1500, cancel=Later(n))
+            sequence.truncate(0)
+        failed = [record for record in caplog.records if "failed to" in record.getMessage()]
+        assert failed
+        assert {record.levelname for record in failed} == {"DEBUG"}
+
+
 @pytest.fixture
 def alarm() -> Iterator[Callable[[float], None]]:
     """A function that schedules an `Interrupt` after some seconds; 0 cancels it."""

@@ -19,7 +19,7 @@ import pytest
 import minerva_native as mn
 from echo_models import Echo
 from engine_room import open_up
-from minerva_native._binding import lib
+from minerva_native._binding import ffi, lib
 from minerva_native.cli import main
 from minerva_native.model import MTP_ARCHITECTURES
 from minerva_native.speculative import OwnHead
@@ -282,6 +282,34 @@ def test_a_head_that_fails_ends_the_guesses_and_not_the_text(load_tiny: Load, ca
         assert [record.getMessage()[:30] for record in caplog.records] == ["the model's MTP head has faile"]
         sequence.truncate(3)
         sequence.fork().extend([40])
+
+        for n_threads in (1, 3):  # what failed there does not concern these
+            context.set_threads(n_threads)
+            sequence.extend([41])
+
+
+def test_calls_of_libllama_itself_find_the_threads_awake(load_tiny: Load) -> None:
+    model = load_tiny(Echo("glm4moe", n_mtp=1))
+    with model.context(mtp=True, **{**OPTIONS, "n_threads": 2}) as context, context.sequence() as sequence:
+        sequence.extend(PROMPT)  # after which the head has read, while the threads rested
+        before = sequence.logits
+        with context.raw() as pointer:
+            lib.llama_memory_clear(lib.llama_get_memory(pointer), True)
+            tokens = ffi.new("llama_token[]", PROMPT)
+            assert lib.llama_decode(pointer, lib.llama_batch_get_one(tokens, len(PROMPT))) == 0
+        assert np.allclose(sequence.logits, before, atol=1e-4)
+
+
+def test_a_cancel_while_the_head_drafts_is_not_lost(load_tiny: Load) -> None:
+    context, cache = open_up(load_tiny(Echo("glm4moe", n_mtp=1)), mtp=True, **OPTIONS)
+    with context, context.sequence() as sequence:
+        sequence.extend(PROMPT)
+        _ = sequence.logits
+        context.cancel()
+        with pytest.raises(mn.Cancelled):
+            cache.runner.draft(40, len(PROMPT), 0, 4)
+        sequence.append(40)
+        assert len(drafts(sequence)) == 4  # it concerned that alone
 
 
 @pytest.mark.parametrize("name", ["attention, experts", "hybrid with checkpoints", "hybrid with snapshots"])

@@ -43,6 +43,7 @@ class _Thread(threading.local):
     Attributes:
         errors: the list that `captured_errors` fills, if it is in use.
         is_rehearsing: whether what is logged will be logged again.
+        is_stopping: whether a computation was told to stop, which libllama logs as an error.
         line: the log line so far, if it is incomplete.
         level: the level of that line.
         last_errors: the last error lines, each with its time by `time.perf_counter`.
@@ -50,6 +51,7 @@ class _Thread(threading.local):
 
     errors: list[str] | None = None
     is_rehearsing = False
+    is_stopping = False
     line = ""
     level = logging.DEBUG
     last_errors: tuple[tuple[float, str], ...] = ()
@@ -65,6 +67,11 @@ def _keep(kind: object, exception: BaseException, traceback: object) -> None:
     kept[threading.get_ident()] = exception
 
 
+def _keep_and_stop(kind: object, exception: BaseException, traceback: object) -> None:
+    _thread.is_stopping = True
+    _keep(kind, exception, traceback)
+
+
 def _keep_interrupt(kind: object, exception: BaseException, traceback: object) -> None:
     # A KeyboardInterrupt may be raised anywhere, also here. An error in a log handler is its owner's problem.
     if not isinstance(exception, Exception):
@@ -77,15 +84,21 @@ def end_at_exit() -> None:
         raise SystemExit
 
 
+def forget_stop() -> None:
+    """Take errors that libllama logs on this thread from now on for what they are: nothing was told to stop."""
+    _thread.is_stopping = False
+
+
 def raise_kept() -> None:
     """Raise the exception that a callback on this thread has left, if there is one."""
     end_at_exit()
+    forget_stop()
     exception = kept.pop(threading.get_ident(), None)
     if exception is not None:
         raise exception
 
 
-@ffi.def_extern(name="minerva_on_poll", error=True, onerror=_keep)
+@ffi.def_extern(name="minerva_on_poll", error=True, onerror=_keep_and_stop)
 def _on_poll(handle: object) -> bool:
     """Return whether to stop a computation: `is_cancelled()` of the object behind the handle, if there is one.
 
@@ -94,7 +107,8 @@ def _on_poll(handle: object) -> bool:
     if handle == ffi.NULL:
         return False
     watch: _Watch = ffi.from_handle(handle)
-    return watch.is_cancelled()
+    _thread.is_stopping = watch.is_cancelled()
+    return _thread.is_stopping
 
 
 @ffi.def_extern(name="minerva_on_progress", error=False, onerror=_keep)
@@ -116,7 +130,7 @@ def _on_log(level: int, text: object) -> None:
         state.last_errors = (*state.last_errors[-_LAST_ERRORS:], (time.perf_counter(), line))
         if state.errors is not None:
             state.errors.append(line)
-    logger.log(logging.DEBUG if state.is_rehearsing else state.level, "%s", line)
+    logger.log(logging.DEBUG if state.is_rehearsing or state.is_stopping else state.level, "%s", line)
 
 
 @contextmanager

@@ -377,11 +377,15 @@ int32_t minerva_threads_set(minerva_decoder * decoder, int32_t n_threads, int32_
         llama_set_n_threads(decoder->context, n_threads, n_threads_batch);
         return 0;
     });
-    if (code != 0 || decoder->head == nullptr) {
+    if (code != 0 || decoder->head == nullptr || decoder->head->decoder.failed) {
         return code;
     }
     // Threads of its own: if they are ended because something failed there, the decoder's go on.
     return minerva_threads_set(&decoder->head->decoder, n_threads, n_threads_batch);
+}
+
+void minerva_threads_wake(minerva_decoder * decoder) {
+    minerva::wake(decoder);
 }
 
 void minerva_threads_free(minerva_decoder * decoder) {

@@ -128,6 +128,9 @@ typedef struct {
 int32_t minerva_threads_set(minerva_decoder * decoder, int32_t n_threads, int32_t n_threads_batch);
 void minerva_threads_free(minerva_decoder * decoder);
 
+// They may rest while a head computes. This has to come before somebody computes in the decoder's context by other calls.
+void minerva_threads_wake(minerva_decoder * decoder);
+
 // All return what `llama_decode` returns.
 int32_t minerva_decode(minerva_decoder * decoder, struct llama_batch * batch);
 int32_t minerva_decode_one(minerva_decoder * decoder, int32_t token, int32_t position, int32_t sequence_id);

@@ -127,6 +127,7 @@ class KVCache:
     def distrust(self) -> None:
         """Trust nothing that is cached: somebody else is about to use libllama's context."""
         self._in_buffer = ()
+        self.runner.wake()
         self.pool.distrust(self.key._replace(encoded=None, raw=os.urandom(8).hex()))
 
     def forget_everything(self) -> None:

@@ -160,6 +160,7 @@ class Runner:
         if lib.minerva_head_new(self.decoder, pointer):
             lib.minerva_context_free(pointer)
             raise ContextError(f"the model's MTP head cannot be used: {thrown()}")
+        callbacks.raise_kept()
 
     def draft(self, token: int, position: int, sequence_id: int, n: int) -> list[int]:
         """Return up to `n` tokens that the head guesses after one that is evaluated next."""
@@ -167,6 +168,8 @@ class Runner:
         count = lib.minerva_head_draft(self.decoder, sequence_id, token, position, len(drafts), drafts)
         why = thrown() if count == lib.MINERVA_THREW else ""
         callbacks.raise_kept()
+        if self._abort.cancelled:
+            raise Cancelled("the computation was cancelled")
         if count < 0:
             if not self._head_has_failed:
                 _logger.warning("the model's MTP head has failed, and drafts no more in this context: %s", why)
@@ -182,6 +185,10 @@ class Runner:
                 raise self.broken()
             raise ContextError(f"a context with n_threads={n} and n_threads_batch={batch} cannot be had: {thrown()}")
 
+    def wake(self) -> None:
+        """Have the threads compute for whoever calls libllama itself."""
+        lib.minerva_threads_wake(self.decoder)
+
     def cancel(self) -> None:
         """Stop what computes now, on whatever thread."""
         self._abort.cancelled, self.was_cancelled = 1, True
@@ -194,6 +201,7 @@ class Runner:
 
     def watch(self, cancel: CancelToken | None) -> None:
         """Have the next computations look at a cancel token, or at none."""
+        callbacks.forget_stop()
         self._watch.token = cancel
         self._abort.poll_interval_us = _POLL_US if cancel is None else _POLL_CANCEL_US
         if cancel is not None:
