@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import logging
 import math
 import time
 from array import array
@@ -20,8 +19,6 @@ from .gate import CancelToken, check
 
 if TYPE_CHECKING:
     from ..model import Model
-
-_logger = logging.getLogger("minerva_native")
 
 Logits = npt.NDArray[np.float32]
 
@@ -172,7 +169,7 @@ class Runner:
             raise Cancelled("the computation was cancelled")
         if count < 0:
             if not self._head_has_failed:
-                _logger.warning("the model's MTP head has failed, and drafts no more in this context: %s", why)
+                callbacks.logger.warning("the model's MTP head has failed, and drafts no more in this context: %s", why)
             self._head_has_failed = True
             return []
         drafted: list[int] = ffi.unpack(drafts, count)
